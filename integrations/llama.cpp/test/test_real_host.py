@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin in real, unmodified llama.cpp tools.
+
+    TQKV_TEST_LLAMA_API3, TQKV_TEST_LLAMA_API2   build folders of llama.cpp (scripts/build_llama.py)
+    TQKV_TEST_MODELS                             folder with the GGUF files of scripts/fetch.py
+    TQKV_TEST_PLUGIN                             libggml-turboquant.so, libturboquant.a beside it
+
+What is not given is skipped. Everything is greedy and deterministic.
+"""
+
+import filecmp
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+SMOL = "smollm2-135m-q4_1.gguf"
+QWEN = "qwen2.5-coder-0.5b-q4_k_m.gguf"
+GEMMA = "gemma3-270m-q4_k_m.gguf"
+# What follows is so likely that no rounding changes it: stock attention itself rounds to f16 on the way.
+CERTAIN = "one two three four five six seven eight nine ten\none two three four five six seven eight nine ten\none two"
+PROMPT = "The three largest rivers of Europe are"
+
+
+def from_environment(name):
+    value = os.environ.get(name)
+    if not value:
+        pytest.skip(f"{name} is not set")
+    return pathlib.Path(value).resolve()
+
+
+class Host:
+    """One build of llama.cpp."""
+
+    def __init__(self, build):
+        self.bin = build / "bin"
+        cache = (build / "CMakeCache.txt").read_text()
+        self.source = pathlib.Path(re.search(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$", cache, re.M)[1])
+
+    def tool(self, name):
+        path = self.bin / name
+        if not path.exists():
+            pytest.skip(f"{path} is not built")
+        return str(path)
+
+
+def environment(plugin=None, **more):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TQKV_", "LLAMA_", "GGML_"))}
+    env["OMP_WAIT_POLICY"] = "passive"  # threads that spin cost minutes on a busy machine
+    if plugin:
+        env["GGML_BACKEND_PATH"] = str(plugin)
+        env["LLAMA_ARG_DEVICE"] = "TURBOQUANT0"
+    env.update(more)
+    return env
+
+
+@pytest.fixture(scope="session", params=["API3", "API2"])
+def host(request):
+    return Host(from_environment(f"TQKV_TEST_LLAMA_{request.param}"))
+
+
+@pytest.fixture(scope="session")
+def plugin():
+    return from_environment("TQKV_TEST_PLUGIN")
+
+
+@pytest.fixture(scope="session")
+def models():
+    return from_environment("TQKV_TEST_MODELS")
+
+
+@pytest.fixture(scope="session")
+def model(models):
+    def find(name):
+        path = models / name
+        if not path.exists():
+            pytest.skip(f"{path} is missing")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def program(host, plugin, tmp_path_factory):
+    """host_state.c, compiled against the host."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    library = plugin.parent / "libturboquant.a"
+    if not compiler or not library.exists():
+        pytest.skip("no C compiler, or no libturboquant.a beside the plugin")
+    program = tmp_path_factory.mktemp("program") / "host_state"
+    subprocess.run(
+        [compiler, "-std=c11", "-O1", "-D_GNU_SOURCE", f"-I{ROOT}/include", f"-I{HERE.parent}/include",
+         f"-I{host.source}/include", f"-I{host.source}/ggml/include", str(HERE / "host_state.c"),
+         "-o", str(program), str(library), f"-L{host.bin}", "-lllama", "-lggml", "-lggml-base",
+         f"-Wl,-rpath,{host.bin}", "-lm", "-lpthread"], check=True)
+    return program
+
+
+@pytest.fixture(scope="session")
+def state_program(program, plugin, model, tmp_path_factory):
+    """What host_state says about a real model, and the plan it made on the way."""
+    plan = tmp_path_factory.mktemp("plan") / "smollm2.tqkv"
+    done = subprocess.run([str(program), str(model(SMOL)), str(plan)], text=True, timeout=500,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=environment(TQKV_TEST_PLUGIN=str(plugin)))
+    return done, plan
+
+
+@pytest.fixture(scope="session")
+def plan(state_program):
+    _, path = state_program
+    assert path.exists(), state_program[0].stdout
+    return path
+
+
+def complete(host, model, *args, env, n=16, prompt=PROMPT, threads=1):
+    """Greedy text of llama-completion, its status, and what it wrote on stderr.
+
+    One thread: on a busy machine the barriers of llama.cpp's own threads cost a hundred times the work.
+    """
+    command = [host.tool("llama-completion"), "-m", str(model), "-p", prompt, "-n", str(n), "--temp", "0",
+               "-no-cnv", "-t", str(threads), "--no-display-prompt", "--no-warmup", *map(str, args)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=300, env=env)
+    return done.stdout, done.returncode, done.stderr.decode(errors="replace")
+
+
+def ours(stderr):
+    return "\n".join(line for line in stderr.splitlines() if line.startswith("turboquant: "))
+
+
+def test_states_copies_and_shifts(state_program):
+    done, _ = state_program
+    assert done.returncode == 0, done.stdout
+    assert " 0 failed" in done.stdout
+
+
+# What the plugin says about an architecture; nothing but this line tells it apart from stock.
+LINES = {
+    "llama": "active: 1.0x",
+    "llama_odd": "not active: heads of 40 and 40 channels are not supported",
+    "llama_yarn": "active: 1.0x",
+    "gemma2": "active: 1.0x",
+    "mpt": "active: 1.0x",
+    "deepseek2": "not active: K and V share one tensor",
+    "lfm2": "active: 1.0x",
+    "mamba": "not active: llama.cpp keeps the cache to itself",
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_architectures(program, plugin, tmp_path, name):
+    """Random weights: shifts, streams, states and plain storage, against stock."""
+    spec = importlib.util.spec_from_file_location("tiny_models", HERE / "tiny_models.py")
+    tiny_models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny_models)
+    assert set(LINES) == set(tiny_models.ALL)
+    tiny_models.ALL[name](tmp_path / f"{name}.gguf")
+    done = subprocess.run([str(program), "--compare", str(tmp_path / f"{name}.gguf")], text=True, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=environment(TQKV_TEST_PLUGIN=str(plugin)))
+    assert done.returncode == 0, done.stdout
+    assert f"turboquant: {LINES[name]}" in done.stdout
+
+
+def test_loaded_by_ctypes(host, plugin):
+    """As llama-cpp-python does: nothing of ggml is visible to the plugin's own lookups."""
+    script = f"""
+import ctypes
+ggml = ctypes.CDLL("{host.bin}/libggml.so")
+base = ctypes.CDLL("{host.bin}/libggml-base.so")
+ggml.ggml_backend_load.restype = ctypes.c_void_p
+reg = ggml.ggml_backend_load(b"{plugin}")
+assert reg
+base.ggml_backend_reg_name.restype = ctypes.c_char_p
+assert base.ggml_backend_reg_name(ctypes.c_void_p(reg)) == b"TURBOQUANT"
+assert ggml.ggml_backend_load(b"{plugin}") == reg
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment(), timeout=60)
+
+
+@pytest.mark.parametrize("name", [SMOL, QWEN, GEMMA])
+def test_f16_gives_the_same_text(host, plugin, model, name):
+    want, status, _ = complete(host, model(name), "-c", 256, prompt=CERTAIN, n=10, env=environment())
+    assert status == 0 and b"three four" in want
+    text, status, log = complete(host, model(name), "-c", 256, prompt=CERTAIN, n=10,
+                                 env=environment(plugin, TQKV_MODE="f16"))
+    assert status == 0, log
+    assert "turboquant: active: 1.0x" in log
+    assert text == want
+
+
+@pytest.mark.parametrize("name", [SMOL, GEMMA])
+def test_q8_without_a_plan(host, plugin, model, name):
+    text, status, log = complete(host, model(name), "-c", 256, env=environment(plugin))
+    assert status == 0, log
+    assert re.search(r"turboquant: active: (1\.9|2\.0)x .* built-in q8 \(no plan", log), ours(log)
+    assert text.strip()
+
+
+def test_two_threads(host, plugin, model, plan):
+    env = environment(plugin, TQKV_PLAN=str(plan))
+    one, _, _ = complete(host, model(SMOL), "-c", 256, n=4, env=env)
+    two, status, log = complete(host, model(SMOL), "-c", 256, n=4, env=env, threads=2)
+    assert status == 0, log
+    assert one == two
+
+
+def test_plan_by_name(host, plugin, model, plan):
+    text, status, log = complete(host, model(SMOL), "-c", 8192, "-lv", 4, env=environment(plugin, TQKV_PLAN=str(plan)))
+    assert status == 0, log
+    found = re.search(r"active: ([0-9.]+)x \(([0-9.]+) bits per value at 8192 tokens\), plan smollm2.tqkv, 30 layers",
+                      log)
+    assert found and float(found[1]) > 4.0, ours(log)
+    size = re.search(r"TURBOQUANT KV buffer size = +([0-9.]+) MiB", log)
+    assert size and float(size[1]) < 180 / 4, "llama.cpp reports what the cache takes"
+    assert text.strip()
+
+
+def test_plan_beside_the_model(host, plugin, model, plan, tmp_path):
+    (tmp_path / "m.gguf").symlink_to(model(SMOL))
+    shutil.copy(plan, tmp_path / "m.tqkv")
+    _, status, log = complete(host, tmp_path / "m.gguf", "-c", 256, n=2, env=environment(plugin))
+    assert status == 0, log
+    assert "plan m.tqkv, 30 layers" in log
+
+
+def test_plan_of_another_model(host, plugin, model, plan):
+    _, status, log = complete(host, model(GEMMA), "-c", 256, n=2, env=environment(plugin, TQKV_PLAN=str(plan)))
+    assert status != 0
+    assert "was made for another model" in log and "tqkv calibrate" in log
+    assert "unable to create context" in log or "failed to" in log
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def flipped(data):
+    data = bytearray(data)
+    data[len(data) // 2] ^= 4
+    return bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flipped, lambda data: b"", lambda data: b"GGUF" + data[4:]],
+                         ids=["cut", "flipped", "empty", "foreign"])
+def test_damaged_plan(host, plugin, model, plan, tmp_path, damage):
+    path = tmp_path / "bad.tqkv"
+    path.write_bytes(damage(plan.read_bytes()))
+    _, status, log = complete(host, model(SMOL), "-c", 256, n=2, env=environment(plugin, TQKV_PLAN=str(path)))
+    assert status > 0, log  # no signal, no run without compression
+    assert f"turboquant: not active: plan {path}" in log
+
+
+@pytest.mark.parametrize("variables", [{"TQKV_PLAN": "/nonexistent/x.tqkv"}, {"TQKV_MODE": "fast"},
+                                       {"TQKV_STATE": "quick"}], ids=lambda v: next(iter(v)))
+def test_settings_without_meaning(host, plugin, model, variables):
+    _, status, log = complete(host, model(SMOL), "-c", 256, n=2, env=environment(plugin, **variables))
+    assert status > 0
+    assert "turboquant: not active" in log and next(iter(variables.values())) in log
+    assert "TURBOQUANT0" in log  # llama.cpp stops because the device is missing
+
+
+def test_no_flash_attention(host, plugin, model):
+    want, _, _ = complete(host, model(SMOL), "-c", 256, "-fa", "off", env=environment())
+    text, status, log = complete(host, model(SMOL), "-c", 256, "-fa", "off", env=environment(plugin))
+    assert status == 0, log
+    assert "not active: flash attention is off" in log
+    assert text == want
+
+
+def test_quantised_cache_type(host, plugin, model, plan):
+    text, status, log = complete(host, model(SMOL), "-c", 256, "-ctk", "q8_0", "-ctv", "q8_0",
+                                 env=environment(plugin, TQKV_PLAN=str(plan)))
+    assert status == 0 and text.strip(), log
+    assert "built-in q8" in log and "leave -ctk and -ctv at f16" in log
+
+
+@pytest.mark.parametrize("args", [["-nkvo"], ["-ngl", "0"]], ids=["nkvo", "ngl0"])
+def test_cache_kept_by_the_host(host, plugin, model, args):
+    _, status, log = complete(host, model(SMOL), "-c", 256, *args, n=2, env=environment(plugin))
+    assert status == 0, log
+    assert "turboquant: not active: llama.cpp keeps the cache" in log
+
+
+def test_some_layers(host, plugin, model, plan):
+    _, status, log = complete(host, model(SMOL), "-c", 256, "-ngl", 10, n=4,
+                              env=environment(plugin, TQKV_PLAN=str(plan)))
+    assert status == 0, log
+    assert "plan smollm2.tqkv, 9 layers" in log
+
+
+def test_scaled_rope(host, plugin, model, plan):
+    text, status, log = complete(host, model(SMOL), "-c", 256, "--rope-scaling", "yarn", "--rope-scale", 4,
+                                 "--yarn-orig-ctx", 2048, env=environment(plugin, TQKV_PLAN=str(plan)))
+    assert status == 0 and text.strip(), log
+    assert "RoPE of layer 0 is not the one" in log
+
+
+def test_context_shift(host, plugin, model, plan):
+    """Twice around a small context."""
+    text, status, log = complete(host, model(SMOL), "-c", 128, "--context-shift", "--ignore-eos", n=200,
+                                 env=environment(plugin, TQKV_PLAN=str(plan)))
+    assert status == 0, log
+    assert len(text) > 300
+    assert "uncompressed" not in log
+
+
+class Server:
+    def __init__(self, host, model, folder, env):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.log = open(folder / "server.log", "w+")
+        self.process = subprocess.Popen(
+            [host.tool("llama-server"), "-m", str(model), "-c", "512", "-np", "2", "-t", "1", "--port", str(self.port),
+             "--slot-save-path", str(folder), "--no-warmup"], stdout=self.log, stderr=self.log, env=env)
+        for _ in range(600):
+            try:
+                if self.get("/health")["status"] == "ok":
+                    return
+            except OSError:
+                time.sleep(0.1)
+            if self.process.poll() is not None:
+                break
+        self.stop()
+        raise AssertionError((folder / "server.log").read_text()[-3000:])
+
+    def get(self, path, body=None):
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data,
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+
+    def complete(self, slot, prompt, n=12):
+        return self.get("/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, "id_slot": slot,
+                                        "cache_prompt": True})["content"]
+
+    def slot(self, number, action, **body):
+        return self.get(f"/slots/{number}?action={action}", body)
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(timeout=60)
+        self.log.close()
+
+
+@pytest.mark.parametrize("mode", ["f16", "plan"])
+def test_server_slots(host, plugin, model, plan, tmp_path, mode):
+    env = environment(plugin, TQKV_MODE="f16") if mode == "f16" else environment(plugin, TQKV_PLAN=str(plan))
+    server = Server(host, model(SMOL), tmp_path, env)
+    try:
+        # two sequences at once
+        texts = [None, None]
+        prompts = [PROMPT, "def fibonacci(n):\n    "]
+
+        def ask(i):
+            texts[i] = server.complete(i, prompts[i])
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(2)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert all(texts)
+
+        server.slot(0, "save", filename="first")
+        server.slot(0, "erase")
+        restored = server.slot(0, "restore", filename="first")
+        assert restored["n_restored"] > 10
+        server.slot(0, "save", filename="second")
+        assert filecmp.cmp(tmp_path / "first", tmp_path / "second", shallow=False)
+        # the restored tokens are used and say the same
+        longer = prompts[0] + texts[0]
+        after = server.complete(0, longer)
+        assert after
+    finally:
+        server.stop()
+    log = (tmp_path / "server.log").read_text()
+    assert "turboquant: active" in log

@@ -1,0 +1,213 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Cuts a call into tasks and merges what they found.
+ *
+ *     task = KV head x block of query rows x part of the blocks of all spans
+ *
+ * With one part the task writes the output itself. Otherwise each part leaves its sums in scratch
+ * and a second round merges the parts of a block of rows, in order.
+ */
+#include "attn/attention.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "attn/attn_tile.h"
+#include "base/parallel.h"
+
+/* Enough to keep many threads busy, few enough that merging stays small. */
+#define TASKS_WANTED 64
+/* A part has at least that many blocks, so that making q' stays small beside reading the rows. */
+#define PART_BLOCKS_MIN 16
+
+typedef struct attend_call {
+    const tqkvi_attention *attention;
+    uint32_t n_row_blocks, rows_per_block, n_rows; /* of one KV head */
+    uint32_t n_parts, part_blocks;
+    uint32_t n_blocks; /* of all spans */
+    uint8_t *work;     /* [n_workers] */
+    size_t work_bytes;
+    uint8_t *parts; /* [KV heads][row blocks][parts] sums */
+    size_t part_bytes;
+} attend_call;
+
+/* Sums of one part: m, l, nonzero, used, then acc[2] of [rows][v_dim]. */
+typedef struct part_sums {
+    float m[TQKVI_ATTN_ROWS_MAX];
+    float l[TQKVI_ATTN_ROWS_MAX];
+    float nonzero[TQKVI_ATTN_ROWS_MAX];
+    bool used[2];
+} part_sums;
+
+static size_t part_bytes(const tqkv_plan_layer *shape, size_t n_rows)
+{
+    const size_t bytes = sizeof(part_sums) + 2 * n_rows * shape->v_dim * sizeof(float);
+
+    return (bytes + TQKV_ALIGN - 1) / TQKV_ALIGN * TQKV_ALIGN;
+}
+
+static uint32_t div_up(uint32_t a, uint32_t b)
+{
+    return a / b + (a % b != 0);
+}
+
+static uint32_t parts_wanted(uint32_t n_kv_heads, uint32_t n_row_blocks)
+{
+    const uint64_t n = (uint64_t)n_kv_heads * n_row_blocks;
+
+    return n >= TASKS_WANTED ? 1 : div_up(TASKS_WANTED, (uint32_t)n);
+}
+
+size_t tqkvi_attention_scratch_bytes(const tqkv_plan_layer *shape, uint32_t n_q, size_t n_workers)
+{
+    const uint32_t rows = tqkvi_attn_rows(shape);
+    const uint64_t n_rows = (uint64_t)n_q * (shape->n_heads / shape->n_kv_heads);
+    size_t bytes, parts = 0;
+
+    /* Fewer row blocks mean more parts: the worst number of row blocks up to n_q's counts. */
+    for (uint64_t n = 1; n <= n_rows / rows + 1; n++) {
+        const uint32_t n_parts = parts_wanted(shape->n_kv_heads, (uint32_t)n);
+        if (n_parts == 1)
+            break;
+        const size_t held = (size_t)shape->n_kv_heads * n * n_parts *
+                            part_bytes(shape, n_rows < rows ? n_rows : rows);
+        parts = held > parts ? held : parts;
+    }
+    if (tqkvi_size_mul(tqkvi_attn_work_bytes(shape), n_workers ? n_workers : 1, &bytes) !=
+            TQKV_OK ||
+        tqkvi_size_add(bytes, parts, &bytes) != TQKV_OK)
+        return SIZE_MAX;
+    return bytes;
+}
+
+/* Walks the blocks [first, end) of the spans as if they lay one after another. */
+static void walk_part(tqkvi_attn_work *work, const tqkvi_attention *attention, uint32_t first,
+                      uint32_t end)
+{
+    uint32_t start = 0;
+
+    for (size_t i = 0; i < attention->n_spans && start < end; i++) {
+        const tqkvi_span *span = &attention->spans[i];
+        const uint32_t n = tqkvi_span_blocks(span, attention->args);
+        const uint32_t from = first > start ? first - start : 0;
+        const uint32_t to = end - start < n ? end - start : n;
+        if (from < to)
+            tqkvi_attn_walk(work, span, from, to);
+        start += n;
+    }
+}
+
+static tqkvi_attn_work *open_rows(const attend_call *call, size_t worker, size_t rows_index)
+{
+    const uint32_t g = (uint32_t)(rows_index / call->n_row_blocks);
+    const uint32_t first = (uint32_t)(rows_index % call->n_row_blocks) * call->rows_per_block;
+    const uint32_t left = call->n_rows - first;
+
+    return tqkvi_attn_work_init(call->work + worker * call->work_bytes, call->attention, g, first,
+                                left < call->rows_per_block ? left : call->rows_per_block);
+}
+
+static void save_part(tqkvi_attn_work *work, uint8_t *memory)
+{
+    const size_t n = (size_t)work->n_rows * work->attention->layer->shape.v_dim;
+    part_sums *part = (part_sums *)(void *)memory;
+    float *acc = (float *)(void *)(memory + sizeof(*part));
+
+    tqkvi_attn_settle(work);
+    memcpy(part->m, work->m, sizeof(part->m));
+    memcpy(part->l, work->l, sizeof(part->l));
+    memcpy(part->nonzero, work->nonzero, sizeof(part->nonzero));
+    memcpy(part->used, work->used, sizeof(part->used));
+    for (int space = 0; space < 2; space++)
+        if (work->used[space])
+            memcpy(acc + (size_t)space * n, work->acc[space], n * sizeof(*acc));
+}
+
+static void merge_part(tqkvi_attn_work *work, const uint8_t *memory)
+{
+    const size_t dim = work->attention->layer->shape.v_dim;
+    const part_sums *part = (const part_sums *)(const void *)memory;
+    const float *acc = (const float *)(const void *)(memory + sizeof(*part));
+
+    for (uint32_t r = 0; r < work->n_rows; r++) {
+        const float m = work->m[r] > part->m[r] ? work->m[r] : part->m[r];
+        if (m == -INFINITY)
+            continue;
+        const float old = expf(work->m[r] - m), new = expf(part->m[r] - m);
+        work->m[r] = m;
+        work->l[r] = work->l[r] * old + part->l[r] * new;
+        work->nonzero[r] = work->nonzero[r] * old + part->nonzero[r] * new;
+        for (size_t space = 0; space < 2; space++) {
+            float *to = work->acc[space] + r * dim;
+            const float *from = acc + (space * work->n_rows + r) * dim;
+            if (part->used[space])
+                for (size_t d = 0; d < dim; d++)
+                    to[d] = to[d] * old + from[d] * new;
+            else if (work->used[space])
+                for (size_t d = 0; d < dim; d++)
+                    to[d] *= old;
+        }
+    }
+    work->used[0] |= part->used[0];
+    work->used[1] |= part->used[1];
+}
+
+static void attend_task(void *user, size_t i, size_t worker)
+{
+    const attend_call *call = user;
+    const uint32_t part = (uint32_t)(i % call->n_parts);
+    tqkvi_attn_work *work = open_rows(call, worker, i / call->n_parts);
+    const uint32_t first = part * call->part_blocks;
+    const uint32_t left = call->n_blocks - first;
+
+    tqkvi_attn_load_q(work);
+    walk_part(work, call->attention, first,
+              first + (left < call->part_blocks ? left : call->part_blocks));
+    if (call->n_parts == 1)
+        tqkvi_attn_finish(work);
+    else
+        save_part(work, call->parts + i * call->part_bytes);
+}
+
+static void merge_task(void *user, size_t i, size_t worker)
+{
+    const attend_call *call = user;
+    tqkvi_attn_work *work = open_rows(call, worker, i);
+
+    for (uint32_t part = 0; part < call->n_parts; part++)
+        merge_part(work, call->parts + (i * call->n_parts + part) * call->part_bytes);
+    tqkvi_attn_finish(work);
+}
+
+void tqkvi_attend(const tqkvi_attention *attention, const tqkv_parallel *parallel)
+{
+    const tqkv_plan_layer *shape = &attention->layer->shape;
+    const size_t n_workers = parallel ? parallel->n_workers : 1;
+    attend_call call = {.attention = attention,
+                        .rows_per_block = tqkvi_attn_rows(shape),
+                        .n_rows = attention->args->n_q * (shape->n_heads / shape->n_kv_heads),
+                        .work = attention->args->scratch,
+                        .work_bytes = tqkvi_attn_work_bytes(shape)};
+
+    if (call.n_rows == 0)
+        return;
+    for (size_t i = 0; i < attention->n_spans; i++)
+        call.n_blocks += tqkvi_span_blocks(&attention->spans[i], attention->args);
+    call.n_row_blocks = div_up(call.n_rows, call.rows_per_block);
+
+    uint32_t n_parts = parts_wanted(shape->n_kv_heads, call.n_row_blocks);
+    if (n_parts > call.n_blocks / PART_BLOCKS_MIN)
+        n_parts = call.n_blocks / PART_BLOCKS_MIN;
+    call.part_blocks =
+        n_parts <= 1 ? call.n_blocks
+                     : div_up(div_up(call.n_blocks, n_parts), PART_BLOCKS_MIN) * PART_BLOCKS_MIN;
+    call.n_parts = n_parts <= 1 ? 1 : div_up(call.n_blocks, call.part_blocks);
+    call.parts = call.work + n_workers * call.work_bytes;
+    call.part_bytes =
+        part_bytes(shape, call.n_rows < call.rows_per_block ? call.n_rows : call.rows_per_block);
+
+    const size_t n_rows_tasks = (size_t)shape->n_kv_heads * call.n_row_blocks;
+    tqkvi_run(parallel, n_rows_tasks * call.n_parts, attend_task, &call);
+    if (call.n_parts > 1)
+        tqkvi_run(parallel, n_rows_tasks, merge_task, &call);
+}

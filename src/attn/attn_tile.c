@@ -1,0 +1,389 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Tiles: gather blocks that are seen, score them, step the softmax, add up V.
+ */
+#include "attn/attn_tile.h"
+
+#include <math.h>
+#include <string.h>
+
+static size_t round_floats(size_t n)
+{
+    const size_t unit = TQKV_ALIGN / sizeof(float);
+
+    return (n + unit - 1) / unit * unit;
+}
+
+uint32_t tqkvi_attn_rows(const tqkv_plan_layer *shape)
+{
+    const uint32_t dim = shape->k_dim > shape->v_dim ? shape->k_dim : shape->v_dim;
+
+    return dim <= 128 ? TQKVI_ATTN_ROWS_MAX : dim <= 256 ? 32 : 16;
+}
+
+/* Floats of the arrays, in the order of the struct. */
+static void array_floats(const tqkv_plan_layer *shape, size_t n[9])
+{
+    const size_t rows = tqkvi_attn_rows(shape);
+
+    n[0] = n[1] = n[2] = rows * shape->k_dim;
+    n[3] = (size_t)TQKVI_TILE_TOKENS * shape->k_dim;
+    n[4] = (size_t)TQKVI_TILE_TOKENS * shape->v_dim;
+    n[5] = n[6] = rows * TQKVI_TILE_TOKENS;
+    n[7] = n[8] = rows * shape->v_dim;
+    for (int i = 0; i < 9; i++)
+        n[i] = round_floats(n[i]) + TQKV_ALIGN / sizeof(float); /* kernels may read past the end */
+}
+
+size_t tqkvi_attn_work_bytes(const tqkv_plan_layer *shape)
+{
+    size_t n[9], bytes = sizeof(tqkvi_attn_work);
+
+    array_floats(shape, n);
+    for (int i = 0; i < 9; i++)
+        bytes += n[i] * sizeof(float);
+    return bytes;
+}
+
+tqkvi_attn_work *tqkvi_attn_work_init(void *memory, const tqkvi_attention *attention, uint32_t g,
+                                      uint32_t first_row, uint32_t n_rows)
+{
+    const tqkv_plan_layer *shape = &attention->layer->shape;
+    const uint32_t group = shape->n_heads / shape->n_kv_heads;
+    tqkvi_attn_work *work = memory;
+    float *next = (float *)(work + 1);
+    size_t n[9];
+
+    *work =
+        (tqkvi_attn_work){.attention = attention, .g = g, .first_row = first_row, .n_rows = n_rows};
+    work->sight = (tqkvi_sight){.kernels = attention->kernels,
+                                .args = attention->args,
+                                .first_q = first_row / group,
+                                .last_q = (first_row + n_rows - 1) / group};
+    float **const arrays[9] = {&work->q, &work->turned, &work->coded,  &work->k,     &work->v,
+                               &work->s, &work->bias,   &work->acc[0], &work->acc[1]};
+    array_floats(shape, n);
+    for (int i = 0; i < 9; i++) {
+        *arrays[i] = next;
+        next += n[i];
+    }
+    for (uint32_t r = 0; r < n_rows; r++) {
+        work->m[r] = -INFINITY;
+        work->pending[SPACE_Y][r] = work->pending[SPACE_X][r] = 1;
+    }
+    memset(work->acc[SPACE_Y], 0, (size_t)n_rows * shape->v_dim * sizeof(float));
+    memset(work->acc[SPACE_X], 0, (size_t)n_rows * shape->v_dim * sizeof(float));
+    return work;
+}
+
+void tqkvi_attn_load_q(tqkvi_attn_work *work)
+{
+    const tqkv_attend_args *args = work->attention->args;
+    const tqkv_plan_layer *shape = &work->attention->layer->shape;
+    const uint32_t group = shape->n_heads / shape->n_kv_heads;
+    const size_t dim = shape->k_dim;
+
+    for (uint32_t r = 0; r < work->n_rows; r++) {
+        const uint32_t row = work->first_row + r;
+        const size_t h = (size_t)work->g * group + row % group;
+        const float *from = args->q + row / group * args->q_token_stride + h * args->q_head_stride;
+        for (size_t d = 0; d < dim; d++)
+            work->q[r * dim + d] = from[d] * args->scale;
+    }
+}
+
+static float dot_mean(const float *q, const float *mean, size_t dim)
+{
+    float sums[TQKV_UNIT_CHANNELS] = {0}, sum = 0;
+
+    for (size_t d = 0; d < dim; d += TQKV_UNIT_CHANNELS)
+        for (size_t i = 0; i < TQKV_UNIT_CHANNELS; i++)
+            sums[i] += q[d + i] * mean[d + i];
+    for (size_t i = 0; i < TQKV_UNIT_CHANNELS; i++)
+        sum += sums[i];
+    return sum;
+}
+
+/* Makes q' of a base for every row. */
+static void set_base(tqkvi_attn_work *work, int32_t base)
+{
+    const tqkvi_attention *attention = work->attention;
+    const tqkvi_attn_head *head = &attention->heads[TQKV_SIDE_K][work->g];
+    const size_t dim = attention->layer->shape.k_dim;
+
+    if (work->has_base && (work->base == base || !attention->turn))
+        return;
+    memcpy(work->turned, work->q, work->n_rows * dim * sizeof(float));
+    if (attention->turn)
+        attention->turn(attention->turn_user, base, work->turned, work->n_rows);
+    for (uint32_t r = 0; r < work->n_rows; r++)
+        work->q_mean[r] = dot_mean(work->turned + r * dim, head->mean, dim);
+    attention->kernels->dot_tile(work->turned, work->n_rows, head->inverse, dim, dim, work->coded,
+                                 dim);
+    work->has_base = true;
+    work->base = base;
+}
+
+static void load_raw(tqkvi_attn_work *work, tqkv_side side, float *out)
+{
+    const tqkvi_attn_tile *tile = &work->tile;
+    const tqkv_plan_layer *shape = &work->attention->layer->shape;
+    const size_t dim = side == TQKV_SIDE_K ? shape->k_dim : shape->v_dim;
+    const size_t stride = dim * shape->n_kv_heads;
+
+    for (uint32_t p = 0; p < tile->n_blocks; p++) {
+        const size_t first = (size_t)tile->block[p] * TQKVI_BLOCK_TOKENS;
+        for (size_t i = 0; i < TQKVI_BLOCK_TOKENS; i++, out += dim) {
+            if (first + i < tile->span->n_tokens)
+                memcpy(out, tile->span->rows[side] + (first + i) * stride + work->g * dim,
+                       dim * sizeof(*out));
+            else
+                memset(out, 0, dim * sizeof(*out));
+        }
+    }
+}
+
+/* Rows of the tile to out. Coded rows also set scale and on. Returns the space of the rows. */
+static int load_rows(tqkvi_attn_work *work, tqkv_side side, float *out)
+{
+    const tqkvi_attention *attention = work->attention;
+    const tqkvi_attn_tile *tile = &work->tile;
+    const tqkvi_span *span = tile->span;
+
+    if (!span->layout) {
+        load_raw(work, side, out);
+        return SPACE_X;
+    }
+    const tqkvi_layout *layout = &attention->layer->heads[side][work->g].layout[span->tier];
+    const bool plain = !attention->heads[side][work->g].inverse;
+    const size_t floats = (size_t)TQKVI_BLOCK_TOKENS * layout->n_units * TQKV_UNIT_CHANNELS;
+    for (uint32_t p = 0; p < tile->n_blocks; p++, out += floats) {
+        const uint8_t *section = span->blocks + (size_t)tile->block[p] * span->layout->block_bytes +
+                                 span->layout->section[side][work->g];
+        const uint8_t *codes = section + TQKVI_BLOCK_TOKENS;
+        if (plain) {
+            attention->kernels->half_to_float(codes, out, floats);
+            continue;
+        }
+        attention->kernels->unpack_rows(layout, codes, TQKVI_BLOCK_TOKENS, out);
+        for (uint32_t i = 0; i < TQKVI_BLOCK_TOKENS; i++) {
+            work->scale[side][p * TQKVI_BLOCK_TOKENS + i] = tqkvk_scale_value(section[i]);
+            work->on[side][p * TQKVI_BLOCK_TOKENS + i] = section[i] != 0;
+        }
+    }
+    return plain ? SPACE_X : SPACE_Y;
+}
+
+static void load_bias(tqkvi_attn_work *work)
+{
+    const tqkvi_attn_tile *tile = &work->tile;
+    const tqkvi_sight *sight = &work->sight;
+
+    for (uint32_t q = sight->first_q; q <= sight->last_q; q++) {
+        float *bias = work->bias + (size_t)(q - sight->first_q) * TQKVI_TILE_TOKENS;
+        bool used = false;
+        for (uint32_t p = 0; p < tile->n_blocks; p++, bias += TQKVI_BLOCK_TOKENS)
+            used |= tqkvi_sight_bias(sight, tile->span, tile->block[p], tile->visible[p], q, bias);
+        work->bias_used[q - sight->first_q] = used;
+    }
+}
+
+/*
+ * The loops below go over 16 scores at a time with a fixed count, which compilers turn into vector
+ * code without reordering any sum.
+ */
+#define LANES TQKVI_BLOCK_TOKENS
+
+static void scale_scores(float *restrict s, size_t n, const float *restrict scale,
+                         const float *restrict on, float q_mean)
+{
+    for (size_t i = 0; i < n; i += LANES)
+        for (size_t j = i; j < i + LANES; j++)
+            s[j] = s[j] * scale[j] + q_mean * on[j];
+}
+
+static void add_bias(float *restrict s, size_t n, const float *restrict bias, float slope)
+{
+    for (size_t i = 0; i < n; i += LANES)
+        for (size_t j = i; j < i + LANES; j++)
+            s[j] = bias[j] == -INFINITY ? -INFINITY : s[j] + slope * bias[j];
+}
+
+/* Dot products of row r to scores: scales, mean, softcap, mask. */
+static void fix_scores(tqkvi_attn_work *work, uint32_t r, size_t n, int space)
+{
+    const tqkv_attend_args *args = work->attention->args;
+    const tqkv_plan_layer *shape = &work->attention->layer->shape;
+    const uint32_t group = shape->n_heads / shape->n_kv_heads;
+    const uint32_t q = (work->first_row + r) / group - work->sight.first_q;
+    float *s = work->s + (size_t)r * TQKVI_TILE_TOKENS;
+
+    if (space == SPACE_Y)
+        scale_scores(s, n, work->scale[TQKV_SIDE_K], work->on[TQKV_SIDE_K], work->q_mean[r]);
+    if (args->softcap != 0)
+        for (size_t i = 0; i < n; i++)
+            s[i] = args->softcap * tanhf(s[i] / args->softcap);
+    if (work->bias_used[q]) {
+        const float slope =
+            args->slopes ? args->slopes[work->g * group + (work->first_row + r) % group] : 1;
+        add_bias(s, n, work->bias + (size_t)q * TQKVI_TILE_TOKENS, slope);
+    }
+}
+
+/* Probabilities times the scales of V. Returns the sum of those whose row is not zero. */
+static float weigh_values(float *restrict s, size_t n, const float *restrict scale,
+                          const float *restrict on)
+{
+    float sums[LANES] = {0}, sum = 0;
+
+    for (size_t i = 0; i < n; i += LANES) {
+        for (size_t j = 0; j < LANES; j++) {
+            sums[j] += s[i + j] * on[i + j];
+            s[i + j] *= scale[i + j];
+        }
+    }
+    for (size_t j = 0; j < LANES; j++)
+        sum += sums[j];
+    return sum;
+}
+
+static void flush(tqkvi_attn_work *work)
+{
+    const tqkvk_table *kernels = work->attention->kernels;
+    const tqkv_plan_layer *shape = &work->attention->layer->shape;
+    const size_t n = (size_t)work->tile.n_blocks * TQKVI_BLOCK_TOKENS;
+
+    if (n == 0)
+        return;
+    const int k_space = load_rows(work, TQKV_SIDE_K, work->k);
+    if (k_space == SPACE_Y)
+        set_base(work, work->tile.base);
+    const float *q = k_space == SPACE_Y ? work->coded : work->q;
+    kernels->dot_tile(q, work->n_rows, work->k, n, shape->k_dim, work->s, TQKVI_TILE_TOKENS);
+
+    const int v_space = load_rows(work, TQKV_SIDE_V, work->v);
+    load_bias(work);
+    for (uint32_t r = 0; r < work->n_rows; r++) {
+        float *s = work->s + (size_t)r * TQKVI_TILE_TOKENS;
+        fix_scores(work, r, n, k_space);
+        const float f = kernels->softmax_step(s, n, &work->m[r], &work->l[r]);
+        work->nonzero[r] *= f;
+        if (v_space == SPACE_Y)
+            work->nonzero[r] += weigh_values(s, n, work->scale[TQKV_SIDE_V], work->on[TQKV_SIDE_V]);
+        work->f[r] = f * work->pending[v_space][r];
+        work->pending[v_space][r] = 1;
+        work->pending[!v_space][r] *= f;
+    }
+    kernels->accumulate_tile(work->s, TQKVI_TILE_TOKENS, work->n_rows, work->v, n, shape->v_dim,
+                             work->f, work->acc[v_space]);
+    work->used[v_space] = true;
+    work->tile.n_blocks = 0;
+}
+
+static void add_block(tqkvi_attn_work *work, uint32_t block, uint32_t visible, int32_t base)
+{
+    tqkvi_attn_tile *tile = &work->tile;
+
+    if (tile->n_blocks == TQKVI_TILE_BLOCKS || (tile->n_blocks > 0 && tile->base != base))
+        flush(work);
+    tile->base = base;
+    tile->block[tile->n_blocks] = block;
+    tile->visible[tile->n_blocks] = visible;
+    tile->n_blocks++;
+}
+
+/* Tokens of a block differ in their bases: once over the blocks for each base. */
+static void walk_by_base(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t first,
+                         uint32_t end)
+{
+    int64_t after = INT64_MIN;
+    int32_t base;
+
+    while (tqkvi_span_next_base(span, first, end, work->attention->args, after, &base)) {
+        for (uint32_t block = first; block < end; block++) {
+            uint32_t seen = tqkvi_span_same_base(span, block, base);
+            if (seen)
+                seen &= tqkvi_sight_block(&work->sight, span, block);
+            if (seen)
+                add_block(work, block, seen, base);
+        }
+        after = base;
+    }
+}
+
+void tqkvi_attn_walk(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t first, uint32_t end)
+{
+    const bool coded_k = span->layout && work->attention->heads[TQKV_SIDE_K][work->g].inverse;
+    const bool turns = coded_k && work->attention->turn;
+
+    work->tile.span = span;
+    if (turns && span->slot_bases) {
+        walk_by_base(work, span, first, end);
+    } else {
+        for (uint32_t block = first; block < end; block++) {
+            const uint32_t seen = tqkvi_sight_block(&work->sight, span, block);
+            if (seen)
+                add_block(work, block, seen, turns ? span->block_bases[block] : 0);
+        }
+    }
+    flush(work);
+}
+
+void tqkvi_attn_settle(tqkvi_attn_work *work)
+{
+    const size_t dim = work->attention->layer->shape.v_dim;
+
+    for (int space = 0; space < 2; space++) {
+        for (uint32_t r = 0; r < work->n_rows && work->used[space]; r++) {
+            const float f = work->pending[space][r];
+            work->pending[space][r] = 1;
+            for (size_t d = 0; d < dim && f != 1; d++)
+                work->acc[space][r * dim + d] *= f;
+        }
+    }
+}
+
+static void write_row(const tqkvi_attn_work *work, uint32_t r)
+{
+    const tqkvi_attention *attention = work->attention;
+    const tqkv_attend_args *args = attention->args;
+    const tqkv_plan_layer *shape = &attention->layer->shape;
+    const tqkvi_attn_head *head = &attention->heads[TQKV_SIDE_V][work->g];
+    const uint32_t group = shape->n_heads / shape->n_kv_heads;
+    const uint32_t row = work->first_row + r;
+    const size_t t = row / group, h = (size_t)work->g * group + row % group;
+    const float *acc = work->acc[SPACE_X] + (size_t)r * shape->v_dim;
+    float *out = args->out + t * args->out_token_stride + h * args->out_head_stride;
+    float m = work->m[r], l = work->l[r], f = 1;
+
+    if (args->sinks) {
+        const float top = m > args->sinks[h] ? m : args->sinks[h];
+        f = m == -INFINITY ? 0 : expf(m - top);
+        l = top == -INFINITY ? 0 : l * f + expf(args->sinks[h] - top);
+        m = top;
+    }
+    const float factor = l > 0 ? f / l : 0;
+    const float mean_factor = work->used[SPACE_Y] ? work->nonzero[r] : 0;
+    for (size_t d = 0; d < shape->v_dim; d++)
+        out[d] = (head->inverse ? acc[d] + mean_factor * head->mean[d] : acc[d]) * factor;
+    if (args->lse)
+        args->lse[t * shape->n_heads + h] = l > 0 ? m + logf(l) : -INFINITY;
+}
+
+void tqkvi_attn_finish(tqkvi_attn_work *work)
+{
+    const tqkvi_attention *attention = work->attention;
+    const tqkv_plan_layer *shape = &attention->layer->shape;
+    const tqkvi_attn_head *head = &attention->heads[TQKV_SIDE_V][work->g];
+
+    tqkvi_attn_settle(work);
+    if (work->used[SPACE_Y]) {
+        for (uint32_t r = 0; r < work->n_rows; r++)
+            work->f[r] = 1;
+        attention->kernels->accumulate_tile(work->acc[SPACE_Y], shape->v_dim, work->n_rows,
+                                            head->inverse, shape->v_dim, shape->v_dim, work->f,
+                                            work->acc[SPACE_X]);
+    }
+    for (uint32_t r = 0; r < work->n_rows; r++)
+        write_row(work, r);
+}

@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * One worker's state: a block of query rows of one KV head, the tile of tokens being gathered for
+ * it, and the sums of the online softmax.
+ *
+ *     rows    (query token, head of the group) pairs of one KV head, at most work->n_rows
+ *     tile    up to 4 blocks of 16 tokens that share a span and a base
+ *     sums    m, l as usual; acc[SPACE_Y] of coded V, acc[SPACE_X] of plain and raw V, nonzero:
+ *             the part of l that belongs to rows that are not the zero vector
+ */
+#ifndef TQKVI_ATTN_TILE_H
+#define TQKVI_ATTN_TILE_H
+
+#include "attn/attn_sight.h"
+
+#define TQKVI_TILE_BLOCKS 4
+#define TQKVI_TILE_TOKENS (TQKVI_TILE_BLOCKS * TQKVI_BLOCK_TOKENS)
+#define TQKVI_ATTN_ROWS_MAX 64
+
+enum { SPACE_Y = 0, SPACE_X = 1 };
+
+typedef struct tqkvi_attn_tile {
+    const tqkvi_span *span;
+    uint32_t n_blocks;
+    int32_t base;
+    uint32_t block[TQKVI_TILE_BLOCKS];
+    uint32_t visible[TQKVI_TILE_BLOCKS];
+} tqkvi_attn_tile;
+
+typedef struct tqkvi_attn_work {
+    _Alignas(TQKV_ALIGN) float f[TQKVI_ATTN_ROWS_MAX];
+    float m[TQKVI_ATTN_ROWS_MAX];
+    float l[TQKVI_ATTN_ROWS_MAX];
+    float nonzero[TQKVI_ATTN_ROWS_MAX];
+    float pending[2][TQKVI_ATTN_ROWS_MAX]; /* factor that acc still lacks */
+    float q_mean[TQKVI_ATTN_ROWS_MAX];     /* q_base.mean of the base in `coded` */
+    float scale[2][TQKVI_TILE_TOKENS];     /* of the tile's rows, by side */
+    float on[2][TQKVI_TILE_TOKENS];        /* 0 for the zero vector, otherwise 1 */
+    bool bias_used[TQKVI_ATTN_ROWS_MAX];
+    bool used[2]; /* acc was written */
+    bool has_base;
+    int32_t base;
+    tqkvi_attn_tile tile;
+
+    const tqkvi_attention *attention;
+    tqkvi_sight sight;
+    uint32_t g;
+    uint32_t first_row,
+        n_rows; /* rows of this KV head; row = query token * group + head of the group */
+    /* Arrays behind this struct. */
+    float *q;      /* [rows][k_dim] times the softmax scale */
+    float *turned; /* [rows][k_dim] turned to the base */
+    float *coded;  /* [rows][k_dim] q' of the base */
+    float *k;      /* [TQKVI_TILE_TOKENS][k_dim] */
+    float *v;      /* [TQKVI_TILE_TOKENS][v_dim] */
+    float *s;      /* [rows][TQKVI_TILE_TOKENS] */
+    float *bias;   /* [query tokens][TQKVI_TILE_TOKENS] */
+    float *acc[2]; /* [rows][v_dim] */
+} tqkvi_attn_work;
+
+/* Query rows that one task takes: fewer for large heads, so that its arrays stay in the cache. */
+uint32_t tqkvi_attn_rows(const tqkv_plan_layer *shape);
+
+/* Bytes of one worker, a multiple of TQKV_ALIGN. */
+size_t tqkvi_attn_work_bytes(const tqkv_plan_layer *shape);
+
+/* Lays the arrays out in memory of that size and empties the sums; rows as in tqkvi_attn_work. */
+tqkvi_attn_work *tqkvi_attn_work_init(void *memory, const tqkvi_attention *attention, uint32_t g,
+                                      uint32_t first_row, uint32_t n_rows);
+/* Reads the query rows. */
+void tqkvi_attn_load_q(tqkvi_attn_work *work);
+
+/* Takes blocks [first, end) of a span into the sums. */
+void tqkvi_attn_walk(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t first, uint32_t end);
+
+/* Applies what is pending to both acc. */
+void tqkvi_attn_settle(tqkvi_attn_work *work);
+
+/* Adds the sinks and writes the rows of the output. */
+void tqkvi_attn_finish(tqkvi_attn_work *work);
+
+#endif /* TQKVI_ATTN_TILE_H */

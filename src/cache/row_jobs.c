@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Tasks of up to 16 tokens of one head and side; all their scratch is on the worker's stack. */
+#include "cache/row_jobs.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#include "base/parallel.h"
+
+#define GROUP_TOKENS 16
+
+/* cos and sin of the last base that was asked for. */
+typedef struct turn {
+    bool known;
+    int32_t base;
+    float cos[TQKVI_DIM_MAX / 2];
+    float sin[TQKVI_DIM_MAX / 2];
+} turn;
+
+typedef struct row_scratch {
+    _Alignas(TQKV_ALIGN) float codec[TQKVI_CODEC_SCRATCH_MAX];
+    _Alignas(TQKV_ALIGN) float row[TQKVI_DIM_MAX + TQKV_ALIGN];
+    turn from, to;
+} row_scratch;
+
+typedef struct encode_job {
+    tqkv_store *store;
+    tqkv_side side;
+    const float *rows;
+    const tqkvi_spot *spots;
+    size_t n;
+    atomic_size_t n_bad;
+} encode_job;
+
+typedef struct move_job {
+    tqkv_store *store;
+    const tqkvi_move *moves;
+    size_t n;
+    uint32_t sides;
+} move_job;
+
+/* NULL where nothing turns. */
+static const turn *turn_for(const tqkv_store *store, tqkv_side side, uint32_t g, int32_t base,
+                            turn *held)
+{
+    if (side != TQKV_SIDE_K || !store->has_bases || base == 0 || store->codec->heads[side][g].plain)
+        return NULL;
+    if (!held->known || held->base != base)
+        tqkvi_turn_init(&store->codec->rope, base, held->cos, held->sin);
+    held->known = true;
+    held->base = base;
+    return held;
+}
+
+static bool encode_one(const tqkv_store *store, tqkv_side side, uint32_t g, const tqkvi_spot *spot,
+                       const float *x, turn *held, float *scratch)
+{
+    const turn *t = turn_for(store, side, g, spot->base, held);
+
+    return tqkvi_encode_row(store->codec, side, g, spot->tier, t ? t->cos : NULL, t ? t->sin : NULL,
+                            x, tqkvi_spot_scale(store, spot, side, g),
+                            tqkvi_spot_codes(store, spot, side, g), scratch);
+}
+
+static void decode_one(const tqkv_store *store, tqkv_side side, uint32_t g, const tqkvi_spot *spot,
+                       float *x, turn *held, float *scratch)
+{
+    const turn *t = turn_for(store, side, g, spot->base, held);
+
+    tqkvi_decode_row(store->codec, side, g, spot->tier, t ? t->cos : NULL, t ? t->sin : NULL,
+                     *tqkvi_spot_scale(store, spot, side, g),
+                     tqkvi_spot_codes(store, spot, side, g), x, scratch);
+}
+
+static size_t group_end(size_t group, size_t n)
+{
+    const size_t end = (group + 1) * GROUP_TOKENS;
+
+    return end < n ? end : n;
+}
+
+static void encode_task(void *user, size_t i, size_t worker)
+{
+    encode_job *job = user;
+    const size_t n_heads = job->store->codec->n_kv_heads;
+    const size_t group = i / n_heads;
+    const uint32_t g = (uint32_t)(i % n_heads);
+    const size_t dim = tqkvi_shape_dim(&job->store->codec->layer->shape, job->side);
+    row_scratch scratch;
+    size_t n_bad = 0;
+
+    (void)worker;
+    scratch.to.known = false;
+    for (size_t t = group * GROUP_TOKENS; t < group_end(group, job->n); t++)
+        n_bad += !encode_one(job->store, job->side, g, &job->spots[t],
+                             job->rows + (t * n_heads + g) * dim, &scratch.to, scratch.codec);
+    if (n_bad)
+        atomic_fetch_add(&job->n_bad, n_bad);
+}
+
+void tqkvi_encode_rows(tqkv_store *store, tqkv_side side, const float *rows,
+                       const tqkvi_spot *spots, size_t n, const tqkv_parallel *parallel)
+{
+    encode_job job = {.store = store, .side = side, .rows = rows, .spots = spots, .n = n};
+
+    tqkvi_run(parallel, (n + GROUP_TOKENS - 1) / GROUP_TOKENS * store->codec->n_kv_heads,
+              encode_task, &job);
+    store->n_bad_rows += atomic_load(&job.n_bad);
+}
+
+static void move_one(const move_job *job, const tqkvi_move *move, tqkv_side side, uint32_t g,
+                     row_scratch *scratch)
+{
+    tqkv_store *store = job->store;
+    const bool turns =
+        side == TQKV_SIDE_K && store->has_bases && !store->codec->heads[side][g].plain;
+
+    if (turns && move->from.base != move->to.base) {
+        decode_one(store, side, g, &move->from, scratch->row, &scratch->from, scratch->codec);
+        (void)encode_one(store, side, g, &move->to, scratch->row, &scratch->to, scratch->codec);
+        return;
+    }
+    tqkvi_recode_row(store->codec, side, g, move->from.tier,
+                     *tqkvi_spot_scale(store, &move->from, side, g),
+                     tqkvi_spot_codes(store, &move->from, side, g), move->to.tier,
+                     tqkvi_spot_scale(store, &move->to, side, g),
+                     tqkvi_spot_codes(store, &move->to, side, g), scratch->codec);
+}
+
+static void move_task(void *user, size_t i, size_t worker)
+{
+    const move_job *job = user;
+    const size_t n_heads = job->store->codec->n_kv_heads;
+    const tqkv_side side = (tqkv_side)(i & 1);
+    const size_t group = i / 2 / n_heads;
+    const uint32_t g = (uint32_t)(i / 2 % n_heads);
+    row_scratch scratch;
+
+    (void)worker;
+    if (!(job->sides & TQKVI_SIDE_BIT(side)))
+        return;
+    scratch.from.known = scratch.to.known = false;
+    for (size_t t = group * GROUP_TOKENS; t < group_end(group, job->n); t++)
+        move_one(job, &job->moves[t], side, g, &scratch);
+}
+
+void tqkvi_move_rows(tqkv_store *store, const tqkvi_move *moves, size_t n, uint32_t sides,
+                     const tqkv_parallel *parallel)
+{
+    move_job job = {.store = store, .moves = moves, .n = n, .sides = sides};
+
+    tqkvi_run(parallel, (n + GROUP_TOKENS - 1) / GROUP_TOKENS * store->codec->n_kv_heads * 2,
+              move_task, &job);
+}
+
+void tqkvi_decode_rows(const tqkv_store *store, const tqkvi_spot *spot, tqkv_side side, float *row)
+{
+    const size_t dim = tqkvi_shape_dim(&store->codec->layer->shape, side);
+    row_scratch scratch;
+
+    scratch.from.known = false;
+    for (uint32_t g = 0; g < store->codec->n_kv_heads; g++)
+        decode_one(store, side, g, spot, row + g * dim, &scratch.from, scratch.codec);
+}
+
+void tqkvi_turn_token(tqkv_store *store, const tqkvi_spot *from, const tqkvi_spot *to,
+                      int32_t delta)
+{
+    const tqkv_rope *rope = &store->codec->rope;
+    row_scratch scratch;
+    turn by_delta;
+
+    scratch.from.known = scratch.to.known = false;
+    if (delta != 0)
+        tqkvi_turn_init(rope, delta, by_delta.cos, by_delta.sin);
+    for (uint32_t g = 0; g < store->codec->n_kv_heads; g++) {
+        decode_one(store, TQKV_SIDE_K, g, from, scratch.row, &scratch.from, scratch.codec);
+        if (delta != 0)
+            tqkvi_turn_apply(rope, by_delta.cos, by_delta.sin, false, scratch.row);
+        (void)encode_one(store, TQKV_SIDE_K, g, to, scratch.row, &scratch.to, scratch.codec);
+    }
+}
+
+void tqkvi_zero_rows(const tqkv_store *store, const tqkvi_spot *spot, tqkv_side side)
+{
+    for (uint32_t g = 0; g < store->codec->n_kv_heads; g++) {
+        *tqkvi_spot_scale(store, spot, side, g) = 0;
+        memset(tqkvi_spot_codes(store, spot, side, g), 0,
+               tqkvi_codec_layout(store->codec, side, g, spot->tier)->row_bytes);
+    }
+}

@@ -1,0 +1,301 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * From losses to a plan. Young tiers get their mean widths first; their bytes at the profile's
+ * context, and everything else that is not a code, come off the budget; the rest buys width for
+ * the tokens of the last tier.
+ */
+#include <stdbool.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "calib/allocate.h"
+#include "calib/calibration.h"
+#include "calib/fit.h"
+
+enum {
+    WIDTH_MAX = 8,
+    /* A sliding-window layer reads nothing older than its window. A host that steps back by a few
+     * tokens finds them in the tiers; what is older still is all but forgotten. */
+    STEP_BACK = 32,
+    DEAD_WIDTH = 1,
+    /* As the store keeps them (tests/unit/test_calib.c compares with tqkv_store_bytes_at). */
+    SINK_TABLE = 64, /* slots of the table; one block of 16 is used */
+    SLOT_BYTES = 12
+};
+
+/* Young tiers may take this share of the budget; a model whose layers mostly slide has little else. */
+static const double YOUNG_SHARE = 0.6;
+static const float YOUNG_STEP = 0.5F; /* bits */
+
+/* A unit run that shares one Hadamard band, and where its width goes. */
+typedef struct solve_band {
+    uint32_t layer, side, head, unit, n_units;
+} solve_band;
+
+typedef struct solver {
+    tqkv_calib *calib;
+    const tqkv_profile *profile;
+    float tier_bits[TQKV_TIERS_MAX]; /* the profile's, or less where the budget asks for it */
+    tqkv_plan *plan;
+    solve_band *where;
+    tqkvi_band *bands;
+    size_t n_bands;
+    double values; /* K and V values held at the context */
+} solver;
+
+static uint32_t dim_of(const tqkv_plan_layer *shape, uint32_t side)
+{
+    return side == TQKV_SIDE_K ? shape->k_dim : shape->v_dim;
+}
+
+static uint32_t round_16(uint32_t n)
+{
+    return (n + TQKVI_BLOCK_TOKENS - 1) / TQKVI_BLOCK_TOKENS * TQKVI_BLOCK_TOKENS;
+}
+
+static uint32_t resident(const solver *s, uint32_t layer)
+{
+    const uint32_t held = s->calib->layers[layer].resident;
+
+    return held && held < s->profile->context ? held : s->profile->context;
+}
+
+/* Tokens of the last tier that cost memory at the context. */
+static uint32_t n_old(const solver *s, uint32_t layer)
+{
+    const tqkv_plan_layer *shape = &s->plan->layers[layer].shape;
+    uint32_t young = s->plan->n_sinks;
+
+    if (shape->window) /* cells are used again in turn: every one of them has been old once */
+        return resident(s, layer);
+    for (uint32_t i = 0; i + 1 < s->plan->n_tiers; i++)
+        young += shape->tier_tokens[i];
+    return resident(s, layer) > young ? resident(s, layer) - young : 0;
+}
+
+/* Tier lengths of a layer: the profile's, cut a little after a sliding window ends. */
+static void set_tiers(const solver *s, uint32_t layer)
+{
+    tqkv_plan_layer *shape = &s->plan->layers[layer].shape;
+    uint32_t left = shape->window ? round_16(shape->window) + STEP_BACK : UINT32_MAX;
+
+    for (uint32_t i = 0; i + 1 < s->plan->n_tiers; i++) {
+        shape->tier_tokens[i] = s->profile->tier_tokens[i] < left ? s->profile->tier_tokens[i] : left;
+        left -= shape->tier_tokens[i];
+    }
+}
+
+static tqkv_status make_bands(solver *s)
+{
+    size_t n = 0;
+
+    for (uint32_t l = 0; l < s->plan->n_layers; l++)
+        for (uint32_t side = 0; side < 2; side++)
+            n += tqkvi_calib_units(s->calib, l, (tqkv_side)side);
+    s->where = tqkvi_alloc(&s->calib->mem, n * sizeof(*s->where));
+    s->bands = tqkvi_alloc(&s->calib->mem, n * sizeof(*s->bands));
+    if (!s->where || !s->bands)
+        return TQKV_ERR_NO_MEMORY;
+    for (uint32_t l = 0; l < s->plan->n_layers; l++)
+        for (uint32_t side = 0; side < 2; side++) {
+            const tqkv_plan_layer *shape = &s->plan->layers[l].shape;
+            const uint32_t per_head = dim_of(shape, side) / TQKV_UNIT_CHANNELS;
+            const uint32_t merge = tqkvi_fit_band(dim_of(shape, side)) / TQKV_UNIT_CHANNELS;
+
+            for (uint32_t u = 0; u < shape->n_kv_heads * per_head; u += merge)
+                s->where[s->n_bands++] = (solve_band){l, side, u / per_head, u % per_head, merge};
+            s->values += (double)resident(s, l) * (double)(shape->n_kv_heads * dim_of(shape, side));
+        }
+    return TQKV_OK;
+}
+
+/* Writes the widths of the bands into the layouts of a tier. */
+static tqkv_status set_layouts(const solver *s, uint32_t tier)
+{
+    for (size_t b = 0; b < s->n_bands; b++) {
+        const solve_band *w = &s->where[b];
+        tqkvi_layout *layout = &s->plan->layers[w->layer].heads[w->side][w->head].layout[tier];
+
+        memset(layout->bits + w->unit, s->bands[b].bits, w->n_units);
+        layout->n_units = dim_of(&s->plan->layers[w->layer].shape, w->side) / TQKV_UNIT_CHANNELS;
+        if (w->unit + w->n_units == layout->n_units) {
+            uint8_t bits[TQKV_UNITS_MAX];
+
+            memcpy(bits, layout->bits, layout->n_units);
+            TQKV_TRY(tqkvi_layout_init(layout, bits, layout->n_units));
+        }
+    }
+    return TQKV_OK;
+}
+
+static double band_loss(const solver *s, const solve_band *w)
+{
+    const uint32_t per_head = dim_of(&s->plan->layers[w->layer].shape, w->side) / TQKV_UNIT_CHANNELS;
+    double loss = 0.0;
+
+    for (uint32_t u = 0; u < w->n_units; u++)
+        loss += tqkvi_calib_loss(s->calib, w->layer, (tqkv_side)w->side, w->head * per_head + w->unit + u);
+    return loss;
+}
+
+/* Young tier: mean width over all values, by loss. */
+static tqkv_status solve_young(solver *s, uint32_t tier)
+{
+    double channels = 0.0;
+
+    for (size_t b = 0; b < s->n_bands; b++) {
+        s->bands[b] = (tqkvi_band){.loss = band_loss(s, &s->where[b]), .price = (double)s->where[b].n_units};
+        channels += s->bands[b].price;
+    }
+    tqkvi_allocate(s->bands, s->n_bands, WIDTH_MAX, channels * (double)s->tier_bits[tier] + 1e-6);
+    return set_layouts(s, tier);
+}
+
+static uint32_t tier_token_bytes(const solver *s, uint32_t layer, uint32_t tier)
+{
+    uint32_t bytes = 0;
+
+    for (uint32_t side = 0; side < 2; side++)
+        for (uint32_t g = 0; g < s->plan->layers[layer].shape.n_kv_heads; g++)
+            bytes += s->plan->layers[layer].heads[side][g].layout[tier].row_bytes + 1;
+    return bytes;
+}
+
+/* Everything a layer holds at the context but the codes of its last tier. */
+static double fixed_bytes(const solver *s, uint32_t layer)
+{
+    const tqkv_plan_layer *shape = &s->plan->layers[layer].shape;
+    const double cells = (double)resident(s, layer);
+    double bytes = cells / TQKVI_BLOCK_TOKENS * sizeof(int32_t) + 2.0 * cells / 8.0;
+
+    bytes += (double)n_old(s, layer) * 2.0 * (double)shape->n_kv_heads; /* scales */
+    for (uint32_t i = 0; i + 1 < s->plan->n_tiers; i++) {
+        const double slots = (double)(round_16(shape->tier_tokens[i]) + TQKVI_BLOCK_TOKENS);
+
+        bytes += slots * (double)(tier_token_bytes(s, layer, i) + SLOT_BYTES);
+    }
+    if (s->plan->n_tiers > 1)
+        bytes += (double)(TQKVI_BLOCK_TOKENS * tier_token_bytes(s, layer, 0) + SINK_TABLE * SLOT_BYTES);
+    return bytes;
+}
+
+static double all_fixed_bytes(const solver *s)
+{
+    double bytes = 0.0;
+
+    for (uint32_t l = 0; l < s->plan->n_layers; l++)
+        if (s->plan->layers[l].shape.n_kv_heads)
+            bytes += fixed_bytes(s, l);
+    return bytes;
+}
+
+/* Takes half a bit from the oldest young tier that is still wider than the next. False: none is. */
+static bool narrow_young(solver *s)
+{
+    for (uint32_t i = s->plan->n_tiers - 1; i-- > 0;) {
+        const float next = i + 2 < s->plan->n_tiers ? s->tier_bits[i + 1] : (float)s->profile->bits_total;
+
+        if (s->tier_bits[i] - YOUNG_STEP >= next) {
+            s->tier_bits[i] -= YOUNG_STEP;
+            return true;
+        }
+    }
+    return false;
+}
+
+static tqkv_status solve_all_young(solver *s)
+{
+    const double allowed = YOUNG_SHARE * s->profile->bits_total / 8.0 * s->values;
+
+    memcpy(s->tier_bits, s->profile->tier_bits, sizeof(s->tier_bits));
+    do {
+        for (uint32_t tier = 0; tier + 1 < s->plan->n_tiers; tier++)
+            TQKV_TRY(solve_young(s, tier));
+    } while (all_fixed_bytes(s) > allowed && narrow_young(s));
+    return TQKV_OK;
+}
+
+static tqkv_status solve_old(solver *s)
+{
+    const uint32_t tier = s->plan->n_tiers - 1;
+    double budget = s->profile->bits_total / 8.0 * s->values, fixed = all_fixed_bytes(s), spent;
+
+    for (size_t b = 0; b < s->n_bands; b++) {
+        const solve_band *w = &s->where[b];
+        const bool dead = s->plan->layers[w->layer].shape.window != 0;
+        const double tokens = (double)n_old(s, w->layer);
+
+        s->bands[b] = (tqkvi_band){.loss = dead ? 0.0 : band_loss(s, w),
+                                   .price = tokens * 2.0 * (double)w->n_units,
+                                   .bits = dead ? DEAD_WIDTH : 0};
+        if (dead)
+            fixed += s->bands[b].price * DEAD_WIDTH;
+    }
+    if (fixed >= budget) {
+        tqkvi_log(&s->calib->log, TQKV_LOG_ERROR,
+                  "bits: %.2f per value cannot be had at %u tokens, the young tiers alone take %.2f: ask for more bits or "
+                  "a longer context",
+                  s->profile->bits_total, s->profile->context, fixed * 8.0 / s->values);
+        return TQKV_ERR_INVALID_ARG;
+    }
+    spent = tqkvi_allocate(s->bands, s->n_bands, WIDTH_MAX, budget - fixed);
+    s->plan->bits_total = (fixed + spent) * 8.0 / s->values;
+    return set_layouts(s, tier);
+}
+
+/* Copies means, transforms and weights of the draft. */
+static tqkv_status copy_heads(const solver *s)
+{
+    for (uint32_t l = 0; l < s->plan->n_layers; l++)
+        for (uint32_t side = 0; side < 2; side++)
+            for (uint32_t g = 0; g < s->plan->layers[l].shape.n_kv_heads; g++) {
+                const tqkvi_head_plan *from = &s->calib->draft->layers[l].heads[side][g];
+                tqkvi_head_plan *to = &s->plan->layers[l].heads[side][g];
+                const size_t d = dim_of(&s->plan->layers[l].shape, side);
+
+                memcpy(to->mean, from->mean, d * sizeof(*to->mean));
+                memcpy(to->transform, from->transform, d * d * sizeof(*to->transform));
+                memcpy(to->weight, from->weight, d / TQKV_UNIT_CHANNELS * sizeof(*to->weight));
+            }
+    return TQKV_OK;
+}
+
+static tqkv_status solve(solver *s)
+{
+    tqkv_plan_layer *shapes = tqkvi_alloc(&s->calib->mem, s->calib->n_layers * sizeof(*shapes));
+    tqkv_status status;
+
+    if (!shapes)
+        return TQKV_ERR_NO_MEMORY;
+    for (uint32_t l = 0; l < s->calib->n_layers; l++)
+        shapes[l] = s->calib->layers[l].shape;
+    status = tqkvi_plan_create(&s->calib->mem, shapes, s->calib->n_layers, &s->plan);
+    tqkvi_free(&s->calib->mem, shapes);
+    TQKV_TRY(status);
+    s->plan->n_tiers = s->profile->n_tiers;
+    s->plan->n_sinks = s->calib->n_sinks;
+    s->plan->frame_tokens = s->calib->frame_tokens;
+    s->plan->context = s->profile->context;
+    TQKV_TRY(tqkvi_plan_set_names(s->plan, s->calib->model, s->calib->arch, s->profile->name));
+    for (uint32_t l = 0; l < s->plan->n_layers; l++)
+        if (s->plan->layers[l].shape.n_kv_heads)
+            set_tiers(s, l);
+    TQKV_TRY(copy_heads(s));
+    TQKV_TRY(make_bands(s));
+    TQKV_TRY(solve_all_young(s));
+    TQKV_TRY(solve_old(s));
+    return tqkvi_plan_seal(s->plan, &s->calib->log);
+}
+
+tqkv_status tqkvi_calib_solve(tqkv_calib *calib, const tqkv_profile *profile, tqkv_plan **out)
+{
+    solver s = {.calib = calib, .profile = profile};
+    const tqkv_status status = solve(&s);
+
+    tqkvi_free(&calib->mem, s.where);
+    tqkvi_free(&calib->mem, s.bands);
+    if (status != TQKV_OK)
+        tqkv_plan_destroy(s.plan);
+    *out = status == TQKV_OK ? s.plan : NULL;
+    return status;
+}

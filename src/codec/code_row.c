@@ -1,0 +1,180 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * One row to codes and back, as docs/FORMAT.md "Encoding a row" says. The kernel does the search
+ * for the scale; here is what surrounds it: bad and zero rows, turn, mean, transform.
+ */
+#include <string.h>
+
+#include "codec/layer_codec.h"
+
+#define HALF_MAX 65504.0f
+#define SCALE_PLAIN 1 /* of a plain row that is not zero */
+
+typedef enum row_kind { ROW_ZERO, ROW_GOOD, ROW_BAD } row_kind;
+
+/* The two rows of scratch. The second one is readable past its end, the first one has it there. */
+static float *scratch_row(const tqkvi_head_codec *head, float *scratch, uint32_t i)
+{
+    return scratch + (size_t)i * head->dim;
+}
+
+size_t tqkvi_codec_scratch_floats(const tqkv_codec *codec)
+{
+    const tqkv_plan_layer *shape = &codec->layer->shape;
+    const size_t dim = shape->k_dim > shape->v_dim ? shape->k_dim : shape->v_dim;
+    return 2 * dim + TQKV_ALIGN / sizeof(float);
+}
+
+/* On the bits: exponent 255 is NaN or Inf, and -0 is zero. */
+static row_kind classify(const float *x, uint32_t dim)
+{
+    const uint32_t exponent_max = 0x7f800000u;
+    uint32_t any = 0, bad = 0;
+    for (uint32_t d = 0; d < dim; d++) {
+        uint32_t bits;
+        memcpy(&bits, x + d, sizeof(bits));
+        any |= bits & 0x7fffffffu;
+        bad |= (uint32_t)((bits & exponent_max) == exponent_max);
+    }
+    return bad ? ROW_BAD : any ? ROW_GOOD : ROW_ZERO;
+}
+
+static void store_zero(const tqkvi_layout *layout, uint8_t *scale, uint8_t *codes)
+{
+    *scale = 0;
+    memset(codes, 0, layout->row_bytes);
+}
+
+static float clamp_half(float v)
+{
+    return v > HALF_MAX ? HALF_MAX : v < -HALF_MAX ? -HALF_MAX : v;
+}
+
+static void encode_plain(const tqkv_codec *codec, const tqkvi_head_codec *head,
+                         const tqkvi_layout *layout, const float *x, uint8_t *scale, uint8_t *codes,
+                         float *scratch)
+{
+    float *row = scratch_row(head, scratch, 0);
+    uint32_t any = 0;
+
+    for (uint32_t d = 0; d < head->dim; d++)
+        row[d] = clamp_half(x[d]);
+    codec->kernels->float_to_half(row, codes, head->dim);
+    for (uint32_t i = 0; i < layout->row_bytes; i += 2)
+        any |= (uint32_t)codes[i] | (codes[i + 1] & 0x7fu);
+    *scale = SCALE_PLAIN;
+    if (!any)
+        store_zero(layout, scale, codes);
+}
+
+static void decode_plain(const tqkv_codec *codec, const tqkvi_head_codec *head,
+                         const uint8_t *codes, float *x, float *scratch)
+{
+    float *row = scratch_row(head, scratch, 0);
+    codec->kernels->half_to_float(codes, row, head->dim);
+    for (uint32_t d = 0; d < head->dim; d++)
+        x[d] =
+            row[d] >= -HALF_MAX && row[d] <= HALF_MAX ? row[d] : 0.0f; /* never written otherwise */
+}
+
+/* yhat: [dim] f32, the row behind the transform, TQKV_ALIGN-aligned. */
+static void dequantise(const tqkv_codec *codec, const tqkvi_layout *layout, uint8_t scale,
+                       const uint8_t *codes, float *yhat)
+{
+    const float s = tqkvk_scale_value(scale);
+    codec->kernels->unpack_rows(layout, codes, 1, yhat);
+    for (uint32_t d = 0; d < layout->n_units * TQKV_UNIT_CHANNELS; d++)
+        yhat[d] = s * yhat[d];
+}
+
+/* y: [dim] finite; overwritten. */
+static void quantise(const tqkv_codec *codec, const tqkvi_head_codec *head,
+                     const tqkvi_layout *layout, float *y, uint8_t *scale, uint8_t *codes)
+{
+    *scale = codec->kernels->encode_row(layout, head->weight, y, codes);
+    /* All levels 0 and no mean: the row decodes to x = 0, whose code is the zero row. */
+    if (*scale == 1 && head->zero_mean) {
+        dequantise(codec, layout, *scale, codes, y);
+        if (classify(y, head->dim) == ROW_ZERO)
+            store_zero(layout, scale, codes);
+    }
+}
+
+bool tqkvi_encode_row(const tqkv_codec *codec, tqkv_side side, uint32_t head_index, uint32_t tier,
+                      const float *turn_cos, const float *turn_sin, const float *x, uint8_t *scale,
+                      uint8_t *codes, float *scratch)
+{
+    const tqkvi_head_codec *head = &codec->heads[side][head_index];
+    const tqkvi_layout *layout = &head->plan->layout[tier];
+    const row_kind kind = classify(x, head->dim);
+
+    if (kind != ROW_GOOD) {
+        store_zero(layout, scale, codes);
+        return kind != ROW_BAD;
+    }
+    if (head->plain) {
+        encode_plain(codec, head, layout, x, scale, codes, scratch);
+        return true;
+    }
+
+    float *z = scratch_row(head, scratch, 0);
+    float *y = scratch_row(head, scratch, 1);
+    memcpy(z, x, head->dim * sizeof(*z));
+    if (turn_cos)
+        tqkvi_turn_apply(&codec->rope, turn_cos, turn_sin, true, z);
+    for (uint32_t d = 0; d < head->dim; d++)
+        z[d] = z[d] - head->plan->mean[d];
+    codec->kernels->transform(head->plan->transform, z, y, head->dim);
+    if (classify(y, head->dim) == ROW_BAD) {
+        store_zero(layout, scale, codes);
+        return false;
+    }
+    quantise(codec, head, layout, y, scale, codes);
+    return true;
+}
+
+void tqkvi_decode_row(const tqkv_codec *codec, tqkv_side side, uint32_t head_index, uint32_t tier,
+                      const float *turn_cos, const float *turn_sin, uint8_t scale,
+                      const uint8_t *codes, float *x, float *scratch)
+{
+    const tqkvi_head_codec *head = &codec->heads[side][head_index];
+
+    if (scale == 0) {
+        memset(x, 0, head->dim * sizeof(*x));
+        return;
+    }
+    if (head->plain) {
+        decode_plain(codec, head, codes, x, scratch);
+        return;
+    }
+
+    float *yhat = scratch_row(head, scratch, 0);
+    float *row = scratch_row(head, scratch, 1);
+    dequantise(codec, &head->plan->layout[tier], scale, codes, yhat);
+    codec->kernels->transform(head->inverse, yhat, row, head->dim);
+    for (uint32_t d = 0; d < head->dim; d++)
+        row[d] = head->plan->mean[d] + row[d];
+    if (turn_cos)
+        tqkvi_turn_apply(&codec->rope, turn_cos, turn_sin, false, row);
+    memcpy(x, row, head->dim * sizeof(*x));
+}
+
+void tqkvi_recode_row(const tqkv_codec *codec, tqkv_side side, uint32_t head_index,
+                      uint32_t tier_from, uint8_t scale_from, const uint8_t *codes_from,
+                      uint32_t tier_to, uint8_t *scale_to, uint8_t *codes_to, float *scratch)
+{
+    const tqkvi_head_codec *head = &codec->heads[side][head_index];
+    const tqkvi_layout *from = &head->plan->layout[tier_from];
+    const tqkvi_layout *to = &head->plan->layout[tier_to];
+
+    if (scale_from == 0) {
+        store_zero(to, scale_to, codes_to);
+    } else if (head->plain) {
+        *scale_to = scale_from;
+        memcpy(codes_to, codes_from, to->row_bytes);
+    } else {
+        float *yhat = scratch_row(head, scratch, 0);
+        dequantise(codec, from, scale_from, codes_from, yhat);
+        quantise(codec, head, to, yhat, scale_to, codes_to);
+    }
+}

@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* See cpu.h. */
+#include "kernels/cpu.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+
+#define LEAF1_ECX_F16C (1u << 29)
+
+bool tqkvk_cpu_has_avx2(void)
+{
+    unsigned eax, ebx, ecx, edx;
+
+    /* The builtin also asks whether the system saves the wide registers; some do not know F16C. */
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return false;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & LEAF1_ECX_F16C) != 0;
+}
+#else
+bool tqkvk_cpu_has_avx2(void)
+{
+    return false;
+}
+#endif

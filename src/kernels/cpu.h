@@ -1,0 +1,11 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the CPU and the operating system can run. */
+#ifndef TQKVK_CPU_H
+#define TQKVK_CPU_H
+
+#include <stdbool.h>
+
+/* AVX2, FMA and F16C, with the registers saved by the operating system. */
+bool tqkvk_cpu_has_avx2(void);
+
+#endif /* TQKVK_CPU_H */

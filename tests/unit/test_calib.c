@@ -1,0 +1,414 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Calibration on synthetic models whose right answer is known: eigenvectors, allocation, moments in
+ * the RoPE frame, whitening by the transform, determinism and every error return.
+ */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "calib/allocate.h"
+#include "calib/calibration.h"
+#include "calib/eigen.h"
+#include "turboquant/store.h"
+
+enum { N_LAYERS = 2, N_HEADS = 4, N_KV = 2, DIM = 32, N_TOKENS = 512 };
+
+static uint64_t state;
+
+static double uniform(void)
+{
+    state = state * 6364136223846793005U + 1442695040888963407U;
+    return (double)(state >> 11) / 9007199254740992.0;
+}
+
+static float gauss(void)
+{
+    return (float)(sqrt(-2.0 * log(uniform() + 1e-300)) * cos(6.283185307179586 * uniform()));
+}
+
+static void eigenvectors_reproduce_the_matrix(void **unused)
+{
+    (void)unused;
+    for (size_t n = 1; n <= 96; n += n < 5 ? 1 : 13) {
+        double *s = malloc(n * n * sizeof(*s)), *a = malloc(n * n * sizeof(*a));
+        double values[96], work[96];
+
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j <= i; j++)
+                s[i * n + j] = s[j * n + i] = i == j ? 10.0 * uniform() : uniform() - 0.5;
+        memcpy(a, s, n * n * sizeof(*a));
+        assert_true(tqkvi_eigen_symmetric(a, n, values, work));
+        for (size_t e = 0; e < n; e++) {
+            assert_true(e == 0 || values[e] <= values[e - 1]);
+            for (size_t i = 0; i < n; i++) {
+                double product = 0.0;
+
+                for (size_t j = 0; j < n; j++)
+                    product += s[i * n + j] * a[e * n + j];
+                assert_true(fabs(product - values[e] * a[e * n + i]) < 1e-13 * (double)n * 20.0);
+            }
+        }
+        free(a);
+        free(s);
+    }
+}
+
+static void eigenvectors_refuse_nan(void **unused)
+{
+    double a[4] = {1.0, NAN, NAN, 1.0}, values[2], work[2];
+
+    (void)unused;
+    assert_false(tqkvi_eigen_symmetric(a, 2, values, work));
+}
+
+static void allocation_spends_the_budget_where_it_helps(void **unused)
+{
+    tqkvi_band bands[3] = {{.loss = 1.0, .price = 2.0}, {.loss = 100.0, .price = 2.0}, {.loss = 0.0, .price = 2.0}};
+
+    (void)unused;
+    assert_true(tqkvi_allocate(bands, 3, 8, 16.0) <= 16.0);
+    assert_true(bands[1].bits > bands[0].bits);
+    assert_int_equal(bands[0].bits + bands[1].bits, 8);
+    assert_int_equal(bands[2].bits, 0); /* nothing to win there */
+    assert_true(tqkvi_allocate(bands, 2, 8, 1e9) > 0.0);
+    assert_int_equal(bands[0].bits, 8); /* 7 is stepped over */
+}
+
+/* Text of a made-up model: K has a strong mean and one strong direction, both rotated by RoPE. */
+typedef struct sample {
+    float q[N_TOKENS * N_HEADS * DIM], k[N_TOKENS * N_KV * DIM], v[N_TOKENS * N_KV * DIM];
+    int32_t positions[N_TOKENS];
+    float inv_freq[DIM / 2];
+    tqkv_plan_layer shape;
+    float w_o[DIM * N_HEADS * DIM];
+} sample;
+
+static void sample_make(sample *s, uint64_t seed)
+{
+    float turned[DIM], cosine[DIM / 2], sine[DIM / 2];
+
+    state = seed;
+    for (size_t i = 0; i < DIM / 2; i++)
+        s->inv_freq[i] = powf(1000.0F, -(float)i / (DIM / 2.0F));
+    s->shape = (tqkv_plan_layer){.n_heads = N_HEADS,
+                                 .n_kv_heads = N_KV,
+                                 .k_dim = DIM,
+                                 .v_dim = DIM,
+                                 .rope = {TQKV_ROPE_HALVES, DIM, s->inv_freq}};
+    for (size_t i = 0; i < sizeof(s->w_o) / sizeof(*s->w_o); i++)
+        s->w_o[i] = gauss();
+    for (size_t t = 0; t < N_TOKENS; t++) {
+        s->positions[t] = (int32_t)t;
+        tqkvi_turn_init(&s->shape.rope, (int32_t)t, cosine, sine);
+        for (size_t h = 0; h < N_HEADS; h++)
+            for (size_t i = 0; i < DIM; i++)
+                s->q[(t * N_HEADS + h) * DIM + i] = gauss();
+        for (size_t g = 0; g < N_KV; g++) {
+            for (size_t i = 0; i < DIM; i++) {
+                turned[i] = gauss() * (i == 3 ? 4.0F : 0.5F) + (i == 15 ? 100.0F : 0.0F);
+                s->v[(t * N_KV + g) * DIM + i] = gauss() + (float)i;
+            }
+            tqkvi_turn_apply(&s->shape.rope, cosine, sine, false, turned);
+            memcpy(&s->k[(t * N_KV + g) * DIM], turned, sizeof(turned));
+        }
+    }
+}
+
+static tqkv_calib *make_calib(const sample *s, const tqkv_allocator *mem, tqkv_status *status)
+{
+    tqkv_calib_config config;
+    tqkv_calib *calib;
+
+    tqkv_calib_config_init(&config);
+    config.model = "made-up";
+    config.arch = "none";
+    config.n_layers = N_LAYERS;
+    config.frame_tokens = 128;
+    config.mem = mem;
+    *status = tqkv_calib_create(&config, &calib);
+    for (uint32_t l = 0; l < N_LAYERS && *status == TQKV_OK; l++)
+        *status = tqkv_calib_set_layer(calib, l, &s->shape, s->w_o, DIM, 0, NULL);
+    for (uint32_t l = 0; l < N_LAYERS && *status == TQKV_OK; l++)
+        *status = tqkv_calib_observe(calib, l, N_TOKENS, s->q, s->k, s->v, s->positions, 0.18F, 0.0F, NULL);
+    if (*status == TQKV_OK)
+        *status = tqkv_calib_prepare(calib, NULL);
+    return calib;
+}
+
+static tqkv_plan *make_plan(const sample *s, double bits, const tqkv_parallel *parallel)
+{
+    tqkv_profile profile;
+    tqkv_status status;
+    tqkv_calib *calib = make_calib(s, NULL, &status);
+    tqkv_plan *plan;
+    float *rows = malloc(sizeof(s->k));
+
+    assert_int_equal(status, TQKV_OK);
+    for (uint32_t l = 0; l < N_LAYERS; l++)
+        for (int side = 0; side < 2; side++) {
+            memcpy(rows, side ? s->v : s->k, sizeof(s->k));
+            assert_int_equal(tqkv_calib_perturb(calib, l, (tqkv_side)side, 2.0F, N_TOKENS, s->positions, rows, parallel),
+                             TQKV_OK);
+            assert_int_equal(tqkv_calib_set_sensitivity(calib, l, (tqkv_side)side, l == 0 ? 1.0 : 0.1), TQKV_OK);
+        }
+    tqkv_profile_init(&profile, "test", bits, 8192);
+    assert_int_equal(tqkv_calib_solve(calib, &profile, &plan), TQKV_OK);
+    free(rows);
+    tqkv_calib_destroy(calib);
+    return plan;
+}
+
+static void transform_whitens_rows_in_their_frame(void **unused)
+{
+    sample *s = malloc(sizeof(*s));
+    tqkv_status status;
+    tqkv_calib *calib;
+    double sum[2] = {0}, square[2] = {0};
+    _Alignas(TQKV_ALIGN) float y[DIM + 16], x[DIM + 16]; /* with the slack that kernels may read */
+    float cosine[DIM / 2], sine[DIM / 2];
+
+    (void)unused;
+    sample_make(s, 7);
+    calib = make_calib(s, NULL, &status);
+    assert_int_equal(status, TQKV_OK);
+    for (size_t t = 4; t < N_TOKENS; t++) {
+        const tqkvi_head_plan *head = &calib->draft->layers[0].heads[TQKV_SIDE_K][1];
+
+        tqkvi_turn_init(&s->shape.rope, (int32_t)t / 128 * 128, cosine, sine);
+        memcpy(x, &s->k[(t * N_KV + 1) * DIM], DIM * sizeof(*x));
+        tqkvi_turn_apply(&s->shape.rope, cosine, sine, true, x);
+        for (size_t i = 0; i < DIM; i++)
+            x[i] -= head->mean[i];
+        tqkvk_get()->transform(head->transform, x, y, DIM);
+        for (size_t i = 0; i < DIM; i++) {
+            sum[i / 16] += (double)y[i];
+            square[i / 16] += (double)y[i] * (double)y[i];
+        }
+    }
+    for (size_t band = 0; band < 2; band++) {
+        const double n = (N_TOKENS - 4) * 16.0;
+
+        assert_true(fabs(sum[band] / n) < 0.01);
+        assert_true(fabs(square[band] / n - 1.0) < 0.02);
+    }
+    tqkv_calib_destroy(calib);
+    free(s);
+}
+
+static void budget_is_kept_and_spent(void **unused)
+{
+    sample *s = malloc(sizeof(*s));
+
+    (void)unused;
+    sample_make(s, 8);
+    for (double bits = 2.0; bits < 6.0; bits += 0.7) {
+        tqkv_plan *plan = make_plan(s, bits, NULL);
+        tqkv_plan_info info;
+
+        tqkv_plan_get_info(plan, &info);
+        assert_true(info.bits_total <= bits);
+        assert_true(info.bits_total > bits - 0.2); /* one step of one band of this tiny model is .11 */
+        tqkv_plan_destroy(plan);
+    }
+    free(s);
+}
+
+static void sensitive_layers_get_more_bits(void **unused)
+{
+    sample *s = malloc(sizeof(*s));
+    tqkv_plan *plan;
+    tqkv_plan_layer layers[2];
+    tqkv_plan_info info;
+
+    (void)unused;
+    sample_make(s, 9);
+    plan = make_plan(s, 3.0, NULL);
+    tqkv_plan_get_info(plan, &info);
+    for (uint32_t l = 0; l < 2; l++)
+        assert_int_equal(tqkv_plan_get_layer(plan, l, &layers[l]), TQKV_OK);
+    assert_true(layers[0].token_bytes[info.n_tiers - 1] > layers[1].token_bytes[info.n_tiers - 1]);
+    tqkv_plan_destroy(plan);
+    free(s);
+}
+
+/* What the plan says it takes is what stores take that hold its context. */
+static void bits_are_those_of_the_store(void **unused)
+{
+    sample *s = malloc(sizeof(*s));
+    tqkv_plan *plan;
+    tqkv_plan_info info;
+    double bytes = 0.0;
+
+    (void)unused;
+    sample_make(s, 14);
+    plan = make_plan(s, 3.2, NULL);
+    tqkv_plan_get_info(plan, &info);
+    for (uint32_t l = 0; l < N_LAYERS; l++) {
+        tqkv_store_config config;
+        tqkv_store *store;
+
+        tqkv_store_config_init(&config);
+        config.plan = plan;
+        config.layer = l;
+        config.n_cells = info.context;
+        assert_int_equal(tqkv_store_create(&config, &store), TQKV_OK);
+        bytes += (double)tqkv_store_bytes_at(store, info.context);
+        tqkv_store_destroy(store);
+    }
+    const double bits = bytes * 8.0 / ((double)info.context * N_LAYERS * N_KV * 2 * DIM);
+
+    assert_true(fabs(bits - info.bits_total) < 0.02 * info.bits_total);
+    tqkv_plan_destroy(plan);
+    free(s);
+}
+
+/* Runs tasks backwards: any dependence on their order shows. */
+static void run_backwards(void *user, size_t n, tqkv_task_fn *fn, void *task)
+{
+    (void)user;
+    for (size_t i = n; i-- > 0;)
+        fn(task, i, i % 3);
+}
+
+static void same_input_gives_the_same_file(void **unused)
+{
+    const tqkv_parallel backwards = {.n_workers = 3, .run = run_backwards};
+    sample *s = malloc(sizeof(*s));
+    tqkv_plan *one, *two;
+    tqkv_plan_info a, b;
+
+    (void)unused;
+    sample_make(s, 10);
+    one = make_plan(s, 3.2, NULL);
+    two = make_plan(s, 3.2, &backwards);
+    tqkv_plan_get_info(one, &a);
+    tqkv_plan_get_info(two, &b);
+    assert_memory_equal(a.fingerprint, b.fingerprint, sizeof(a.fingerprint));
+    tqkv_plan_destroy(one);
+    tqkv_plan_destroy(two);
+    free(s);
+}
+
+static void budget_below_the_tiers_is_refused(void **unused)
+{
+    sample *s = malloc(sizeof(*s));
+    tqkv_profile profile;
+    tqkv_status status;
+    tqkv_calib *calib;
+    tqkv_plan *plan;
+
+    (void)unused;
+    sample_make(s, 11);
+    calib = make_calib(s, NULL, &status);
+    assert_int_equal(status, TQKV_OK);
+    tqkv_profile_init(&profile, NULL, 1.0, 1024); /* almost all of 1024 tokens are young */
+    assert_int_equal(tqkv_calib_solve(calib, &profile, &plan), TQKV_ERR_INVALID_ARG);
+    assert_null(plan);
+    tqkv_calib_destroy(calib);
+    free(s);
+}
+
+static void arguments_are_checked(void **unused)
+{
+    sample *s = malloc(sizeof(*s));
+    tqkv_calib_config config;
+    tqkv_calib *calib = NULL;
+
+    (void)unused;
+    sample_make(s, 12);
+    tqkv_calib_config_init(&config);
+    assert_int_equal(tqkv_calib_create(&config, &calib), TQKV_ERR_INVALID_ARG); /* no layers */
+    config.n_layers = 1;
+    config.gamma = 1.5F;
+    assert_int_equal(tqkv_calib_create(&config, &calib), TQKV_ERR_INVALID_ARG);
+    config.gamma = 1.0F;
+    assert_int_equal(tqkv_calib_create(&config, &calib), TQKV_OK);
+    assert_int_equal(tqkv_calib_prepare(NULL, NULL), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_calib_set_layer(calib, 1, &s->shape, NULL, 0, 0, NULL), TQKV_ERR_INVALID_ARG);
+    s->shape.k_dim = 24;
+    assert_int_equal(tqkv_calib_set_layer(calib, 0, &s->shape, NULL, 0, 0, NULL), TQKV_ERR_UNSUPPORTED);
+    s->shape.k_dim = DIM;
+    assert_int_equal(tqkv_calib_observe(calib, 0, N_TOKENS, s->q, s->k, s->v, s->positions, 1.0F, 0.0F, NULL),
+                     TQKV_ERR_INVALID_ARG); /* layer not set */
+    assert_int_equal(tqkv_calib_set_layer(calib, 0, &s->shape, NULL, 0, 0, NULL), TQKV_OK);
+    assert_int_equal(tqkv_calib_prepare(calib, NULL), TQKV_ERR_INVALID_ARG); /* nothing seen */
+    s->positions[5] = 77;
+    assert_int_equal(tqkv_calib_observe(calib, 0, N_TOKENS, s->q, s->k, s->v, s->positions, 1.0F, 0.0F, NULL),
+                     TQKV_ERR_INVALID_ARG);
+    s->positions[5] = 5;
+    assert_int_equal(tqkv_calib_observe(calib, 0, N_TOKENS, s->q, s->k, s->v, s->positions, 1.0F, 0.0F, NULL), TQKV_OK);
+    assert_int_equal(tqkv_calib_prepare(calib, NULL), TQKV_OK);
+    assert_int_equal(tqkv_calib_perturb(calib, 0, TQKV_SIDE_K, 9.0F, N_TOKENS, s->positions, s->k, NULL),
+                     TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_calib_set_sensitivity(calib, 0, TQKV_SIDE_K, 0.1), TQKV_ERR_INVALID_ARG); /* not perturbed */
+    tqkv_calib_destroy(calib);
+    free(s);
+}
+
+/* An allocator that fails at its k-th call. */
+typedef struct failing {
+    size_t left, live;
+} failing;
+
+static void *failing_alloc(void *user, size_t bytes, size_t align)
+{
+    failing *f = user;
+
+    if (f->left == 0)
+        return NULL;
+    f->left--;
+    f->live++;
+    return aligned_alloc(align, (bytes + align - 1) / align * align);
+}
+
+static void failing_free(void *user, void *ptr)
+{
+    failing *f = user;
+
+    f->live--;
+    free(ptr);
+}
+
+static void every_allocation_may_fail(void **unused)
+{
+    sample *s = malloc(sizeof(*s));
+    tqkv_status status = TQKV_ERR_NO_MEMORY;
+
+    (void)unused;
+    sample_make(s, 13);
+    for (size_t k = 0; status != TQKV_OK; k += k < 40 ? 1 : 7) {
+        failing f = {.left = k};
+        const tqkv_allocator mem = {&f, failing_alloc, failing_free};
+        tqkv_calib *calib = make_calib(s, &mem, &status);
+
+        assert_true(status == TQKV_OK || status == TQKV_ERR_NO_MEMORY);
+        tqkv_calib_destroy(calib);
+        assert_int_equal(f.live, 0);
+        assert_true(k < 1000);
+    }
+    free(s);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(eigenvectors_reproduce_the_matrix),
+        cmocka_unit_test(eigenvectors_refuse_nan),
+        cmocka_unit_test(allocation_spends_the_budget_where_it_helps),
+        cmocka_unit_test(transform_whitens_rows_in_their_frame),
+        cmocka_unit_test(budget_is_kept_and_spent),
+        cmocka_unit_test(sensitive_layers_get_more_bits),
+        cmocka_unit_test(bits_are_those_of_the_store),
+        cmocka_unit_test(same_input_gives_the_same_file),
+        cmocka_unit_test(budget_below_the_tiers_is_refused),
+        cmocka_unit_test(arguments_are_checked),
+        cmocka_unit_test(every_allocation_may_fail),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

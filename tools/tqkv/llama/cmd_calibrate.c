@@ -1,0 +1,367 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* `tqkv calibrate`: makes plans for a model. */
+#include <errno.h>
+#include <getopt.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "calib_run.h"
+#include "interrupt.h"
+#include "json_file.h"
+#include "plan_view.h"
+#include "plugin_file.h"
+#include "tool.h"
+
+enum { PROFILES_MAX = 8, N_PHASES = 4, N_THREADS_MAX = 512 };
+
+/* On two quiet cores these keep a model of half a billion parameters below ten minutes. */
+enum { TOKENS_DEFAULT = 16384, PROBES_DEFAULT = 1, CONTEXT_DEFAULT = 8192 };
+#define PROBE_BITS_DEFAULT 1.5
+
+typedef struct wanted_profile {
+    char name[32];
+    double bits;
+    char *path; /* given */
+} wanted_profile;
+
+typedef struct calibrate_options {
+    const char *model, *output, *plugin;
+    tool_list texts, names;
+    uint32_t n_threads, n_tokens, n_probes, context;
+    double probe_bits;
+    bool is_json, is_verbose;
+    wanted_profile profiles[PROFILES_MAX];
+    size_t n_profiles;
+} calibrate_options;
+
+static void print_help(void)
+{
+    printf(
+        "Usage: tqkv calibrate MODEL.gguf [-o PLAN.tqkv] [--profile 5x,8x] [options]\n\n"
+        "Runs the model on text and writes how its KV cache is best stored. Done once per "
+        "model.\n\n"
+        "  -o, --output FILE   plan to write (default: beside the model, .tqkv instead of .gguf;\n"
+        "                      profiles other than 5x: .NAME.tqkv); a folder where it ends in /\n"
+        "      --profile LIST  sizes: 5x is 3.2 bits per value, 8x is 2, Nx is 16/N (default: 5x)\n"
+        "      --bits B        the same as bits per value, everything counted\n"
+        "      --context N     tokens at which the size is counted (default: %d)\n"
+        "      --text FILE     text to use instead of the mix of languages and code that comes\n"
+        "                      with tqkv; may be repeated\n"
+        "      --tokens N      tokens of it to use (default: %d)\n"
+        "      --probes N      pieces of %d tokens that measure how much each layer matters\n"
+        "                      (default: %d)\n"
+        "      --probe-bits B  how coarse a layer is made for that (default: %g)\n"
+        "  -t, --threads N     threads (default: all processors)\n"
+        "      --plugin FILE   libggml-turboquant.so (default: beside tqkv, or TQKV_PLUGIN)\n"
+        "      --json          print what was done as JSON\n"
+        "      --verbose       show llama.cpp's log\n",
+        CONTEXT_DEFAULT, TOKENS_DEFAULT, CALIB_PROBE_TOKENS, PROBES_DEFAULT, PROBE_BITS_DEFAULT);
+}
+
+static int parse_option(calibrate_options *o, int option, char **argv)
+{
+    double bits;
+    int rc;
+    switch (option) {
+    case 'o':
+        o->output = optarg;
+        return *optarg ? TOOL_OK : tool_usage("-o: empty file name");
+    case 'f':
+        return tool_list_add(&o->names, "--profile", optarg);
+    case 'b':
+        rc = tool_parse_real("--bits", optarg, 0.5, 16, &bits);
+        if (rc == TOOL_OK)
+            tool_list_push(&o->names, optarg);
+        return rc;
+    case 'c':
+        return tool_parse_count("--context", optarg, 64, 1 << 24, &o->context);
+    case 'x':
+        tool_list_push(&o->texts, optarg);
+        return TOOL_OK;
+    case 'n':
+        return tool_parse_count("--tokens", optarg, 512, 1 << 26, &o->n_tokens);
+    case 'r':
+        return tool_parse_count("--probes", optarg, 1, 64, &o->n_probes);
+    case 'q':
+        return tool_parse_real("--probe-bits", optarg, 0.5, 8, &o->probe_bits);
+    case 't':
+        return tool_parse_count("-t", optarg, 1, N_THREADS_MAX, &o->n_threads);
+    case 'g':
+        o->plugin = optarg;
+        return TOOL_OK;
+    case 'j':
+        o->is_json = true;
+        return TOOL_OK;
+    case 'v':
+        o->is_verbose = true;
+        return TOOL_OK;
+    default:
+        return tool_bad_option(argv, option);
+    }
+}
+
+/* "5x" or a number of bits. */
+static int read_profile(const char *name, wanted_profile *out)
+{
+    char *end;
+    const double number = strtod(name, &end);
+    const bool is_ratio = end != name && strcmp(end, "x") == 0;
+    out->bits = is_ratio && number > 0 ? 16 / number : number;
+    if (end == name || (*end && !is_ratio) || !(out->bits >= 0.5 && out->bits <= 16))
+        return tool_usage("profile '%s': 5x, 8x or bits per value such as 3.2 are understood",
+                          name);
+    snprintf(out->name, sizeof(out->name), "%s", name);
+    return TOOL_OK;
+}
+
+/* Where a profile's plan goes. Given. */
+static char *output_path(const calibrate_options *o, const char *profile)
+{
+    const size_t n = o->output ? strlen(o->output) : 0;
+    if (n && o->output[n - 1] != '/')
+        return tool_copy(o->output);
+    const char *slash = strrchr(o->model, '/');
+    char *ending =
+        strcmp(profile, "5x") == 0 ? tool_copy(".tqkv") : tool_format(".%s.tqkv", profile);
+    char *name = tool_replace_ending(n && slash ? slash + 1 : o->model, ".gguf", ending);
+    char *path = tool_format("%s%s", n ? o->output : "", name);
+    free(name);
+    free(ending);
+    return path;
+}
+
+static int name_outputs(calibrate_options *o)
+{
+    if (!o->names.n)
+        tool_list_push(&o->names, "5x");
+    if (o->output && o->names.n > 1 && o->output[strlen(o->output) - 1] != '/')
+        return tool_usage(
+            "-o names one file, %zu profiles are asked for; give a folder (with / at the end)",
+            o->names.n);
+    for (size_t i = 0; i < o->names.n; i++) {
+        if (i == PROFILES_MAX)
+            return tool_usage("more than %d profiles", PROFILES_MAX);
+        wanted_profile *profile = &o->profiles[i];
+        const int rc = read_profile(o->names.items[i], profile);
+        if (rc != TOOL_OK)
+            return rc;
+        profile->path = output_path(o, profile->name);
+        o->n_profiles = i + 1;
+    }
+    return TOOL_OK;
+}
+
+/* The text that comes with tqkv. Given; NULL after a message. */
+static char *shipped_text(void)
+{
+    char *dir = tool_program_dir();
+    char *installed = tool_format("%s/../share/turboquant/calibration/mixed.txt", dir);
+    free(dir);
+    if (access(installed, R_OK) == 0)
+        return installed;
+    free(installed);
+    if (access(TQKV_CALIBRATION_TEXT, R_OK) == 0)
+        return tool_copy(TQKV_CALIBRATION_TEXT);
+    tool_error("the text that comes with tqkv is missing (%s); name one with --text",
+               TQKV_CALIBRATION_TEXT);
+    return NULL;
+}
+
+static int parse(calibrate_options *o, int argc, char **argv)
+{
+    static const struct option options[] = {{"help", no_argument, NULL, 'h'},
+                                            {"output", required_argument, NULL, 'o'},
+                                            {"profile", required_argument, NULL, 'f'},
+                                            {"bits", required_argument, NULL, 'b'},
+                                            {"context", required_argument, NULL, 'c'},
+                                            {"text", required_argument, NULL, 'x'},
+                                            {"tokens", required_argument, NULL, 'n'},
+                                            {"probes", required_argument, NULL, 'r'},
+                                            {"probe-bits", required_argument, NULL, 'q'},
+                                            {"threads", required_argument, NULL, 't'},
+                                            {"plugin", required_argument, NULL, 'g'},
+                                            {"json", no_argument, NULL, 'j'},
+                                            {"verbose", no_argument, NULL, 'v'},
+                                            {0}};
+    int option;
+    while ((option = getopt_long(argc, argv, ":ho:t:", options, NULL)) != -1) {
+        if (option == 'h') {
+            print_help();
+            return TOOL_OK;
+        }
+        const int rc = parse_option(o, option, argv);
+        if (rc != TOOL_OK)
+            return rc;
+    }
+    if (optind == argc)
+        return tool_usage("which model?");
+    if (optind + 1 < argc)
+        return tool_usage("one model at a time; '%s' is one too many", argv[optind + 1]);
+    o->model = argv[optind];
+    if (!o->n_threads) {
+        const long n = sysconf(_SC_NPROCESSORS_ONLN);
+        o->n_threads = n < 1 ? 1 : n > N_THREADS_MAX ? N_THREADS_MAX : (uint32_t)n;
+    }
+    return name_outputs(o);
+}
+
+static int read_all_texts(host *h, const calibrate_options *o, text_tokens *out)
+{
+    *out = (text_tokens){.path = o->texts.n ? o->texts.items[0] : ""};
+    for (size_t i = 0; i < o->texts.n; i++) {
+        text_tokens part;
+        const int rc = text_tokens_read(h, o->texts.items[i], &part);
+        if (rc != TOOL_OK)
+            return rc;
+        out->tokens = tool_grow(out->tokens, out->n + part.n, sizeof(*out->tokens));
+        if (part.n)
+            memcpy(out->tokens + out->n, part.tokens, part.n * sizeof(*part.tokens));
+        out->n += part.n;
+        text_tokens_free(&part);
+    }
+    return TOOL_OK;
+}
+
+static int save(const calibrate_options *o, const wanted_profile *wanted, calib_run *run)
+{
+    tqkv_profile profile;
+    tqkv_plan *plan = NULL;
+    tqkv_plan_info info;
+    tqkv_profile_init(&profile, wanted->name, wanted->bits, o->context);
+    int rc = calib_run_solve(run, &profile, &plan);
+    if (rc == TOOL_OK) {
+        interrupt_hold();
+        const tqkv_status status = tqkv_plan_save(plan, wanted->path, tool_logger());
+        interrupt_release();
+        if (status != TQKV_OK)
+            rc = tool_error("output %s: %s", wanted->path, tqkv_status_text(status));
+    }
+    if (rc == TOOL_OK) {
+        tqkv_plan_get_info(plan, &info);
+        fprintf(o->is_json ? stderr : stdout, "%s: profile %s, %.3f bits per value at %u tokens\n",
+                wanted->path, info.profile, info.bits_total, info.context);
+    }
+    tqkv_plan_destroy(plan);
+    return rc;
+}
+
+static int print_json(const calibrate_options *o, const gguf_head *model, calib_run *run,
+                      const double seconds[N_PHASES])
+{
+    json_t *plans = json_array(), *k = json_array(), *v = json_array();
+    for (size_t i = 0; i < o->n_profiles; i++)
+        json_array_append_new(plans, json_pack("{s:s, s:s, s:o}", "path", o->profiles[i].path,
+                                               "profile", o->profiles[i].name, "bits",
+                                               json_real_short(o->profiles[i].bits, 6)));
+    for (uint32_t i = 0; i < model->n_layers; i++) {
+        json_array_append_new(k, json_real_short(calib_run_kl(run, i, TQKV_SIDE_K), 5));
+        json_array_append_new(v, json_real_short(calib_run_kl(run, i, TQKV_SIDE_V), 5));
+    }
+    return json_file_write("-", json_pack("{s:s, s:s, s:I, s:o, s:{s:o, s:o, s:o, s:o}, s:o, s:o}",
+                                          "model", model->name, "arch", model->arch, "n_tokens",
+                                          (json_int_t)calib_run_n_tokens(run), "plans", plans,
+                                          "seconds", "observe", json_real_short(seconds[0], 4),
+                                          "transforms", json_real_short(seconds[1], 4),
+                                          "sensitivity", json_real_short(seconds[2], 4), "solve",
+                                          json_real_short(seconds[3], 4), "k_kl", k, "v_kl", v));
+}
+
+static int run_phases(const calibrate_options *o, const gguf_head *model, calib_run *run)
+{
+    double seconds[N_PHASES] = {0};
+    int rc = calib_run_observe(run, 1, N_PHASES, &seconds[0]);
+    if (rc == TOOL_OK)
+        rc = calib_run_prepare(run, 2, N_PHASES, &seconds[1]);
+    if (rc == TOOL_OK)
+        rc = calib_run_perturb(run, 3, N_PHASES, &seconds[2]);
+    const double started = tool_seconds();
+    for (size_t i = 0; i < o->n_profiles && rc == TOOL_OK; i++)
+        rc = save(o, &o->profiles[i], run);
+    seconds[3] = tool_seconds() - started;
+    if (rc == TOOL_OK)
+        fprintf(stderr, "4/4 solve: %.1f s; in all %.0f s\n", seconds[3],
+                seconds[0] + seconds[1] + seconds[2] + seconds[3]);
+    if (rc == TOOL_OK && o->is_json)
+        rc = print_json(o, model, run, seconds);
+    return rc;
+}
+
+/* What can be wrong is found before the work. */
+static int check_inputs(calibrate_options *o, gguf_head *model, char **plugin)
+{
+    int rc = gguf_head_read(o->model, model);
+    for (size_t i = 0; i < o->n_profiles && rc == TOOL_OK; i++)
+        rc = json_file_check_writable(o->profiles[i].path);
+    if (rc == TOOL_OK && !o->texts.n) {
+        char *text = shipped_text();
+        if (text)
+            tool_list_push(&o->texts, text);
+        free(text);
+        rc = o->texts.n ? TOOL_OK : TOOL_FAILED;
+    }
+    for (size_t i = 0; i < o->texts.n && rc == TOOL_OK; i++) {
+        if (access(o->texts.items[i], R_OK) != 0)
+            rc = tool_error("text %s: %s", o->texts.items[i], strerror(errno));
+    }
+    if (rc == TOOL_OK) {
+        *plugin = plugin_file_find(o->plugin, 1);
+        rc = *plugin ? TOOL_OK : TOOL_FAILED;
+    }
+    return rc;
+}
+
+static int calibrate(calibrate_options *o)
+{
+    gguf_head *model = tool_alloc(1, sizeof(*model));
+    char *plugin = NULL;
+    host *h = NULL;
+    workers *w = NULL;
+    calib_run *run = NULL;
+    text_tokens text = {0};
+    int rc = check_inputs(o, model, &plugin);
+    if (rc == TOOL_OK)
+        rc = host_open(&(host_options){.model_path = o->model,
+                                       .plugin_path = plugin,
+                                       .n_threads = o->n_threads,
+                                       .is_verbose = o->is_verbose},
+                       &h);
+    if (rc == TOOL_OK)
+        rc = read_all_texts(h, o, &text);
+    if (rc == TOOL_OK) {
+        w = workers_create(o->n_threads);
+        rc = calib_run_create(h, w, model, &text,
+                              &(calib_options){.model_path = o->model,
+                                               .n_tokens = o->n_tokens,
+                                               .n_probes = o->n_probes,
+                                               .probe_bits = o->probe_bits},
+                              &run);
+    }
+    if (rc == TOOL_OK)
+        rc = run_phases(o, model, run);
+    calib_run_destroy(run);
+    workers_destroy(w);
+    text_tokens_free(&text);
+    host_close(h);
+    free(plugin);
+    free(model);
+    return rc;
+}
+
+int cmd_calibrate(int argc, char **argv)
+{
+    calibrate_options o = {.n_tokens = TOKENS_DEFAULT,
+                           .n_probes = PROBES_DEFAULT,
+                           .context = CONTEXT_DEFAULT,
+                           .probe_bits = PROBE_BITS_DEFAULT};
+    int rc = parse(&o, argc, argv);
+    if (rc == TOOL_OK && o.model) {
+        interrupt_install();
+        rc = calibrate(&o);
+    }
+    for (size_t i = 0; i < PROFILES_MAX; i++)
+        free(o.profiles[i].path);
+    tool_list_free(&o.texts);
+    tool_list_free(&o.names);
+    return rc;
+}

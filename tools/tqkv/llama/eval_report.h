@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The tables and the JSON of `tqkv eval`. */
+#ifndef TQKV_EVAL_REPORT_H
+#define TQKV_EVAL_REPORT_H
+
+#include <jansson.h>
+
+#include "eval_types.h"
+
+void eval_print_scores(FILE *out, const eval_job *job, const eval_setting *setting,
+                       const eval_score *scores);
+void eval_print_speeds(FILE *out, const eval_job *job, const eval_speed *speeds);
+json_t *eval_scores_json(const eval_job *job, const eval_setting *setting,
+                         const eval_score *scores);
+json_t *eval_speeds_json(const eval_job *job, const eval_speed *speeds);
+
+#endif /* TQKV_EVAL_REPORT_H */

@@ -1,0 +1,237 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Quality of caches: the base and every cache under test are fed the same tokens in the same
+ * micro-batches, and after each one their logits are compared in memory.
+ *
+ * The second half of a piece is scored, as llama-perplexity does: there a token has at least half
+ * the context behind it. Standard errors take tokens as independent.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "eval_types.h"
+#include "logit_math.h"
+#include "plan_view.h"
+#include "progress.h"
+
+typedef struct sums {
+    float *kl; /* [n_max] */
+    size_t n;
+    double nll_base, nll;
+    size_t n_same;
+} sums;
+
+typedef struct run {
+    eval_job *job;
+    uint32_t n_ctx, n_ubatch, first_scored;
+    host_ctx *base, *tests[EVAL_CACHES_MAX];
+    sums sums[EVAL_CACHES_MAX];
+    logit_base *stats; /* [n_ubatch] */
+    logit_diff *diffs; /* [n_ubatch] */
+    int32_t *piece;
+    progress bar;
+    double n_done; /* tokens fed, over all contexts */
+} run;
+
+/* A chunk's logits; row i belongs to token first + i, and predicts the one after it. */
+typedef struct rows {
+    run *r;
+    const float *base, *test;
+    uint32_t n_vocab;
+} rows;
+
+static void stats_task(void *task, size_t i, size_t worker)
+{
+    rows *x = task;
+    (void)worker;
+    logit_base_init(&x->r->stats[i], x->base + i * x->n_vocab, x->n_vocab);
+}
+
+static void diff_task(void *task, size_t i, size_t worker)
+{
+    rows *x = task;
+    (void)worker;
+    logit_compare(&x->r->diffs[i], &x->r->stats[i], x->base + i * x->n_vocab,
+                  x->test + i * x->n_vocab, x->n_vocab);
+}
+
+static void parallel_rows(const run *r, size_t n, tqkv_task_fn *fn, rows *x)
+{
+    const tqkv_parallel *parallel = workers_parallel(r->job->w);
+    parallel->run(parallel->user, n, fn, x);
+}
+
+static void add_rows(run *r, sums *sum, const rows *x, uint32_t first, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        const int32_t next = r->piece[first + i + 1];
+        const float *base = x->base + (size_t)i * x->n_vocab,
+                    *test = x->test + (size_t)i * x->n_vocab;
+        sum->kl[sum->n++] = (float)r->diffs[i].kl;
+        sum->n_same += r->diffs[i].has_same_best;
+        sum->nll_base += r->stats[i].log_sum - (double)base[next];
+        sum->nll += r->diffs[i].log_sum_test - (double)test[next];
+    }
+}
+
+static int feed(run *r, host_ctx *ctx, const char *label, uint32_t start, uint32_t n,
+                uint32_t first)
+{
+    const int rc = host_ctx_feed(ctx, r->piece + start, n, first - start, 1);
+    r->n_done += n;
+    progress_set(&r->bar, r->n_done, label);
+    return rc;
+}
+
+static int run_chunk(run *r, uint32_t start, uint32_t n)
+{
+    /* The last token of the piece predicts nothing that is known. */
+    const uint32_t first = start > r->first_scored ? start : r->first_scored;
+    const uint32_t end = start + n < r->n_ctx ? start + n : r->n_ctx - 1;
+    const uint32_t n_rows = end > first ? end - first : 0;
+    rows x = {.r = r, .n_vocab = host_n_vocab(r->job->h)};
+
+    int rc = feed(r, r->base, "base", start, n, n_rows ? first : start + n);
+    if (rc == TOOL_OK && n_rows) {
+        x.base = host_ctx_logits(r->base);
+        parallel_rows(r, n_rows, stats_task, &x);
+    }
+    for (size_t i = 0; i < r->job->n_caches && rc == TOOL_OK; i++) {
+        rc = feed(r, r->tests[i], r->job->caches[i].label, start, n, n_rows ? first : start + n);
+        if (rc != TOOL_OK || !n_rows)
+            continue;
+        x.test = host_ctx_logits(r->tests[i]);
+        parallel_rows(r, n_rows, diff_task, &x);
+        add_rows(r, &r->sums[i], &x, first, n_rows);
+    }
+    return rc;
+}
+
+static int run_piece(run *r, const text_tokens *text, size_t first)
+{
+    text_piece(r->job->h, text, first, r->n_ctx, r->piece);
+    host_ctx_clear(r->base);
+    for (size_t i = 0; i < r->job->n_caches; i++)
+        host_ctx_clear(r->tests[i]);
+    int rc = TOOL_OK;
+    for (uint32_t start = 0; start < r->n_ctx && rc == TOOL_OK; start += r->n_ubatch) {
+        const uint32_t left = r->n_ctx - start;
+        rc = run_chunk(r, start, left < r->n_ubatch ? left : r->n_ubatch);
+    }
+    return rc;
+}
+
+static int compare_floats(const void *a, const void *b)
+{
+    const float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+static void summarise(const sums *sum, eval_score *out)
+{
+    const double n = (double)sum->n;
+    double mean = 0, square = 0;
+    for (size_t i = 0; i < sum->n; i++)
+        mean += (double)sum->kl[i] / n;
+    for (size_t i = 0; i < sum->n; i++)
+        square += ((double)sum->kl[i] - mean) * ((double)sum->kl[i] - mean);
+    qsort(sum->kl, sum->n, sizeof(*sum->kl), compare_floats);
+    out->n = sum->n;
+    out->kl_mean = mean;
+    out->kl_error = sum->n > 1 ? sqrt(square / (n - 1) / n) : 0;
+    out->kl_median = (double)sum->kl[sum->n / 2];
+    out->kl_p999 = (double)sum->kl[(size_t)(0.999 * (n - 1) + 0.5)];
+    out->top1 = (double)sum->n_same / n;
+    out->ppl_base = exp(sum->nll_base / n);
+    out->ppl = exp(sum->nll / n);
+}
+
+/*
+ * Bytes held at the end of the last piece. The plugin tells them of one context, the newest; what
+ * others of ours hold is what the library says of their plan. All hold the same tokens, so the
+ * f16 size is the same for all.
+ */
+static int read_bytes(run *r, eval_score *scores)
+{
+    tqkv_plugin_bytes bytes;
+    double f16 = 0;
+    host_ctx_bytes(r->base, &bytes, NULL, 0);
+    f16 = (double)bytes.f16_held;
+    for (size_t i = 0; i < r->job->n_caches; i++) {
+        host_ctx_bytes(r->tests[i], &bytes, NULL, 0);
+        scores[i].held_bytes = (double)bytes.held;
+        f16 = bytes.f16_held ? (double)bytes.f16_held : f16;
+    }
+    for (size_t i = 0; i < r->job->n_caches; i++) {
+        const eval_cache *cache = &r->job->caches[i];
+        double plan_f16 = 0;
+        tqkv_plan *plan;
+        scores[i].f16_bytes = f16;
+        if (cache->stock_bits > 0)
+            scores[i].held_bytes = f16 * cache->stock_bits / 16;
+        if (scores[i].held_bytes > 0 || !cache->cache.plan_path)
+            continue;
+        int rc = plan_view_load(cache->cache.plan_path, &plan);
+        if (rc == TOOL_OK)
+            rc = plan_view_bytes(plan, r->n_ctx, &scores[i].held_bytes, &plan_f16);
+        tqkv_plan_destroy(plan);
+        if (rc != TOOL_OK)
+            return rc;
+    }
+    return TOOL_OK;
+}
+
+static int open_contexts(run *r)
+{
+    eval_job *job = r->job;
+    host_ctx_config config = {.n_ctx = r->n_ctx, .n_ubatch = r->n_ubatch};
+    config.cache =
+        job->has_stock_base ? (host_cache){.stock_type = "f16"} : (host_cache){.mode = "f16"};
+    int rc = host_ctx_create(job->h, &config, &r->base);
+    for (size_t i = 0; i < job->n_caches && rc == TOOL_OK; i++) {
+        config.cache = job->caches[i].cache;
+        rc = host_ctx_create(job->h, &config, &r->tests[i]);
+    }
+    return rc;
+}
+
+int eval_score_run(eval_job *job, const eval_setting *setting, eval_score *scores)
+{
+    run *r = tool_alloc(1, sizeof(*r));
+    char phase[64];
+    r->job = job;
+    r->n_ctx = setting->n_ctx;
+    r->n_ubatch = setting->n_ubatch;
+    r->first_scored = setting->n_ctx / 2;
+    r->piece = tool_alloc(r->n_ctx, sizeof(*r->piece));
+    r->stats = tool_alloc(r->n_ubatch, sizeof(*r->stats));
+    r->diffs = tool_alloc(r->n_ubatch, sizeof(*r->diffs));
+    for (size_t i = 0; i < job->n_caches; i++)
+        r->sums[i].kl = tool_alloc(job->n_texts * job->n_pieces * r->n_ctx, sizeof(float));
+    snprintf(phase, sizeof(phase), "-c %u -ub %u", r->n_ctx, r->n_ubatch);
+    progress_begin(&r->bar, phase, ++job->step, job->n_steps,
+                   (double)(job->n_texts * job->n_pieces * (job->n_caches + 1)) * r->n_ctx);
+
+    int rc = open_contexts(r);
+    for (size_t i = 0; i < job->n_texts; i++) {
+        for (size_t j = 0; j < job->n_pieces && rc == TOOL_OK; j++)
+            rc = run_piece(r, &job->texts[i], j * r->n_ctx);
+    }
+    for (size_t i = 0; i < job->n_caches && rc == TOOL_OK; i++)
+        summarise(&r->sums[i], &scores[i]);
+    if (rc == TOOL_OK)
+        rc = read_bytes(r, scores);
+    progress_end(&r->bar, rc == TOOL_OK);
+
+    for (size_t i = 0; i < job->n_caches; i++) {
+        host_ctx_destroy(r->tests[i]);
+        free(r->sums[i].kl);
+    }
+    host_ctx_destroy(r->base);
+    free(r->diffs);
+    free(r->stats);
+    free(r->piece);
+    free(r);
+    return rc;
+}
