@@ -21,15 +21,6 @@ static void init_weight(tqkvi_head_codec *head)
     }
 }
 
-static void init_transpose(tqkvi_head_codec *head)
-{
-    const size_t dim = head->dim;
-    for (size_t i = 0; i < dim; i++) {
-        for (size_t j = 0; j < dim; j++)
-            head->inverse_t[i * dim + j] = head->inverse[j * dim + i];
-    }
-}
-
 /* Whether every bit pattern of codes and scale decodes to finite values. */
 static bool decodes_finite(const tqkvi_head_codec *head)
 {
@@ -54,8 +45,7 @@ static tqkv_status init_head(const tqkv_codec *codec, tqkvi_head_codec *head, do
 
     head->weight = tqkvi_alloc(mem, head->dim / TQKV_UNIT_CHANNELS * sizeof(float));
     head->inverse = tqkvi_alloc(mem, square_bytes);
-    head->inverse_t = tqkvi_alloc(mem, square_bytes);
-    if (!head->weight || !head->inverse || !head->inverse_t)
+    if (!head->weight || !head->inverse)
         return TQKV_ERR_NO_MEMORY;
 
     head->zero_mean = true;
@@ -65,7 +55,6 @@ static tqkv_status init_head(const tqkv_codec *codec, tqkvi_head_codec *head, do
     if (!tqkvi_invert(head->plan->transform, head->dim, head->inverse, work) ||
         !decodes_finite(head))
         return TQKV_ERR_INVALID_ARG;
-    init_transpose(head);
     return TQKV_OK;
 }
 
@@ -145,7 +134,6 @@ void tqkvi_codec_destroy(tqkv_codec *codec)
         for (uint32_t g = 0; codec->heads[side] && g < codec->n_kv_heads; g++) {
             tqkvi_free(&codec->mem, codec->heads[side][g].weight);
             tqkvi_free(&codec->mem, codec->heads[side][g].inverse);
-            tqkvi_free(&codec->mem, codec->heads[side][g].inverse_t);
         }
         tqkvi_free(&codec->mem, codec->heads[side]);
     }

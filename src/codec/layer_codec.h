@@ -21,9 +21,8 @@ typedef struct tqkvi_head_codec {
     bool zero_mean; /* the mean is 0 in every channel */
     const tqkvi_head_plan *plan;
     float *weight;  /* [dim / 16] the plan's, divided by the largest, at least 2^-20 */
-    float *inverse; /* [dim][dim]: x[i] = mean[i] + sum_j inverse[j * dim + i] * y[j] */
-    /* Its transpose: q'[j] = sum_i inverse_t[i * dim + j] * q[i] gives q.x = q'.y + q.mean. */
-    float *inverse_t;
+    float *inverse; /* [dim][dim]: x[i] = mean[i] + sum_j inverse[j * dim + i] * y[j],
+                     * so q'[j] = sum_i inverse[j * dim + i] * q[i] gives q.x = q'.y + q.mean */
 } tqkvi_head_codec;
 
 struct tqkv_codec {
