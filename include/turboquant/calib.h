@@ -6,7 +6,7 @@
  *     tqkv_calib_set_layer        for each layer
  *     tqkv_calib_observe          for each layer and piece of text (first pass)
  *     tqkv_calib_prepare          transforms are fixed from here on
- *     tqkv_calib_perturb          for each (layer, side): quantise that group alone (second pass);
+ *     tqkv_calib_perturb          for each (layer, side): quantise the old tokens of that group alone;
  *     tqkv_calib_set_sensitivity  the caller reads the KL at the logits and reports it
  *     tqkv_calib_solve            for each profile wanted
  *
@@ -64,16 +64,17 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_calib_observe(tqkv_calib *calib, uint32
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_calib_prepare(tqkv_calib *calib, const tqkv_parallel *parallel);
 
 /*
- * Replaces rows of one side by what `bits` per value would leave of them, and counts the weighted
- * distortion for the sensitivity. rows: [n][n_kv_heads][dim] f32 contiguous, changed in place.
+ * Replaces rows of one side by what `bits` per value would leave of them, sinks apart.
+ * rows: [n][n_kv_heads][dim] f32 contiguous, changed in place. positions: [n].
+ * distortion: out, mean over tokens of the error in the attention metric.
  */
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_calib_perturb(tqkv_calib *calib, uint32_t layer, tqkv_side side, float bits,
                                                        size_t n, const int32_t *positions, float *rows,
-                                                       const tqkv_parallel *parallel);
+                                                       double *distortion, const tqkv_parallel *parallel);
 
-/* kl: mean KL at the logits caused by the calls of tqkv_calib_perturb since the last report. */
+/* kl: mean KL at the logits when tqkv_calib_perturb made that much mean distortion in one group, > 0. */
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_calib_set_sensitivity(tqkv_calib *calib, uint32_t layer, tqkv_side side,
-                                                               double kl);
+                                                               double kl, double distortion);
 
 typedef struct tqkv_profile {
     size_t struct_bytes;   /* set by tqkv_profile_init */

@@ -14,6 +14,7 @@
 #include "kv_buffer.h"
 #include "kv_graph.h"
 #include "kv_report.h"
+#include "kv_rows.h"
 #include "plan_source.h"
 
 static ggml_registry registry;
@@ -141,6 +142,7 @@ static void *registry_proc_address(ggml_registry *reg, const char *name)
         {TQKV_PLUGIN_CONFIGURE, (ggml_function *)configure},
         {TQKV_PLUGIN_SET_OBSERVER, (ggml_function *)tqkvp_set_observer},
         {TQKV_PLUGIN_KV_BYTES, (ggml_function *)tqkvp_kv_bytes},
+        {TQKV_PLUGIN_KV_ROWS, (ggml_function *)tqkvp_kv_rows},
     };
 
     (void)reg;

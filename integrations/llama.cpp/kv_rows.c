@@ -320,3 +320,41 @@ void tqkvp_rows_fill(tqkvp_tensor *tensor, size_t offset, uint8_t value, size_t 
         n -= part;
     }
 }
+
+/* --- for programs --- */
+
+typedef struct layer_search {
+    uint32_t index;
+    tqkvp_layer *found;
+} layer_search;
+
+static void find_layer(void *user, tqkvp_buffer *buffer)
+{
+    layer_search *search = user;
+
+    for (size_t i = 0; i < buffer->n_layers; i++)
+        if (buffer->layers[i]->index == search->index)
+            search->found = buffer->layers[i];
+}
+
+int tqkvp_kv_rows(uint32_t layer, uint32_t side, uint64_t first, size_t n, float *rows, int is_write)
+{
+    layer_search search = {.index = layer};
+
+    tqkvp_buffers_each(tqkvp_context_last(), find_layer, &search);
+    if (!search.found || !search.found->store || side > TQKV_SIDE_V)
+        return -1;
+    const tqkvp_tensor *tensor = search.found->sides[side];
+    if (first > (uint64_t)tensor->n_rows || n > (uint64_t)tensor->n_rows - first)
+        return -1;
+    for (size_t i = 0; i < n; i++) {
+        float *row = rows + i * (size_t)tensor->row_values;
+        const int64_t cell = (int64_t)(first + i);
+        const tqkv_status status =
+            is_write ? tqkv_store_write(search.found->store, cell, (tqkv_side)side, NULL, row)
+                     : tqkv_store_read(search.found->store, cell, (tqkv_side)side, row);
+        if (status != TQKV_OK)
+            return -1;
+    }
+    return 0;
+}

@@ -25,4 +25,7 @@ bool tqkvp_rows_decode(tqkvp_tensor *tensor, int64_t first, int64_t n, uint8_t *
 /* Takes what the host has set of an unfinished row. */
 void tqkvp_rows_settle(tqkvp_tensor *tensor);
 
+/* tqkv_plugin_kv_rows_fn */
+int tqkvp_kv_rows(uint32_t layer, uint32_t side, uint64_t first, size_t n, float *rows, int is_write);
+
 #endif /* TQKV_KV_ROWS_H */

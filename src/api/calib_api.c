@@ -87,29 +87,28 @@ tqkv_status tqkv_calib_prepare(tqkv_calib *calib, const tqkv_parallel *parallel)
     return tqkvi_calib_prepare(calib, parallel);
 }
 
-tqkv_status tqkv_calib_perturb(tqkv_calib *calib, uint32_t layer, tqkv_side side, float bits, size_t n,
-                               const int32_t *positions, float *rows, const tqkv_parallel *parallel)
+static bool is_group(const tqkv_calib *calib, uint32_t layer, tqkv_side side)
 {
-    if (!calib || !calib->draft || layer >= calib->n_layers || (unsigned)side > TQKV_SIDE_V || !positions || !rows ||
-        !(bits > 0.0F && bits <= 8.0F))
-        return TQKV_ERR_INVALID_ARG;
-    return tqkvi_calib_perturb(calib, layer, side, bits, n, positions, rows, parallel);
+    return calib && calib->draft && layer < calib->n_layers && (unsigned)side <= TQKV_SIDE_V;
 }
 
-tqkv_status tqkv_calib_set_sensitivity(tqkv_calib *calib, uint32_t layer, tqkv_side side, double kl)
+tqkv_status tqkv_calib_perturb(tqkv_calib *calib, uint32_t layer, tqkv_side side, float bits, size_t n,
+                               const int32_t *positions, float *rows, double *distortion,
+                               const tqkv_parallel *parallel)
 {
-    tqkvi_group *group;
+    if (!is_group(calib, layer, side) || n == 0 || !positions || !rows || !distortion ||
+        !(bits > 0.0F && bits <= 8.0F))
+        return TQKV_ERR_INVALID_ARG;
+    return tqkvi_calib_perturb(calib, layer, side, bits, n, positions, rows, distortion, parallel);
+}
 
-    if (!calib || !calib->draft || layer >= calib->n_layers || (unsigned)side > TQKV_SIDE_V || !isfinite(kl))
+tqkv_status tqkv_calib_set_sensitivity(tqkv_calib *calib, uint32_t layer, tqkv_side side, double kl,
+                                       double distortion)
+{
+    if (!is_group(calib, layer, side) || !(kl > 0.0 && isfinite(kl)) ||
+        !(distortion > 0.0 && isfinite(distortion)))
         return TQKV_ERR_INVALID_ARG;
-    group = &calib->groups[side][layer];
-    if (group->n_rows == 0)
-        return TQKV_ERR_INVALID_ARG;
-    /* A KL below zero is noise around nothing: count it as very little, not as unmeasured. */
-    if (group->perturbed > 0.0)
-        group->sensitivity = fmax(kl, 1e-9) / (group->perturbed / (double)group->n_rows);
-    group->perturbed = 0.0;
-    group->n_rows = 0;
+    calib->groups[side][layer].sensitivity = kl / distortion;
     return TQKV_OK;
 }
 

@@ -299,13 +299,13 @@ static void perturb_chunk(void *arg, size_t i, size_t worker)
 }
 
 tqkv_status tqkvi_calib_perturb(tqkv_calib *calib, uint32_t layer, tqkv_side side, float bits, size_t n,
-                                const int32_t *positions, float *rows, const tqkv_parallel *parallel)
+                                const int32_t *positions, float *rows, double *distortion,
+                                const tqkv_parallel *parallel)
 {
     const tqkv_plan_layer *shape = &calib->layers[layer].shape;
-    tqkvi_group *group = &calib->groups[side][layer];
     perturb_task task = {.calib = calib,
                          .codec = calib->codecs[layer],
-                         .group = group,
+                         .group = &calib->groups[side][layer],
                          .side = side,
                          .n_sinks = calib->n_sinks,
                          .frame_tokens = calib->frame_tokens,
@@ -316,6 +316,7 @@ tqkv_status tqkvi_calib_perturb(tqkv_calib *calib, uint32_t layer, tqkv_side sid
                          .positions = positions,
                          .rows = rows};
     const size_t n_tasks = task.n_heads * task.n_chunks;
+    double sum = 0.0;
     tqkv_status status;
 
     if (!task.codec)
@@ -328,8 +329,8 @@ tqkv_status tqkvi_calib_perturb(tqkv_calib *calib, uint32_t layer, tqkv_side sid
     if (status == TQKV_OK) {
         tqkvi_run(parallel, n_tasks, perturb_chunk, &task);
         for (size_t i = 0; i < n_tasks; i++)
-            group->perturbed += task.error[i];
-        group->n_rows += n;
+            sum += task.error[i];
+        *distortion = sum / (double)n;
     }
     tqkvi_free(&calib->mem, task.error);
     tqkvi_free(&calib->mem, task.scratch);

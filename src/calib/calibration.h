@@ -13,9 +13,7 @@
 
 /* One (layer, side): a group that is perturbed and measured together. */
 typedef struct tqkvi_group {
-    double *distortion; /* [n_kv_heads * dim / 16] loss of a unit per unit of coding error */
-    double perturbed;      /* weighted distortion since the last report, summed over rows */
-    uint64_t n_rows;       /* tokens perturbed since then */
+    double *distortion;    /* [n_kv_heads * dim / 16] loss of a unit per unit of coding error */
     double sensitivity;    /* KL per unit of weighted distortion; 0 until measured */
 } tqkvi_group;
 
@@ -35,7 +33,7 @@ TQKV_NODISCARD tqkv_status tqkvi_calib_create(const tqkv_calib_config *config, t
 void tqkvi_calib_destroy(tqkv_calib *calib);
 TQKV_NODISCARD tqkv_status tqkvi_calib_prepare(tqkv_calib *calib, const tqkv_parallel *parallel);
 TQKV_NODISCARD tqkv_status tqkvi_calib_perturb(tqkv_calib *calib, uint32_t layer, tqkv_side side, float bits, size_t n,
-                                const int32_t *positions, float *rows, const tqkv_parallel *parallel);
+                                const int32_t *positions, float *rows, double *distortion, const tqkv_parallel *parallel);
 TQKV_NODISCARD tqkv_status tqkvi_calib_solve(tqkv_calib *calib, const tqkv_profile *profile, tqkv_plan **out);
 
 /* Units of one (layer, side). */

@@ -147,14 +147,18 @@ static tqkv_plan *make_plan(const sample *s, double bits, const tqkv_parallel *p
     tqkv_calib *calib = make_calib(s, NULL, &status);
     tqkv_plan *plan;
     float *rows = malloc(sizeof(s->k));
+    double distortion = 0.0;
 
     assert_int_equal(status, TQKV_OK);
     for (uint32_t l = 0; l < N_LAYERS; l++)
         for (int side = 0; side < 2; side++) {
             memcpy(rows, side ? s->v : s->k, sizeof(s->k));
-            assert_int_equal(tqkv_calib_perturb(calib, l, (tqkv_side)side, 2.0F, N_TOKENS, s->positions, rows, parallel),
+            assert_int_equal(tqkv_calib_perturb(calib, l, (tqkv_side)side, 2.0F, N_TOKENS, s->positions, rows, &distortion,
+                                                parallel),
                              TQKV_OK);
-            assert_int_equal(tqkv_calib_set_sensitivity(calib, l, (tqkv_side)side, l == 0 ? 1.0 : 0.1), TQKV_OK);
+            assert_true(distortion > 0.0);
+            assert_int_equal(tqkv_calib_set_sensitivity(calib, l, (tqkv_side)side, l == 0 ? 1.0 : 0.1, distortion),
+                             TQKV_OK);
         }
     tqkv_profile_init(&profile, "test", bits, 8192);
     assert_int_equal(tqkv_calib_solve(calib, &profile, &plan), TQKV_OK);
@@ -318,6 +322,7 @@ static void arguments_are_checked(void **unused)
     sample *s = malloc(sizeof(*s));
     tqkv_calib_config config;
     tqkv_calib *calib = NULL;
+    double distortion;
 
     (void)unused;
     sample_make(s, 12);
@@ -343,9 +348,13 @@ static void arguments_are_checked(void **unused)
     s->positions[5] = 5;
     assert_int_equal(tqkv_calib_observe(calib, 0, N_TOKENS, s->q, s->k, s->v, s->positions, 1.0F, 0.0F, NULL), TQKV_OK);
     assert_int_equal(tqkv_calib_prepare(calib, NULL), TQKV_OK);
-    assert_int_equal(tqkv_calib_perturb(calib, 0, TQKV_SIDE_K, 9.0F, N_TOKENS, s->positions, s->k, NULL),
+    assert_int_equal(tqkv_calib_perturb(calib, 0, TQKV_SIDE_K, 9.0F, N_TOKENS, s->positions, s->k, &distortion, NULL),
                      TQKV_ERR_INVALID_ARG);
-    assert_int_equal(tqkv_calib_set_sensitivity(calib, 0, TQKV_SIDE_K, 0.1), TQKV_ERR_INVALID_ARG); /* not perturbed */
+    assert_int_equal(tqkv_calib_perturb(calib, 0, TQKV_SIDE_K, 2.0F, N_TOKENS, s->positions, s->k, NULL, NULL),
+                     TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_calib_set_sensitivity(calib, 0, TQKV_SIDE_K, 0.0, 1.0), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_calib_set_sensitivity(calib, 0, TQKV_SIDE_K, 0.1, 0.0), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_calib_set_sensitivity(calib, 0, TQKV_SIDE_K, 0.1, 1.0), TQKV_OK);
     tqkv_calib_destroy(calib);
     free(s);
 }

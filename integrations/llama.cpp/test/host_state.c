@@ -42,6 +42,7 @@ static const char text[] =
 static tqkv_plugin_configure_fn *configure;
 static tqkv_plugin_set_observer_fn *set_observer;
 static tqkv_plugin_kv_bytes_fn *kv_bytes;
+static tqkv_plugin_kv_rows_fn *kv_rows;
 
 static struct llama_model *stock_model, *our_model;
 static const struct llama_vocab *vocab;
@@ -537,6 +538,38 @@ static void test_bytes(void)
     llama_free(b);
 }
 
+/* Rows of a layer taken out, changed and put back: the answer changes and is the same again. */
+static void test_rows(void)
+{
+    enum { LAYER = 3, N = 64 };
+    struct llama_context *ctx = make(our_model, "f16", (options){0});
+    const size_t most = (size_t)N * 8192; /* values of a row, at most */
+    float *rows = malloc(most * sizeof(float)), *zero = calloc(most, sizeof(float));
+    float *before = malloc((size_t)n_vocab * sizeof(float));
+
+    check(kv_rows(LAYER, TQKV_SIDE_V, 0, N, rows, 0) != 0, "nothing is held yet");
+    feed(ctx, 0, N, 0, 0);
+    memcpy(before, feed(ctx, N, N + 1, N, 0), (size_t)n_vocab * sizeof(float));
+    for (uint32_t side = TQKV_SIDE_K; side <= TQKV_SIDE_V; side++) {
+        check(kv_rows(LAYER, side, 0, N, rows, 0) == 0 && rows[5] != 0.0f, "reading");
+        check(kv_rows(LAYER, side, 0, N, zero, 1) == 0, "writing");
+        llama_memory_seq_rm(llama_get_memory(ctx), 0, N, -1);
+        check(memcmp(before, feed(ctx, N, N + 1, N, 0), (size_t)n_vocab * sizeof(float)) != 0,
+              "other rows, another answer");
+        check(kv_rows(LAYER, side, 0, N, rows, 1) == 0, "writing back");
+        llama_memory_seq_rm(llama_get_memory(ctx), 0, N, -1);
+        check(memcmp(before, feed(ctx, N, N + 1, N, 0), (size_t)n_vocab * sizeof(float)) == 0,
+              "the same answer again");
+    }
+    check(kv_rows(1000, TQKV_SIDE_K, 0, 1, rows, 0) != 0, "no such layer");
+    check(kv_rows(LAYER, 2, 0, 1, rows, 0) != 0, "no such side");
+    check(kv_rows(LAYER, TQKV_SIDE_K, N_CTX, 1, rows, 0) != 0, "past the cells");
+    llama_free(ctx);
+    free(rows);
+    free(zero);
+    free(before);
+}
+
 static void test_bad_settings(void)
 {
     char path[600];
@@ -656,10 +689,11 @@ static int set_up(const char *model, const char *plan)
         return 0;
     }
     void *functions[] = {find(reg, TQKV_PLUGIN_CONFIGURE), find(reg, TQKV_PLUGIN_SET_OBSERVER),
-                         find(reg, TQKV_PLUGIN_KV_BYTES)};
+                         find(reg, TQKV_PLUGIN_KV_BYTES), find(reg, TQKV_PLUGIN_KV_ROWS)};
     memcpy(&configure, &functions[0], sizeof(void *));
     memcpy(&set_observer, &functions[1], sizeof(void *));
     memcpy(&kv_bytes, &functions[2], sizeof(void *));
+    memcpy(&kv_rows, &functions[3], sizeof(void *));
     stock_model = load(model, NULL);
     our_model = load(model, ggml_backend_reg_dev_get(reg, 0));
     if (!stock_model || !our_model) {
@@ -717,6 +751,7 @@ int main(int argc, char **argv)
         {"copies", test_copies},
         {"observer", test_observer},
         {"bytes", test_bytes},
+        {"rows", test_rows},
         {"bad_settings", test_bad_settings},
     };
     static const test wordless[] = {{"compare", test_compare}};

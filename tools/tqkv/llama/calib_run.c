@@ -8,21 +8,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "logit_math.h"
 #include "model_weights.h"
 #include "plan_view.h"
 #include "progress.h"
+#include "sensitivity.h"
 
-enum { SNIPPETS = 4, SCORE_STEP = 2, LEAST_TOKENS = 256, FLOOR_GROUPS = 4 };
-
-typedef enum run_mode { MODE_IDLE, MODE_OBSERVE, MODE_PERTURB } run_mode;
-
-/* One piece for the sensitivities and what the model makes of it undisturbed. */
-typedef struct probe {
-    int32_t tokens[CALIB_PROBE_TOKENS];
-    float *logits;     /* [n_scored][n_vocab] */
-    logit_base *stats; /* [n_scored] */
-} probe;
+enum { LEAST_TOKENS = 256 };
 
 struct calib_run {
     host *h;
@@ -41,26 +32,16 @@ struct calib_run {
     progress bar;
     size_t n_pieces_done;
 
-    run_mode mode;
+    bool is_observing;
     tqkv_status status; /* first failure inside an event */
     uint32_t failed_layer;
-    bool *is_known;     /* [n_layers] a layer's shape was set */
-    uint64_t *reserved; /* [n_layers] bytes of a layer's cells in f16, 0: not told */
-    uint32_t layer;     /* to perturb */
-    tqkv_side side;
-    double bits; /* to what width */
+    tqkv_plan_layer *shapes; /* [n_layers]; n_kv_heads 0: not met */
+    uint64_t *reserved;      /* [n_layers] bytes of a layer's cells in f16, 0: not told */
     float *q_copy;
     size_t q_copy_floats;
     int32_t *counted; /* 0, 1, 2, ... for graphs that hide positions */
 
-    uint32_t probe_tokens, n_scored;
-    size_t n_probes;
-    probe *probes;
-    const float *test; /* logits being compared */
-    const probe *current;
-    double *row_kl;
-    double floor; /* KL of a change that is next to nothing */
-    double *kl;   /* [n_layers][2] above the floor */
+    double *kl; /* [n_layers][2] */
 };
 
 static const tqkv_parallel *parallel_of(const calib_run *run)
@@ -89,7 +70,10 @@ static tqkv_status meet_layer(calib_run *run, const tqkv_plugin_event *e)
     const tqkv_status status =
         tqkv_calib_set_layer(run->calib, e->layer, &shape, w_o, n_out, resident, parallel_of(run));
     free(w_o);
-    run->is_known[e->layer] = status == TQKV_OK;
+    if (status == TQKV_OK) {
+        run->shapes[e->layer] = shape;
+        run->shapes[e->layer].rope = (tqkv_rope){0}; /* lives no longer than the event */
+    }
     return status;
 }
 
@@ -114,19 +98,12 @@ static const float *contiguous_q(calib_run *run, const tqkv_plugin_event *e)
 static tqkv_status handle_event(calib_run *run, const tqkv_plugin_event *e)
 {
     const int32_t *positions = e->positions ? e->positions : run->counted;
-    if (run->mode == MODE_PERTURB) {
-        if (e->layer != run->layer)
-            return TQKV_OK;
-        return tqkv_calib_perturb(run->calib, e->layer, run->side, (float)run->bits, e->n_tokens,
-                                  positions, run->side == TQKV_SIDE_K ? e->k : e->v,
-                                  parallel_of(run));
-    }
     char note[64];
     snprintf(note, sizeof(note), "%zu of %zu tokens", run->n_pieces_done * run->piece_tokens,
              run->n_pieces * run->piece_tokens);
     progress_set(&run->bar, (double)run->n_pieces_done + (double)e->layer / run->model->n_layers,
                  note);
-    if (!run->is_known[e->layer]) {
+    if (!run->shapes[e->layer].n_kv_heads) {
         const tqkv_status status = meet_layer(run, e);
         if (status != TQKV_OK)
             return status;
@@ -138,7 +115,7 @@ static tqkv_status handle_event(calib_run *run, const tqkv_plugin_event *e)
 static void on_event(void *user, const tqkv_plugin_event *e)
 {
     calib_run *run = user;
-    if (run->mode == MODE_IDLE || run->status != TQKV_OK || e->layer >= run->model->n_layers ||
+    if (!run->is_observing || run->status != TQKV_OK || e->layer >= run->model->n_layers ||
         e->n_tokens > CALIB_PIECE_TOKENS)
         return;
     run->status = handle_event(run, e);
@@ -146,13 +123,12 @@ static void on_event(void *user, const tqkv_plugin_event *e)
 }
 
 /* Feeds a piece to an empty cache. */
-static int show(calib_run *run, run_mode mode, const int32_t *tokens, uint32_t n, uint32_t first,
-                uint32_t step)
+static int show(calib_run *run, const int32_t *tokens, uint32_t n)
 {
     host_ctx_clear(run->ctx);
-    run->mode = mode;
-    const int rc = host_ctx_feed(run->ctx, tokens, n, first, step);
-    run->mode = MODE_IDLE;
+    run->is_observing = true;
+    const int rc = host_ctx_feed(run->ctx, tokens, n, n, 1);
+    run->is_observing = false;
     if (rc == TOOL_OK && run->status != TQKV_OK)
         return tool_error("layer %u: %s", run->failed_layer, tqkv_status_text(run->status));
     return rc;
@@ -165,10 +141,6 @@ static void plan_pieces(calib_run *run)
     const size_t n = run->text->n, wanted = run->options.n_tokens < n ? run->options.n_tokens : n;
     run->n_pieces = (wanted + CALIB_PIECE_TOKENS - 1) / CALIB_PIECE_TOKENS;
     run->piece_tokens = (uint32_t)(wanted / run->n_pieces);
-    run->probe_tokens =
-        (n < CALIB_PROBE_TOKENS ? (uint32_t)n : CALIB_PROBE_TOKENS) / SNIPPETS * SNIPPETS;
-    run->n_scored = run->probe_tokens / SCORE_STEP;
-    run->n_probes = run->options.n_probes;
 }
 
 /* How many cells each layer has: fewer than the context means a sliding window. */
@@ -201,10 +173,9 @@ int calib_run_create(host *h, workers *w, const gguf_head *model, const text_tok
     run->counted = tool_alloc(CALIB_PIECE_TOKENS, sizeof(*run->counted));
     for (int32_t t = 0; t < CALIB_PIECE_TOKENS; t++)
         run->counted[t] = t;
-    run->is_known = tool_alloc(model->n_layers, sizeof(*run->is_known));
+    run->shapes = tool_alloc(model->n_layers, sizeof(*run->shapes));
     run->reserved = tool_alloc(model->n_layers, sizeof(*run->reserved));
     run->kl = tool_alloc(2 * (size_t)model->n_layers, sizeof(*run->kl));
-    run->row_kl = tool_alloc(run->n_scored, sizeof(*run->row_kl));
 
     tqkv_calib_config_init(&config);
     config.model = model->name;
@@ -240,15 +211,9 @@ void calib_run_destroy(calib_run *run)
     host_ctx_destroy(run->ctx);
     tqkv_calib_destroy(run->calib);
     model_weights_close(run->weights);
-    for (size_t i = 0; run->probes && i < run->n_probes; i++) {
-        free(run->probes[i].logits);
-        free(run->probes[i].stats);
-    }
-    free(run->probes);
     free(run->q_copy);
-    free(run->row_kl);
     free(run->kl);
-    free(run->is_known);
+    free(run->shapes);
     free(run->reserved);
     free(run->counted);
     free(run->piece);
@@ -271,13 +236,13 @@ int calib_run_observe(calib_run *run, int index, int n_phases, double *seconds)
         /* Pieces lie evenly over the whole text. */
         const size_t gap = run->n_pieces > 1 ? n_free * i / (run->n_pieces - 1) : 0;
         text_piece(run->h, run->text, i * n + gap, (uint32_t)n, run->piece);
-        rc = show(run, MODE_OBSERVE, run->piece, (uint32_t)n, (uint32_t)n, 1);
+        rc = show(run, run->piece, (uint32_t)n);
         run->n_pieces_done = i + 1;
     }
     *seconds = progress_end(&run->bar, rc == TOOL_OK);
     bool has_any = false;
     for (uint32_t i = 0; i < run->model->n_layers; i++)
-        has_any = has_any || run->is_known[i];
+        has_any = has_any || run->shapes[i].n_kv_heads;
     if (rc == TOOL_OK && !has_any)
         rc = tool_error("architecture '%s': no layer stored keys and values in the plugin's cache",
                         run->model->arch);
@@ -292,145 +257,19 @@ int calib_run_prepare(calib_run *run, int index, int n_phases, double *seconds)
     return status == TQKV_OK ? TOOL_OK : tool_error("transforms: %s", tqkv_status_text(status));
 }
 
-/* A probe is made of snippets from all over the text, so that few tokens see many kinds of it. */
-static void make_probe(calib_run *run, size_t i)
-{
-    const uint32_t n = run->probe_tokens / SNIPPETS;
-    const size_t n_snippets = SNIPPETS * run->n_probes;
-    probe *p = &run->probes[i];
-    for (size_t j = 0; j < SNIPPETS; j++) {
-        const size_t number = j * run->n_probes + i;
-        const size_t first = n_snippets > 1 ? (run->text->n - n) * number / (n_snippets - 1) : 0;
-        memcpy(p->tokens + j * n, run->text->tokens + first, n * sizeof(*p->tokens));
-    }
-    if (host_first_token(run->h) >= 0)
-        p->tokens[0] = host_first_token(run->h);
-}
-
-static void base_task(void *task, size_t i, size_t worker)
-{
-    calib_run *run = task;
-    const size_t n_vocab = host_n_vocab(run->h);
-    (void)worker;
-    logit_base_init(&run->current->stats[i], run->current->logits + i * n_vocab, n_vocab);
-}
-
-static void kl_task(void *task, size_t i, size_t worker)
-{
-    calib_run *run = task;
-    const size_t n_vocab = host_n_vocab(run->h);
-    logit_diff diff;
-    (void)worker;
-    logit_compare(&diff, &run->current->stats[i], run->current->logits + i * n_vocab,
-                  run->test + i * n_vocab, n_vocab);
-    run->row_kl[i] = diff.kl;
-}
-
-static int show_probe(calib_run *run, run_mode mode, size_t i)
-{
-    run->current = &run->probes[i];
-    const uint32_t n = run->probe_tokens;
-    return show(run, mode, run->current->tokens, n, n - SCORE_STEP * (run->n_scored - 1) - 1,
-                SCORE_STEP);
-}
-
-static int make_probes(calib_run *run)
-{
-    const size_t n_logits = (size_t)run->n_scored * host_n_vocab(run->h);
-    int rc = TOOL_OK;
-    run->probes = tool_alloc(run->n_probes, sizeof(*run->probes));
-    for (size_t i = 0; i < run->n_probes && rc == TOOL_OK; i++) {
-        probe *p = &run->probes[i];
-        make_probe(run, i);
-        p->logits = tool_alloc(n_logits, sizeof(float));
-        p->stats = tool_alloc(run->n_scored, sizeof(*p->stats));
-        rc = show_probe(run, MODE_IDLE, i);
-        if (rc != TOOL_OK)
-            break;
-        memcpy(p->logits, host_ctx_logits(run->ctx), n_logits * sizeof(float));
-        parallel_of(run)->run(parallel_of(run)->user, run->n_scored, base_task, run);
-    }
-    return rc;
-}
-
-/* Mean KL at the logits when one group is coarse. */
-static int measure_group(calib_run *run, uint32_t layer, tqkv_side side, double bits, double *kl)
-{
-    double sum = 0;
-    run->layer = layer;
-    run->side = side;
-    run->bits = bits;
-    for (size_t i = 0; i < run->n_probes; i++) {
-        const int rc = show_probe(run, MODE_PERTURB, i);
-        if (rc != TOOL_OK)
-            return rc;
-        run->test = host_ctx_logits(run->ctx);
-        parallel_of(run)->run(parallel_of(run)->user, run->n_scored, kl_task, run);
-        for (uint32_t j = 0; j < run->n_scored; j++)
-            sum += run->row_kl[j];
-    }
-    *kl = sum / ((double)run->n_probes * run->n_scored);
-    return TOOL_OK;
-}
-
-static int set_sensitivity(const calib_run *run, uint32_t layer, tqkv_side side, double kl)
-{
-    const tqkv_status status = tqkv_calib_set_sensitivity(run->calib, layer, side, kl);
-    return status == TQKV_OK
-               ? TOOL_OK
-               : tool_error("layer %u: sensitivity: %s", layer, tqkv_status_text(status));
-}
-
-/*
- * Hosts round activations to 8 bits before quantised weights, so that any change at all moves the
- * logits by a KL of some thousandths. 8 bits in a few groups show how much; it is no group's doing.
- */
-static int measure_floor(calib_run *run)
-{
-    int rc = TOOL_OK;
-    uint32_t n = 0;
-    double sum = 0;
-    for (uint32_t i = 1; i <= FLOOR_GROUPS && rc == TOOL_OK; i++) {
-        const uint32_t layer = run->model->n_layers * i / (FLOOR_GROUPS + 1);
-        double kl = 0;
-        if (!run->is_known[layer])
-            continue;
-        rc = measure_group(run, layer, i % 2 ? TQKV_SIDE_K : TQKV_SIDE_V, 8, &kl);
-        if (rc == TOOL_OK)
-            rc = set_sensitivity(run, layer, i % 2 ? TQKV_SIDE_K : TQKV_SIDE_V,
-                                 kl); /* measured again below */
-        sum += kl;
-        n++;
-    }
-    run->floor = n ? sum / n : 0;
-    return rc;
-}
-
-static int perturb_group(calib_run *run, uint32_t layer, tqkv_side side)
-{
-    double kl;
-    const int rc = measure_group(run, layer, side, run->options.probe_bits, &kl);
-    if (rc != TOOL_OK)
-        return rc;
-    /* Below a twentieth of the floor nothing can be told apart. */
-    kl = kl - run->floor > run->floor / 20 ? kl - run->floor : run->floor / 20;
-    run->kl[2 * layer + (uint32_t)side] = kl;
-    return set_sensitivity(run, layer, side, kl);
-}
-
 int calib_run_perturb(calib_run *run, int index, int n_phases, double *seconds)
 {
-    progress_begin(&run->bar, "sensitivity", index, n_phases, 2.0 * run->model->n_layers + 1);
-    int rc = make_probes(run);
-    if (rc == TOOL_OK)
-        rc = measure_floor(run);
-    for (uint32_t i = 0; i < 2 * run->model->n_layers && rc == TOOL_OK; i++) {
-        char note[64];
-        snprintf(note, sizeof(note), "layer %u %s", i / 2, i % 2 ? "V" : "K");
-        progress_set(&run->bar, i + 1.0, note);
-        if (run->is_known[i / 2])
-            rc = perturb_group(run, i / 2, i % 2 ? TQKV_SIDE_V : TQKV_SIDE_K);
-    }
+    const sensitivity_job job = {.h = run->h,
+                                 .w = run->w,
+                                 .calib = run->calib,
+                                 .text = run->text,
+                                 .layers = run->shapes,
+                                 .n_layers = run->model->n_layers,
+                                 .n_probes = run->options.n_probes,
+                                 .bits = run->options.probe_bits,
+                                 .bar = &run->bar};
+    progress_begin(&run->bar, "sensitivity", index, n_phases, sensitivity_steps(&job));
+    const int rc = sensitivity_measure(&job, run->kl);
     *seconds = progress_end(&run->bar, rc == TOOL_OK);
     return rc;
 }

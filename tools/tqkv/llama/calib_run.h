@@ -4,7 +4,7 @@
  *
  *     calib_run_observe   text in pieces, statistics of Q, K and V
  *     calib_run_prepare   transforms
- *     calib_run_perturb   each layer's K and V made coarse alone, KL at the logits
+ *     calib_run_perturb   old tokens of each layer's K and V made coarse alone, KL at the logits
  *     calib_run_solve     a plan for each profile
  */
 #ifndef TQKV_CALIB_RUN_H
@@ -16,12 +16,12 @@
 #include "turboquant/calib.h"
 #include "workers.h"
 
-enum { CALIB_PIECE_TOKENS = 2048, CALIB_PROBE_TOKENS = 512 };
+enum { CALIB_PIECE_TOKENS = 2048 };
 
 typedef struct calib_options {
     const char *model_path; /* kept */
     uint32_t n_tokens;      /* to observe */
-    uint32_t n_probes;      /* pieces of CALIB_PROBE_TOKENS for the sensitivities */
+    uint32_t n_probes;      /* pieces that sensitivities are measured on */
     double probe_bits;
 } calib_options;
 

@@ -11,12 +11,13 @@
 #include "json_file.h"
 #include "plan_view.h"
 #include "plugin_file.h"
+#include "sensitivity.h"
 #include "tool.h"
 
 enum { PROFILES_MAX = 8, N_PHASES = 4, N_THREADS_MAX = 512 };
 
 /* On two quiet cores these keep a model of half a billion parameters below ten minutes. */
-enum { TOKENS_DEFAULT = 16384, PROBES_DEFAULT = 1, CONTEXT_DEFAULT = 8192 };
+enum { TOKENS_DEFAULT = 16384, PROBES_DEFAULT = 8, CONTEXT_DEFAULT = 8192 };
 #define PROBE_BITS_DEFAULT 1.5
 
 typedef struct wanted_profile {
@@ -56,7 +57,7 @@ static void print_help(void)
         "      --plugin FILE   libggml-turboquant.so (default: beside tqkv, or TQKV_PLUGIN)\n"
         "      --json          print what was done as JSON\n"
         "      --verbose       show llama.cpp's log\n",
-        CONTEXT_DEFAULT, TOKENS_DEFAULT, CALIB_PROBE_TOKENS, PROBES_DEFAULT, PROBE_BITS_DEFAULT);
+        CONTEXT_DEFAULT, TOKENS_DEFAULT, SENSITIVITY_OLD_TOKENS, PROBES_DEFAULT, PROBE_BITS_DEFAULT);
 }
 
 static int parse_option(calibrate_options *o, int option, char **argv)

@@ -25,6 +25,7 @@ struct host {
     tqkv_plugin_configure_fn *configure;
     tqkv_plugin_set_observer_fn *set_observer;
     tqkv_plugin_kv_bytes_fn *kv_bytes;
+    tqkv_plugin_kv_rows_fn *kv_rows;
     uint64_t n_created; /* plugin contexts so far */
 };
 
@@ -78,7 +79,9 @@ static int load_plugin(host *h)
                  ggml_backend_reg_get_proc_address(h->reg, TQKV_PLUGIN_SET_OBSERVER));
     copy_address(&h->kv_bytes, sizeof(h->kv_bytes),
                  ggml_backend_reg_get_proc_address(h->reg, TQKV_PLUGIN_KV_BYTES));
-    if (!h->device || !h->configure || !h->set_observer || !h->kv_bytes)
+    copy_address(&h->kv_rows, sizeof(h->kv_rows),
+                 ggml_backend_reg_get_proc_address(h->reg, TQKV_PLUGIN_KV_ROWS));
+    if (!h->device || !h->configure || !h->set_observer || !h->kv_bytes || !h->kv_rows)
         return tool_error("plugin %s is another version than this program", path);
     return TOOL_OK;
 }
@@ -234,7 +237,7 @@ static int create_llama(host_ctx *ctx, const host_ctx_config *config)
     params.kv_unified = config->can_repeat;
     params.n_threads = params.n_threads_batch = (int32_t)h->options.n_threads;
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-    params.swa_full = false;
+    params.swa_full = config->keeps_all;
     params.no_perf = true;
     if (stock && !find_type(stock, &params.type_k))
         return tool_error("llama.cpp has no cache of type '%s'", stock);
@@ -284,6 +287,12 @@ void host_ctx_clear(host_ctx *ctx)
 {
     llama_memory_clear(llama_get_memory(ctx->llama), true);
     ctx->n_past = 0;
+}
+
+void host_ctx_trim(host_ctx *ctx, uint32_t n)
+{
+    llama_memory_seq_rm(llama_get_memory(ctx->llama), 0, (int32_t)n, -1);
+    ctx->n_past = (int32_t)n;
 }
 
 int host_ctx_feed(host_ctx *ctx, const int32_t *tokens, uint32_t n, uint32_t first, uint32_t step)
@@ -349,6 +358,27 @@ size_t host_ctx_bytes(host_ctx *ctx, tqkv_plugin_bytes *total, tqkv_plugin_bytes
     if (!ctx->number || ctx->number != ctx->h->n_created)
         return 0;
     return ctx->h->kv_bytes(total, layers, n_layers_max);
+}
+
+static int access_rows(host_ctx *ctx, uint32_t layer, tqkv_side side, uint32_t first, uint32_t n,
+                       float *rows, bool is_write)
+{
+    if (ctx->number == ctx->h->n_created &&
+        ctx->h->kv_rows(layer, (uint32_t)side, first, n, rows, is_write) == 0)
+        return TOOL_OK;
+    return tool_error("layer %u: the plugin gives no access to its rows", layer);
+}
+
+int host_ctx_get_rows(host_ctx *ctx, uint32_t layer, tqkv_side side, uint32_t first, uint32_t n,
+                      float *rows)
+{
+    return access_rows(ctx, layer, side, first, n, rows, false);
+}
+
+int host_ctx_set_rows(host_ctx *ctx, uint32_t layer, tqkv_side side, uint32_t first, uint32_t n,
+                      float *rows)
+{
+    return access_rows(ctx, layer, side, first, n, rows, true);
 }
 
 void host_observe(host *h, tqkv_plugin_observer_fn *observe, void *user)

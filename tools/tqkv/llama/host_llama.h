@@ -49,6 +49,7 @@ typedef struct host_ctx_config {
     uint32_t n_ctx;    /* tokens */
     uint32_t n_ubatch; /* tokens fed at a time */
     bool can_repeat;   /* for host_ctx_repeat */
+    bool keeps_all;    /* sliding windows too keep every token, so that cell n holds token n */
 } host_ctx_config;
 
 /* A context for one sequence. Returns an exit code; says why it failed. */
@@ -56,6 +57,9 @@ int host_ctx_create(host *h, const host_ctx_config *config, host_ctx **out);
 void host_ctx_destroy(host_ctx *ctx);
 /* Forgets all tokens. */
 void host_ctx_clear(host_ctx *ctx);
+
+/* Forgets the tokens from n on. */
+void host_ctx_trim(host_ctx *ctx, uint32_t n);
 
 /*
  * Appends n <= n_ubatch tokens. Logits are computed for tokens first, first + step, ... of them
@@ -78,6 +82,13 @@ const float *host_ctx_logits(host_ctx *ctx);
  */
 size_t host_ctx_bytes(host_ctx *ctx, tqkv_plugin_bytes *total, tqkv_plugin_bytes *layers,
                       size_t n_layers_max);
+
+/*
+ * Rows of tokens [first, first + n) in a context made with keeps_all, mode f16, which must be the
+ * plugin's last: [n][n_kv_heads * dim] f32. Returns an exit code; says why it failed.
+ */
+int host_ctx_get_rows(host_ctx *ctx, uint32_t layer, tqkv_side side, uint32_t first, uint32_t n, float *rows);
+int host_ctx_set_rows(host_ctx *ctx, uint32_t layer, tqkv_side side, uint32_t first, uint32_t n, float *rows);
 
 /* Observer of all plugin contexts; NULL ends it. */
 void host_observe(host *h, tqkv_plugin_observer_fn *observe, void *user);

@@ -21,6 +21,7 @@ extern "C" {
 #define TQKV_PLUGIN_CONFIGURE "tqkv_plugin_configure"
 #define TQKV_PLUGIN_SET_OBSERVER "tqkv_plugin_set_observer"
 #define TQKV_PLUGIN_KV_BYTES "tqkv_plugin_kv_bytes"
+#define TQKV_PLUGIN_KV_ROWS "tqkv_plugin_kv_rows"
 
 /*
  * Mode and plan of KV caches that are allocated from now on; live ones keep theirs.
@@ -45,8 +46,8 @@ typedef struct tqkv_plugin_event {
     uint32_t window;  /* 0: not known */
     const float *q;   /* [n_tokens][n_heads][k_dim] with the strides below, RoPE applied */
     size_t q_token_stride, q_head_stride; /* floats */
-    float *k;                 /* [n_tokens][n_kv_heads][k_dim], RoPE applied; may be changed */
-    float *v;                 /* [n_tokens][n_kv_heads][v_dim]; may be changed */
+    const float *k;           /* [n_tokens][n_kv_heads][k_dim], RoPE applied */
+    const float *v;           /* [n_tokens][n_kv_heads][v_dim] */
     const int32_t *positions; /* [n_tokens], or NULL where the graph hides them */
     tqkv_rope rope;           /* as the graph applies it */
     float scale;
@@ -74,6 +75,15 @@ typedef struct tqkv_plugin_bytes {
  */
 typedef size_t tqkv_plugin_kv_bytes_fn(tqkv_plugin_bytes *total, tqkv_plugin_bytes *layers,
                                        size_t n_layers_max);
+
+/*
+ * Reads or replaces what a layer of the context created last holds in cells [first, first + n).
+ * layer: number of the layer in the model. side: 0 is K, 1 is V. rows: [n][n_kv_heads][dim] f32.
+ * Returns 0, or -1 where there is no such layer, it holds nothing yet, or it is stored plain.
+ * Threads: not while a graph is computed.
+ */
+typedef int tqkv_plugin_kv_rows_fn(uint32_t layer, uint32_t side, uint64_t first, size_t n,
+                                   float *rows, int is_write);
 
 #ifdef __cplusplus
 }
