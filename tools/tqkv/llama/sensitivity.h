@@ -15,7 +15,7 @@
 #include "turboquant/calib.h"
 #include "workers.h"
 
-enum { SENSITIVITY_OLD_TOKENS = 1024, SENSITIVITY_SCORED_TOKENS = 64 };
+enum { SENSITIVITY_OLD_TOKENS = 1024, SENSITIVITY_SCORED_TOKENS = 32 };
 
 typedef struct sensitivity_job {
     host *h;
