@@ -104,6 +104,14 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_plan_get_layer(const tqkv_plan *plan, u
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_plan_get_bits(const tqkv_plan *plan, uint32_t layer, uint32_t head,
                                                        tqkv_side side, uint32_t tier, uint8_t *bits);
 
+/*
+ * Weights of the squared error of each unit of one head: how much of what attention loses a unit
+ * stands for. Only ratios within a head mean something. weights: [dim / 16] f32 out, all 0 in a
+ * head of plain f16, which has none. Errors: TQKV_ERR_INVALID_ARG.
+ */
+TQKV_API TQKV_NODISCARD tqkv_status tqkv_plan_get_weights(const tqkv_plan *plan, uint32_t layer,
+                                                          uint32_t head, tqkv_side side, float *weights);
+
 #ifdef __cplusplus
 }
 #endif

@@ -77,14 +77,36 @@ tqkv_status tqkv_plan_get_layer(const tqkv_plan *plan, uint32_t layer, tqkv_plan
     return TQKV_OK;
 }
 
+/* NULL where there is no such head. */
+static const tqkvi_head_plan *find_head(const tqkv_plan *plan, uint32_t layer, uint32_t head,
+                                        tqkv_side side)
+{
+    if (!plan || layer >= plan->n_layers || head >= plan->layers[layer].shape.n_kv_heads ||
+        (side != TQKV_SIDE_K && side != TQKV_SIDE_V))
+        return NULL;
+    return &plan->layers[layer].heads[side][head];
+}
+
 tqkv_status tqkv_plan_get_bits(const tqkv_plan *plan, uint32_t layer, uint32_t head, tqkv_side side,
                                uint32_t tier, uint8_t *bits)
 {
-    if (!plan || !bits || layer >= plan->n_layers || tier >= plan->n_tiers ||
-        head >= plan->layers[layer].shape.n_kv_heads ||
-        (side != TQKV_SIDE_K && side != TQKV_SIDE_V))
+    const tqkvi_head_plan *found = find_head(plan, layer, head, side);
+    if (!found || !bits || tier >= plan->n_tiers)
         return TQKV_ERR_INVALID_ARG;
-    const tqkvi_layout *layout = &plan->layers[layer].heads[side][head].layout[tier];
-    memcpy(bits, layout->bits, layout->n_units);
+    memcpy(bits, found->layout[tier].bits, found->layout[tier].n_units);
+    return TQKV_OK;
+}
+
+tqkv_status tqkv_plan_get_weights(const tqkv_plan *plan, uint32_t layer, uint32_t head,
+                                  tqkv_side side, float *weights)
+{
+    const tqkvi_head_plan *found = find_head(plan, layer, head, side);
+    if (!found || !weights)
+        return TQKV_ERR_INVALID_ARG;
+    const size_t n_units = found->layout[0].n_units;
+    if (found->weight)
+        memcpy(weights, found->weight, n_units * sizeof(*weights));
+    else
+        memset(weights, 0, n_units * sizeof(*weights));
     return TQKV_OK;
 }

@@ -460,6 +460,8 @@ static void f16_has_no_arrays(void **unused)
     tqkv_plan_layer shape = test_shape(8, 8, 1024, 1024);
     tqkv_plan *plan;
     uint8_t bits[TQKV_UNITS_MAX];
+    float weights[TQKV_UNITS_MAX];
+    memset(weights, 0xff, sizeof(weights));
     shape.window = 77;
     shape.tier_tokens[0] = 5;
     assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_F16, &shape, &plan), TQKV_OK);
@@ -468,8 +470,9 @@ static void f16_has_no_arrays(void **unused)
     assert_int_equal(plan->layers[0].shape.tier_tokens[0], 0);
     assert_int_equal(plan->layers[0].shape.window, 77);
     assert_int_equal(tqkv_plan_get_bits(plan, 0, 7, TQKV_SIDE_V, 0, bits), TQKV_OK);
+    assert_int_equal(tqkv_plan_get_weights(plan, 0, 7, TQKV_SIDE_V, weights), TQKV_OK);
     for (uint32_t i = 0; i < TQKV_UNITS_MAX; i++)
-        assert_int_equal(bits[i], 16);
+        assert_true(bits[i] == 16 && weights[i] == 0.0f);
     tqkv_plan_destroy(plan);
 }
 
@@ -510,6 +513,26 @@ static void builtins_survive_a_lack_of_memory(void **unused)
         assert_int_equal(memory.n_live, 0);
     }
     assert_int_equal(status, TQKV_OK);
+}
+
+static void weights_are_told(void **unused)
+{
+    (void)unused;
+    tqkv_plan *plan = small_plan();
+    float weights[TQKV_UNITS_MAX] = {0};
+    assert_int_equal(tqkv_plan_get_weights(plan, 1, 1, TQKV_SIDE_K, weights), TQKV_OK);
+    assert_memory_equal(weights, some_head(plan)->weight, 2 * sizeof(*weights));
+    assert_true(weights[0] > 0.0f && weights[2] == 0.0f);
+    assert_int_equal(tqkv_plan_get_weights(plan, 1, 1, TQKV_SIDE_V, weights), TQKV_OK);
+    assert_memory_equal(weights, plan->layers[1].heads[TQKV_SIDE_V][1].weight, sizeof(*weights));
+
+    assert_int_equal(tqkv_plan_get_weights(plan, 2, 1, TQKV_SIDE_K, weights), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_plan_get_weights(plan, 1, 2, TQKV_SIDE_K, weights), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_plan_get_weights(plan, 1, 1, (tqkv_side)2, weights),
+                     TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_plan_get_weights(plan, 1, 1, TQKV_SIDE_K, NULL), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_plan_get_weights(NULL, 1, 1, TQKV_SIDE_K, weights), TQKV_ERR_INVALID_ARG);
+    tqkv_plan_destroy(plan);
 }
 
 static void questions_out_of_range_are_refused(void **unused)
@@ -567,6 +590,7 @@ int main(void)
         cmocka_unit_test(f16_has_no_arrays),
         cmocka_unit_test(builtins_refuse_what_they_cannot_do),
         cmocka_unit_test(builtins_survive_a_lack_of_memory),
+        cmocka_unit_test(weights_are_told),
         cmocka_unit_test(questions_out_of_range_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
