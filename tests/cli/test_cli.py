@@ -304,6 +304,21 @@ def test_text_too_short(tqkv, real_model, tmp_path):
     assert not (tmp_path / "p.tqkv").exists()
 
 
+def check_parts(row):
+    """Texts and positions split the scored tokens of a row; their means add up to its mean."""
+    assert [part["text"] for part in row["texts"]] == ["text.txt"]
+    assert row["texts"][0]["kl_p999"] == row["kl_p999"] and row["texts"][0]["top1"] == row["top1"]
+    assert len(row["positions"]) == 16
+    assert row["positions"][0]["first"] == 64 and row["positions"][-1]["last"] == 126
+    for before, part in zip(row["positions"], row["positions"][1:]):
+        assert part["first"] == before["last"] + 1
+        assert part["last"] - part["first"] + 1 == part["tokens"]
+    for parts in row["texts"], row["positions"]:
+        assert sum(part["tokens"] for part in parts) == row["n_scored"]
+        mean = sum(part["tokens"] * part["kl_mean"] for part in parts) / row["n_scored"]
+        assert mean == pytest.approx(row["kl_mean"], rel=1e-5, abs=1e-9)
+
+
 def test_eval_of_a_real_model(tqkv, real_model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"Line {i}: the harbour opens at {i % 24} o'clock.\n" for i in range(100)))
@@ -315,6 +330,8 @@ def test_eval_of_a_real_model(tqkv, real_model, tmp_path):
     assert abs(rows["ours-f16"]["kl_mean"]) < 1e-7 and rows["ours-f16"]["top1"] == 1
     assert rows["ours-q8"]["kl_mean"] < rows["q4_0"]["kl_mean"]
     assert rows["q4_0"]["bits"] == 4.5 and 8 < rows["ours-q8"]["bits"] < 9
+    for row in rows.values():
+        check_parts(row)
     assert not list(tmp_path.glob("*.tmp"))
 
 

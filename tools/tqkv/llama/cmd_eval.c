@@ -265,12 +265,16 @@ static int measure(eval_job *job, const eval_options *o, const eval_setting *set
     for (size_t i = 0; i < n_settings; i++) {
         eval_score scores[EVAL_CACHES_MAX] = {0};
         const int rc = eval_score_run(job, &settings[i], scores);
+        if (rc == TOOL_OK) {
+            eval_print_scores(out, job, &settings[i], scores);
+            json_t *list = eval_scores_json(job, &settings[i], scores);
+            json_array_extend(results, list);
+            json_decref(list);
+        }
+        for (size_t j = 0; j < job->n_caches; j++)
+            eval_score_deinit(&scores[j]);
         if (rc != TOOL_OK)
             return rc;
-        eval_print_scores(out, job, &settings[i], scores);
-        json_t *list = eval_scores_json(job, &settings[i], scores);
-        json_array_extend(results, list);
-        json_decref(list);
     }
     if (o->depth) {
         eval_speed speeds[EVAL_CACHES_MAX] = {0};

@@ -15,18 +15,27 @@
 #include "plan_view.h"
 #include "progress.h"
 
+/* What is added up over some of the scored tokens. */
 typedef struct sums {
     float *kl; /* [n_max] */
-    size_t n;
+    size_t n, n_max;
     double nll_base, nll;
     size_t n_same;
 } sums;
+
+/* Every token counts in one of each. */
+typedef struct cache_sums {
+    sums all;
+    sums *texts; /* [n_texts] */
+    sums positions[EVAL_POSITIONS];
+} cache_sums;
 
 typedef struct run {
     eval_job *job;
     uint32_t n_ctx, n_ubatch, first_scored;
     host_ctx *base, *tests[EVAL_CACHES_MAX];
-    sums sums[EVAL_CACHES_MAX];
+    cache_sums sums[EVAL_CACHES_MAX];
+    size_t text;       /* being fed */
     logit_base *stats; /* [n_ubatch] */
     logit_diff *diffs; /* [n_ubatch] */
     int32_t *piece;
@@ -62,16 +71,49 @@ static void parallel_rows(const run *r, size_t n, tqkv_task_fn *fn, rows *x)
     parallel->run(parallel->user, n, fn, x);
 }
 
-static void add_rows(run *r, sums *sum, const rows *x, uint32_t first, uint32_t n)
+static void add_token(sums *sum, const logit_diff *diff, double nll_base, double nll)
+{
+    if (sum->n == sum->n_max) {
+        sum->n_max = sum->n_max ? 2 * sum->n_max : 1024;
+        sum->kl = tool_grow(sum->kl, sum->n_max, sizeof(*sum->kl));
+    }
+    sum->kl[sum->n++] = (float)diff->kl;
+    sum->n_same += diff->has_same_best;
+    sum->nll_base += nll_base;
+    sum->nll += nll;
+}
+
+/* The last token of the piece predicts nothing that is known. */
+static uint32_t end_scored(const run *r)
+{
+    return r->n_ctx - 1;
+}
+
+/* Parts are equal up to rounding: the first token of part i, and for all parts the end. */
+static uint32_t first_of_part(const run *r, uint32_t i)
+{
+    const uint64_t n = end_scored(r) - r->first_scored;
+    return r->first_scored + (uint32_t)(n * i / EVAL_POSITIONS);
+}
+
+/* The last part that begins at or before a token. */
+static uint32_t part_of(const run *r, uint32_t token)
+{
+    const uint64_t n = end_scored(r) - r->first_scored, before = token - r->first_scored;
+    return (uint32_t)(((before + 1) * EVAL_POSITIONS - 1) / n);
+}
+
+static void add_rows(run *r, cache_sums *to, const rows *x, uint32_t first, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++) {
         const int32_t next = r->piece[first + i + 1];
         const float *base = x->base + (size_t)i * x->n_vocab,
                     *test = x->test + (size_t)i * x->n_vocab;
-        sum->kl[sum->n++] = (float)r->diffs[i].kl;
-        sum->n_same += r->diffs[i].has_same_best;
-        sum->nll_base += r->stats[i].log_sum - (double)base[next];
-        sum->nll += r->diffs[i].log_sum_test - (double)test[next];
+        const double nll_base = r->stats[i].log_sum - (double)base[next],
+                     nll = r->diffs[i].log_sum_test - (double)test[next];
+        add_token(&to->all, &r->diffs[i], nll_base, nll);
+        add_token(&to->texts[r->text], &r->diffs[i], nll_base, nll);
+        add_token(&to->positions[part_of(r, first + i)], &r->diffs[i], nll_base, nll);
     }
 }
 
@@ -86,9 +128,8 @@ static int feed(run *r, host_ctx *ctx, const char *label, uint32_t start, uint32
 
 static int run_chunk(run *r, uint32_t start, uint32_t n)
 {
-    /* The last token of the piece predicts nothing that is known. */
     const uint32_t first = start > r->first_scored ? start : r->first_scored;
-    const uint32_t end = start + n < r->n_ctx ? start + n : r->n_ctx - 1;
+    const uint32_t end = start + n < end_scored(r) ? start + n : end_scored(r);
     const uint32_t n_rows = end > first ? end - first : 0;
     rows x = {.r = r, .n_vocab = host_n_vocab(r->job->h)};
 
@@ -108,9 +149,9 @@ static int run_chunk(run *r, uint32_t start, uint32_t n)
     return rc;
 }
 
-static int run_piece(run *r, const text_tokens *text, size_t first)
+static int run_piece(run *r, size_t first)
 {
-    text_piece(r->job->h, text, first, r->n_ctx, r->piece);
+    text_piece(r->job->h, &r->job->texts[r->text], first, r->n_ctx, r->piece);
     host_ctx_clear(r->base);
     for (size_t i = 0; i < r->job->n_caches; i++)
         host_ctx_clear(r->tests[i]);
@@ -128,7 +169,7 @@ static int compare_floats(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void summarise(const sums *sum, eval_score *out)
+static void summarise(const sums *sum, eval_quality *out)
 {
     const double n = (double)sum->n;
     double mean = 0, square = 0;
@@ -145,6 +186,34 @@ static void summarise(const sums *sum, eval_score *out)
     out->top1 = (double)sum->n_same / n;
     out->ppl_base = exp(sum->nll_base / n);
     out->ppl = exp(sum->nll / n);
+}
+
+static void summarise_cache(const run *r, const cache_sums *from, eval_score *out)
+{
+    summarise(&from->all, &out->all);
+    out->texts = tool_alloc(r->job->n_texts, sizeof(*out->texts));
+    for (size_t i = 0; i < r->job->n_texts; i++)
+        summarise(&from->texts[i], &out->texts[i]);
+    for (uint32_t i = 0; i < EVAL_POSITIONS; i++)
+        summarise(&from->positions[i], &out->positions[i]);
+    for (uint32_t i = 0; i <= EVAL_POSITIONS; i++)
+        out->first_position[i] = first_of_part(r, i);
+}
+
+static void free_sums(cache_sums *sum, size_t n_texts)
+{
+    for (size_t i = 0; i < n_texts; i++)
+        free(sum->texts[i].kl);
+    for (size_t i = 0; i < EVAL_POSITIONS; i++)
+        free(sum->positions[i].kl);
+    free(sum->all.kl);
+    free(sum->texts);
+}
+
+void eval_score_deinit(eval_score *score)
+{
+    free(score->texts);
+    *score = (eval_score){0};
 }
 
 /*
@@ -208,25 +277,25 @@ int eval_score_run(eval_job *job, const eval_setting *setting, eval_score *score
     r->stats = tool_alloc(r->n_ubatch, sizeof(*r->stats));
     r->diffs = tool_alloc(r->n_ubatch, sizeof(*r->diffs));
     for (size_t i = 0; i < job->n_caches; i++)
-        r->sums[i].kl = tool_alloc(job->n_texts * job->n_pieces * r->n_ctx, sizeof(float));
+        r->sums[i].texts = tool_alloc(job->n_texts, sizeof(*r->sums[i].texts));
     snprintf(phase, sizeof(phase), "-c %u -ub %u", r->n_ctx, r->n_ubatch);
     progress_begin(&r->bar, phase, ++job->step, job->n_steps,
                    (double)(job->n_texts * job->n_pieces * (job->n_caches + 1)) * r->n_ctx);
 
     int rc = open_contexts(r);
-    for (size_t i = 0; i < job->n_texts; i++) {
+    for (r->text = 0; r->text < job->n_texts; r->text++) {
         for (size_t j = 0; j < job->n_pieces && rc == TOOL_OK; j++)
-            rc = run_piece(r, &job->texts[i], j * r->n_ctx);
+            rc = run_piece(r, j * r->n_ctx);
     }
     for (size_t i = 0; i < job->n_caches && rc == TOOL_OK; i++)
-        summarise(&r->sums[i], &scores[i]);
+        summarise_cache(r, &r->sums[i], &scores[i]);
     if (rc == TOOL_OK)
         rc = read_bytes(r, scores);
     progress_end(&r->bar, rc == TOOL_OK);
 
     for (size_t i = 0; i < job->n_caches; i++) {
         host_ctx_destroy(r->tests[i]);
-        free(r->sums[i].kl);
+        free_sums(&r->sums[i], job->n_texts);
     }
     host_ctx_destroy(r->base);
     free(r->diffs);

@@ -7,7 +7,7 @@
 #include "text_pieces.h"
 #include "workers.h"
 
-enum { EVAL_CACHES_MAX = 16, EVAL_SETTINGS_MAX = 16 };
+enum { EVAL_CACHES_MAX = 16, EVAL_SETTINGS_MAX = 16, EVAL_POSITIONS = 16 };
 
 typedef struct eval_cache {
     char label[64];
@@ -32,12 +32,20 @@ typedef struct eval_setting {
     uint32_t n_ctx, n_ubatch;
 } eval_setting;
 
-/* One cache at one setting. */
-typedef struct eval_score {
+/* What some of the scored tokens say. */
+typedef struct eval_quality {
     size_t n; /* tokens scored */
     double kl_mean, kl_error, kl_median, kl_p999, top1;
     double ppl_base, ppl;
-    double held_bytes, f16_bytes; /* of one full piece */
+} eval_quality;
+
+/* One cache at one setting. */
+typedef struct eval_score {
+    eval_quality all;
+    eval_quality *texts;                         /* [n_texts] */
+    eval_quality positions[EVAL_POSITIONS];      /* equal parts of the scored half */
+    uint32_t first_position[EVAL_POSITIONS + 1]; /* in the piece, of each part; then the end */
+    double held_bytes, f16_bytes;                /* of one full piece */
 } eval_score;
 
 /* One cache in the timed run. */
@@ -49,8 +57,9 @@ typedef struct eval_speed {
     double held_bytes;
 } eval_speed;
 
-/* scores: [n_caches]. Returns an exit code. */
+/* scores: [n_caches], zeroed; deinit them whatever comes back. Returns an exit code. */
 int eval_score_run(eval_job *job, const eval_setting *setting, eval_score *scores);
+void eval_score_deinit(eval_score *score);
 /* speeds: [n_caches]. */
 int eval_speed_run(eval_job *job, uint32_t depth, eval_speed *speeds);
 
