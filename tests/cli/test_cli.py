@@ -13,6 +13,8 @@ import pytest
 
 COMMANDS = ["calibrate", "eval", "inspect", "run", "doctor"]
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+# Three layers: bits of all widths, no cache, a V head in plain f16.
+MIXED_PLAN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "v0" / "plan.tqkv"
 
 
 def test_help_names_every_command(tqkv):
@@ -81,6 +83,12 @@ def test_inspect_json(tqkv, plan_file):
     assert told["layers"][0]["n_kv_heads"] == 2
     # 8 bits and a scale byte per head of 64: 8.125 and what tables take
     assert 8.1 <= told["totals"][-1]["bits_total"] < 8.6
+
+
+def test_inspect_of_a_plan_with_a_layer_that_has_no_cache(tqkv):
+    done = tqkv("inspect", MIXED_PLAN)
+    assert done.returncode == OK and done.stderr == ""
+    assert "32768" in done.stdout
 
 
 def output_on_terminal(program, *args, env=None):

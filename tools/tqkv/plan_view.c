@@ -73,6 +73,8 @@ int plan_view_layer_bytes(const tqkv_plan *plan, uint32_t layer, uint32_t n_toke
     *held = *f16 = 0;
     if (status != TQKV_OK)
         return tool_error("layer %u of the plan: %s", layer, tqkv_status_text(status));
+    if (!shape.n_kv_heads)
+        return TOOL_OK; /* a layer without a cache */
     const uint32_t n_held = plan_view_resident(shape.window, n_tokens);
     tqkv_store_config_init(&config);
     config.plan = plan;
