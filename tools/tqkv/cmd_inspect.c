@@ -27,12 +27,6 @@ static void print_help(void)
         "      --json     print JSON\n");
 }
 
-static void hex_text(const uint8_t *bytes, size_t n, char *out)
-{
-    for (size_t i = 0; i < n; i++)
-        snprintf(out + 2 * i, 3, "%02x", bytes[i]);
-}
-
 /* A cell of the map. Colours go from blue (few bits) over green and yellow to red (many). */
 static void print_cell(double bits, bool has_color)
 {
@@ -95,11 +89,11 @@ static void print_map(const tqkv_plan *plan, const tqkv_plan_info *info, uint32_
 
 static void print_head(const char *path, const tqkv_plan *plan, const tqkv_plan_info *info)
 {
-    char fingerprint[2 * TQKV_FINGERPRINT_BYTES + 1], size[TOOL_SIZE_CHARS];
+    char fingerprint[PLAN_VIEW_FINGERPRINT_CHARS], size[TOOL_SIZE_CHARS];
     struct stat file = {0};
-    tqkv_plan_layer layer = {0};
+    tqkv_plan_layer layer;
     stat(path, &file);
-    hex_text(info->fingerprint, TQKV_FINGERPRINT_BYTES, fingerprint);
+    plan_view_fingerprint(info, fingerprint);
     printf("plan         %s (%s)\n", path, tool_size_text((double)file.st_size, size));
     printf("model        %s, architecture %s, %u layers\n", info->model, info->arch,
            info->n_layers);
@@ -108,13 +102,7 @@ static void print_head(const char *path, const tqkv_plan *plan, const tqkv_plan_
            info->profile, info->bits_total, info->context,
            info->bits_total > 0 ? 16 / info->bits_total : 0.0);
     printf("fingerprint  %s\n", fingerprint);
-    /* A sliding layer may have shorter tiers; the others are what matters for long contexts. */
-    uint32_t i = 0;
-    while (tqkv_plan_get_layer(plan, i, &layer) == TQKV_OK && layer.window &&
-           i + 1 < info->n_layers)
-        i++;
-    if (tqkv_plan_get_layer(plan, i, &layer) != TQKV_OK)
-        return;
+    plan_view_long_layer(plan, &layer);
     printf("tiers        first %u tokens and newest %u: tier 0", info->n_sinks,
            layer.tier_tokens[0]);
     for (uint32_t j = 1; j + 1 < info->n_tiers; j++)
@@ -173,8 +161,8 @@ static json_t *layer_json(const tqkv_plan *plan, uint32_t i, uint32_t n_tiers)
 
 static int print_json(const tqkv_plan *plan, const tqkv_plan_info *info)
 {
-    char fingerprint[2 * TQKV_FINGERPRINT_BYTES + 1];
-    hex_text(info->fingerprint, TQKV_FINGERPRINT_BYTES, fingerprint);
+    char fingerprint[PLAN_VIEW_FINGERPRINT_CHARS];
+    plan_view_fingerprint(info, fingerprint);
     json_t *layers = json_array(), *totals = json_array();
     for (uint32_t i = 0; i < info->n_layers; i++)
         json_array_append_new(layers, layer_json(plan, i, info->n_tiers));

@@ -2,18 +2,16 @@
 #include "json_file.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-#include "interrupt.h"
+#include "output_file.h"
 #include "tool.h"
 
 #define JSON_STYLE (JSON_INDENT(2) | JSON_REAL_PRECISION(15))
+#define REAL_MAX 1e15 /* no result is larger, and sums of these stay finite */
 
 json_t *json_real_short(double value, int digits)
 {
@@ -24,47 +22,93 @@ json_t *json_real_short(double value, int digits)
     return json_real(strtod(text, NULL));
 }
 
-int json_file_check_writable(const char *path)
-{
-    struct stat info;
-    if (strcmp(path, "-") == 0)
-        return TOOL_OK;
-    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode))
-        return tool_error("output %s exists and is not a file", path);
-    char *probe = tool_format("%s.%ld.tmp", path, (long)getpid());
-    const int fd = open(probe, O_WRONLY | O_CREAT | O_EXCL, 0666);
-    const int error = errno;
-    if (fd >= 0) {
-        close(fd);
-        unlink(probe);
-    }
-    free(probe);
-    if (fd < 0)
-        return tool_error("output %s: %s", path, strerror(error));
-    return TOOL_OK;
-}
-
 int json_file_write(const char *path, json_t *value)
 {
-    int rc = TOOL_OK;
-    if (strcmp(path, "-") == 0) {
-        if (json_dumpf(value, stdout, JSON_STYLE) != 0 || fputc('\n', stdout) == EOF)
-            rc = tool_error("stdout: cannot write");
-        json_decref(value);
-        return rc;
-    }
-    char *part = tool_format("%s.%ld.tmp", path, (long)getpid());
-    interrupt_hold();
-    FILE *file = fopen(part, "w");
-    bool is_written = file && json_dumpf(value, file, JSON_STYLE) == 0 && fputc('\n', file) != EOF;
-    if (file)
-        is_written = fclose(file) == 0 && is_written;
-    if (!is_written || rename(part, path) != 0) {
-        rc = tool_error("output %s: %s", path, strerror(errno));
-        unlink(part);
-    }
-    interrupt_release();
-    free(part);
+    char *json = json_dumps(value, JSON_STYLE);
     json_decref(value);
+    if (!json)
+        return tool_error("output %s: a text in it is not UTF-8", path);
+    char *text = tool_format("%s\n", json);
+    free(json);
+    const int rc = output_file_write(path, text, strlen(text));
+    free(text);
     return rc;
+}
+
+void json_reader_open(json_reader *reader, const char *path)
+{
+    json_error_t error;
+    *reader = (json_reader){.path = path};
+    FILE *file = fopen(path, "rb");
+    if (!file) {
+        reader->rc = tool_error("%s: %s", path, strerror(errno));
+        return;
+    }
+    reader->root = json_loadf(file, JSON_REJECT_DUPLICATES, &error);
+    fclose(file);
+    if (!reader->root)
+        reader->rc = tool_error("%s, line %d: %s", path, error.line, error.text);
+    else if (!json_is_object(reader->root))
+        reader->rc = tool_error("%s: not a JSON object", path);
+}
+
+void json_reader_close(json_reader *reader)
+{
+    json_decref(reader->root);
+    *reader = (json_reader){0};
+}
+
+static void complain(json_reader *reader, const char *key, const char *wanted)
+{
+    if (reader->rc == TOOL_OK)
+        reader->rc = tool_error("%s: key '%s' is missing or is not %s", reader->path, key, wanted);
+}
+
+json_t *json_read_array(json_reader *reader, const json_t *object, const char *key)
+{
+    json_t *value = json_object_get(object, key);
+    if (json_is_array(value))
+        return value;
+    complain(reader, key, "an array");
+    return NULL;
+}
+
+const char *json_read_text(json_reader *reader, const json_t *object, const char *key)
+{
+    const json_t *value = json_object_get(object, key);
+    if (json_is_string(value))
+        return json_string_value(value);
+    complain(reader, key, "a text");
+    return "";
+}
+
+uint32_t json_read_count(json_reader *reader, const json_t *object, const char *key)
+{
+    const json_t *value = json_object_get(object, key);
+    const json_int_t count = json_integer_value(value);
+    if (json_is_integer(value) && count >= 0 && count <= INT32_MAX)
+        return (uint32_t)count;
+    complain(reader, key, "a count");
+    return 0;
+}
+
+static double read_real(json_reader *reader, const json_t *value, const char *key)
+{
+    if (json_is_null(value))
+        return NAN;
+    const double real = json_number_value(value);
+    if (json_is_number(value) && fabs(real) <= REAL_MAX)
+        return real;
+    complain(reader, key, "a number");
+    return 0;
+}
+
+double json_read_real(json_reader *reader, const json_t *object, const char *key)
+{
+    return read_real(reader, json_object_get(object, key), key);
+}
+
+double json_read_item(json_reader *reader, const json_t *array, size_t i, const char *key)
+{
+    return read_real(reader, json_array_get(array, i), key);
 }

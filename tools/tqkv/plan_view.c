@@ -122,6 +122,36 @@ double plan_view_head_bits(const tqkv_plan *plan, uint32_t layer, uint32_t head,
     return n_units ? sum / n_units + (bits[0] == 16 ? 0.0 : 8.0 / dim) : 0;
 }
 
+double plan_view_side_bits(const tqkv_plan *plan, uint32_t layer, tqkv_side side, uint32_t tier)
+{
+    tqkv_plan_layer shape;
+    double sum = 0;
+    if (tqkv_plan_get_layer(plan, layer, &shape) != TQKV_OK || !shape.n_kv_heads)
+        return 0;
+    for (uint32_t g = 0; g < shape.n_kv_heads; g++)
+        sum += plan_view_head_bits(plan, layer, g, side, tier);
+    return sum / shape.n_kv_heads;
+}
+
+void plan_view_long_layer(const tqkv_plan *plan, tqkv_plan_layer *out)
+{
+    uint32_t i = 0;
+    tqkv_plan_layer layer = {0};
+    *out = layer;
+    while (tqkv_plan_get_layer(plan, i++, &layer) == TQKV_OK) {
+        if (layer.n_kv_heads)
+            *out = layer;
+        if (layer.n_kv_heads && !layer.window)
+            return;
+    }
+}
+
+void plan_view_fingerprint(const tqkv_plan_info *info, char out[PLAN_VIEW_FINGERPRINT_CHARS])
+{
+    for (size_t i = 0; i < TQKV_FINGERPRINT_BYTES; i++)
+        snprintf(out + 2 * i, 3, "%02x", info->fingerprint[i]);
+}
+
 char *plan_view_default_path(const char *model_path)
 {
     return tool_replace_ending(model_path, ".gguf", ".tqkv");

@@ -26,6 +26,19 @@ int plan_view_bytes(const tqkv_plan *plan, uint32_t n_tokens, double *held, doub
 double plan_view_head_bits(const tqkv_plan *plan, uint32_t layer, uint32_t head, tqkv_side side,
                            uint32_t tier);
 
+/* Mean of the heads of one side; 0 in a layer without a cache. */
+double plan_view_side_bits(const tqkv_plan *plan, uint32_t layer, tqkv_side side, uint32_t tier);
+
+/*
+ * The layer whose tiers matter for long contexts: the first that sees all tokens, since a sliding
+ * one may have shorter tiers; where all slide, the last.
+ */
+void plan_view_long_layer(const tqkv_plan *plan, tqkv_plan_layer *out);
+
+/* The fingerprint in hexadecimal. */
+#define PLAN_VIEW_FINGERPRINT_CHARS (2 * TQKV_FINGERPRINT_BYTES + 1)
+void plan_view_fingerprint(const tqkv_plan_info *info, char out[PLAN_VIEW_FINGERPRINT_CHARS]);
+
 /* Where the plan of a model lies by default: beside it, .tqkv instead of .gguf. Given. */
 char *plan_view_default_path(const char *model_path);
 

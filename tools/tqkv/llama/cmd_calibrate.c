@@ -9,6 +9,7 @@
 #include "calib_run.h"
 #include "interrupt.h"
 #include "json_file.h"
+#include "output_file.h"
 #include "plan_view.h"
 #include "plugin_file.h"
 #include "sensitivity.h"
@@ -293,7 +294,7 @@ static int check_inputs(calibrate_options *o, gguf_head *model, char **plugin)
 {
     int rc = gguf_head_read(o->model, model);
     for (size_t i = 0; i < o->n_profiles && rc == TOOL_OK; i++)
-        rc = json_file_check_writable(o->profiles[i].path);
+        rc = output_file_check(o->profiles[i].path);
     if (rc == TOOL_OK && !o->texts.n) {
         char *text = shipped_text();
         if (text)

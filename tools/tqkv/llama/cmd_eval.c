@@ -9,6 +9,7 @@
 #include "eval_types.h"
 #include "interrupt.h"
 #include "json_file.h"
+#include "output_file.h"
 #include "plan_view.h"
 #include "plugin_file.h"
 #include "tool.h"
@@ -303,7 +304,7 @@ static int evaluate(eval_options *o)
 
     int rc = make_settings(o, settings, &n_settings);
     if (rc == TOOL_OK && o->json)
-        rc = json_file_check_writable(o->json);
+        rc = output_file_check(o->json);
     if (rc == TOOL_OK)
         rc = gguf_head_read(o->model, model);
     if (rc == TOOL_OK)
