@@ -78,6 +78,12 @@ def plan_file(tmp_path):
     return path
 
 
+@pytest.fixture
+def mixed_plan():
+    """Three layers: bits of all widths, no cache, a V head in plain f16."""
+    return ROOT / "tests" / "golden" / "v0" / "plan.tqkv"
+
+
 def gguf_text(text):
     return struct.pack("<Q", len(text)) + text.encode()
 

@@ -11,10 +11,8 @@ import time
 
 import pytest
 
-COMMANDS = ["calibrate", "eval", "inspect", "run", "doctor"]
+COMMANDS = ["calibrate", "eval", "inspect", "report", "run", "doctor"]
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-# Three layers: bits of all widths, no cache, a V head in plain f16.
-MIXED_PLAN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "v0" / "plan.tqkv"
 
 
 def test_help_names_every_command(tqkv):
@@ -85,8 +83,8 @@ def test_inspect_json(tqkv, plan_file):
     assert 8.1 <= told["totals"][-1]["bits_total"] < 8.6
 
 
-def test_inspect_of_a_plan_with_a_layer_that_has_no_cache(tqkv):
-    done = tqkv("inspect", MIXED_PLAN)
+def test_inspect_of_a_plan_with_a_layer_that_has_no_cache(tqkv, mixed_plan):
+    done = tqkv("inspect", mixed_plan)
     assert done.returncode == OK and done.stderr == ""
     assert "32768" in done.stdout
 

@@ -15,6 +15,7 @@ static const command commands[] = {
     {"calibrate", cmd_calibrate, "make a plan (.tqkv) for a model: once per model, a few minutes"},
     {"eval", cmd_eval, "measure what a compressed cache costs in quality and gains in memory"},
     {"inspect", cmd_inspect, "show what a plan stores: bits by layer and head, bytes per token"},
+    {"report", cmd_report, "draw a plan and what was measured with it as a page of HTML"},
     {"run", cmd_run, "run a llama.cpp program with the compressed cache"},
     {"doctor", cmd_doctor, "find out why the compressed cache is not on, and what it would save"},
 };
