@@ -21,6 +21,18 @@ static void check(tqkv_status status, const char *what)
     exit(EXIT_FAILURE);
 }
 
+/* From calibration, or built in for a model that was never seen. */
+static tqkv_plan *make_plan(const char *path)
+{
+    const tqkv_plan_layer shape = {.n_heads = 8, .n_kv_heads = 2, .k_dim = 128, .v_dim = 128};
+    tqkv_plan *plan;
+    if (path)
+        check(tqkv_plan_load(path, NULL, &plan), path);
+    else
+        check(tqkv_plan_builtin(TQKV_BUILTIN_Q8, &shape, &plan), "plan");
+    return plan;
+}
+
 /* Stands for a model: values of token t. */
 static void model_rows(int t, size_t n, float *out)
 {
@@ -28,16 +40,22 @@ static void model_rows(int t, size_t n, float *out)
         out[i] = sinf((float)(t * 31 + (int)i * 17));
 }
 
+/* Exports K and V of a cell and imports them into another store, K first. */
+static void move_cell(const tqkv_store *from, tqkv_store *to, int64_t cell)
+{
+    for (tqkv_side side = TQKV_SIDE_K; side <= TQKV_SIDE_V; side++) {
+        uint8_t *record = malloc(tqkv_store_record_bytes(from, side));
+        size_t n_bytes;
+        check(tqkv_store_export(from, cell, side, record, &n_bytes), "export");
+        check(tqkv_store_import(to, cell, side, record, n_bytes), "import");
+        free(record);
+    }
+}
+
 int main(int argc, char **argv)
 {
-    /* The plan: from calibration, or built in for a model that was never seen. */
-    const tqkv_plan_layer shape = {.n_heads = 8, .n_kv_heads = 2, .k_dim = 128, .v_dim = 128};
-    tqkv_plan *plan;
+    tqkv_plan *plan = make_plan(argc > 1 ? argv[1] : NULL);
     tqkv_plan_layer layer;
-    if (argc > 1)
-        check(tqkv_plan_load(argv[1], NULL, &plan), argv[1]);
-    else
-        check(tqkv_plan_builtin(TQKV_BUILTIN_Q8, &shape, &plan), "plan");
     check(tqkv_plan_get_layer(plan, 0, &layer), "layer");
 
     /* One store per layer; one batch serves all layers in turn. */
@@ -84,16 +102,9 @@ int main(int argc, char **argv)
     printf("out[0] = %g; %zu bytes, f16 would take %zu\n", (double)out[0], tqkv_store_bytes(store),
            N_TOKENS * (k_floats + v_floats) * 2);
 
-    /* Save each cell as a record and restore it elsewhere, K first: every code comes back. */
-    for (tqkv_side side = TQKV_SIDE_K; side <= TQKV_SIDE_V; side++) {
-        uint8_t *record = malloc(tqkv_store_record_bytes(store, side));
-        for (int64_t cell = 0; cell < N_TOKENS; cell++) {
-            size_t n_bytes;
-            check(tqkv_store_export(store, cell, side, record, &n_bytes), "export");
-            check(tqkv_store_import(restored, cell, side, record, n_bytes), "import");
-        }
-        free(record);
-    }
+    /* Save each cell as a record and restore it elsewhere: every code comes back. */
+    for (int64_t cell = 0; cell < N_TOKENS; cell++)
+        move_cell(store, restored, cell);
     check(tqkv_store_read(store, 7, TQKV_SIDE_V, v), "read");
     check(tqkv_store_read(restored, 7, TQKV_SIDE_V, again), "read");
     const int same = !memcmp(again, v, v_floats * sizeof(*v));
