@@ -180,6 +180,12 @@ int tool_bad_option(char **argv, int option)
     return tool_usage("unknown option '%s'", given);
 }
 
+uint32_t tool_n_processors(void)
+{
+    const long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > TOOL_THREADS_MAX ? TOOL_THREADS_MAX : (uint32_t)n;
+}
+
 double tool_seconds(void)
 {
     struct timespec now;

@@ -71,6 +71,10 @@ int tool_bad_option(char **argv, int option);
 
 double tool_seconds(void); /* monotonic */
 
+enum { TOOL_THREADS_MAX = 512 };
+/* Processors online, at most TOOL_THREADS_MAX. */
+uint32_t tool_n_processors(void);
+
 /* "1.5 MiB"; the buffer is given and large enough for any size. */
 #define TOOL_SIZE_CHARS 32
 const char *tool_size_text(double bytes, char buffer[TOOL_SIZE_CHARS]);

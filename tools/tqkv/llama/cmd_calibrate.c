@@ -15,11 +15,19 @@
 #include "sensitivity.h"
 #include "tool.h"
 
-enum { PROFILES_MAX = 8, N_PHASES = 4, N_THREADS_MAX = 512 };
+enum { PROFILES_MAX = 8, N_PHASES = 4 };
 
 /* On two quiet cores these keep a model of half a billion parameters below ten minutes. */
 enum { TOKENS_DEFAULT = 16384, PROBES_DEFAULT = 8, CONTEXT_DEFAULT = 8192 };
 #define PROBE_BITS_DEFAULT 1.5
+
+/* As large as llama.cpp's q4_0. */
+#define NEAR_LOSSLESS "near-lossless"
+#define NEAR_LOSSLESS_BITS 4.5
+
+/* The text that comes with tqkv has 25000 tokens or so, and repeats a tenth of them. */
+enum { TOKENS_ADVISED = 8192 };
+#define REPEATED_MAX 0.5
 
 typedef struct wanted_profile {
     char name[32];
@@ -45,7 +53,8 @@ static void print_help(void)
         "model.\n\n"
         "  -o, --output FILE   plan to write (default: beside the model, .tqkv instead of .gguf;\n"
         "                      profiles other than 5x: .NAME.tqkv); a folder where it ends in /\n"
-        "      --profile LIST  sizes: 5x is 3.2 bits per value, 8x is 2, Nx is 16/N (default: 5x)\n"
+        "      --profile LIST  sizes: 5x is 3.2 bits per value, 8x is 2, Nx is 16/N, near-lossless\n"
+        "                      is 4.5 (default: 5x)\n"
         "      --bits B        the same as bits per value, everything counted\n"
         "      --context N     tokens at which the size is counted (default: %d)\n"
         "      --text FILE     text to use instead of the mix of languages and code that comes\n"
@@ -88,7 +97,7 @@ static int parse_option(calibrate_options *o, int option, char **argv)
     case 'q':
         return tool_parse_real("--probe-bits", optarg, 0.5, 8, &o->probe_bits);
     case 't':
-        return tool_parse_count("-t", optarg, 1, N_THREADS_MAX, &o->n_threads);
+        return tool_parse_count("-t", optarg, 1, TOOL_THREADS_MAX, &o->n_threads);
     case 'g':
         o->plugin = optarg;
         return TOOL_OK;
@@ -103,16 +112,18 @@ static int parse_option(calibrate_options *o, int option, char **argv)
     }
 }
 
-/* "5x" or a number of bits. */
+/* A name, "5x", or a number of bits. */
 static int read_profile(const char *name, wanted_profile *out)
 {
     char *end;
     const double number = strtod(name, &end);
     const bool is_ratio = end != name && strcmp(end, "x") == 0;
-    out->bits = is_ratio && number > 0 ? 16 / number : number;
-    if (end == name || (*end && !is_ratio) || !(out->bits >= 0.5 && out->bits <= 16))
-        return tool_usage("profile '%s': 5x, 8x or bits per value such as 3.2 are understood",
-                          name);
+    const bool is_near_lossless = strcmp(name, NEAR_LOSSLESS) == 0;
+    out->bits = is_near_lossless ? NEAR_LOSSLESS_BITS : is_ratio && number > 0 ? 16 / number : number;
+    if (!is_near_lossless &&
+        (end == name || (*end && !is_ratio) || !(out->bits >= 0.5 && out->bits <= 16)))
+        return tool_usage("profile '%s': 5x, 8x, %s or bits per value such as 3.2 are understood",
+                          name, NEAR_LOSSLESS);
     snprintf(out->name, sizeof(out->name), "%s", name);
     return TOOL_OK;
 }
@@ -201,10 +212,8 @@ static int parse(calibrate_options *o, int argc, char **argv)
     if (optind + 1 < argc)
         return tool_usage("one model at a time; '%s' is one too many", argv[optind + 1]);
     o->model = argv[optind];
-    if (!o->n_threads) {
-        const long n = sysconf(_SC_NPROCESSORS_ONLN);
-        o->n_threads = n < 1 ? 1 : n > N_THREADS_MAX ? N_THREADS_MAX : (uint32_t)n;
-    }
+    if (!o->n_threads)
+        o->n_threads = tool_n_processors();
     return name_outputs(o);
 }
 
@@ -223,6 +232,18 @@ static int read_all_texts(host *h, const calibrate_options *o, text_tokens *out)
         text_tokens_free(&part);
     }
     return TOOL_OK;
+}
+
+/* A plan fits what it has seen. */
+static void warn_about_text(const text_tokens *text)
+{
+    const double repeated = text_repeated(text);
+    if (text->n < TOKENS_ADVISED)
+        tool_note("the text has %zu tokens; with fewer than %d a plan loses more on other texts", text->n,
+                  TOKENS_ADVISED);
+    if (repeated > REPEATED_MAX)
+        tool_note("%.0f %% of the text repeats itself; a plan fits what it has seen and loses more on other texts",
+                  100 * repeated);
 }
 
 static int save(const calibrate_options *o, const wanted_profile *wanted, calib_run *run)
@@ -331,6 +352,7 @@ static int calibrate(calibrate_options *o)
     if (rc == TOOL_OK)
         rc = read_all_texts(h, o, &text);
     if (rc == TOOL_OK) {
+        warn_about_text(&text);
         w = workers_create(o->n_threads);
         rc = calib_run_create(h, w, model, &text,
                               &(calib_options){.model_path = o->model,

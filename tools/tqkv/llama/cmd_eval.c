@@ -3,7 +3,6 @@
 #include <getopt.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "eval_report.h"
 #include "eval_types.h"
@@ -14,7 +13,7 @@
 #include "plugin_file.h"
 #include "tool.h"
 
-enum { N_CTX_MAX = 1 << 20, N_UBATCH_MAX = 8192, N_THREADS_MAX = 512 };
+enum { N_CTX_MAX = 1 << 20, N_UBATCH_MAX = 8192 };
 
 typedef struct eval_options {
     const char *model, *plugin, *json;
@@ -86,7 +85,7 @@ static int parse_option(eval_options *o, int option, char **argv)
         o->has_quick_fill = true;
         return TOOL_OK;
     case 't':
-        return tool_parse_count("-t", optarg, 1, N_THREADS_MAX, &o->n_threads);
+        return tool_parse_count("-t", optarg, 1, TOOL_THREADS_MAX, &o->n_threads);
     case 'j':
         o->json = optarg;
         return TOOL_OK;
@@ -153,10 +152,8 @@ static void set_defaults(eval_options *o)
     }
     if (!o->n_pieces)
         o->n_pieces = 1;
-    if (!o->n_threads) {
-        const long n = sysconf(_SC_NPROCESSORS_ONLN);
-        o->n_threads = n < 1 ? 1 : n > N_THREADS_MAX ? N_THREADS_MAX : (uint32_t)n;
-    }
+    if (!o->n_threads)
+        o->n_threads = tool_n_processors();
 }
 
 /* Products of -c and -ub. */
