@@ -341,6 +341,21 @@ def test_eval_of_a_real_model(tqkv, real_model, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_calibration_of_little_text(tqkv, real_model, tmp_path):
+    """It works, says what is wrong with the text, and gives the same file on any number of threads."""
+    text = tmp_path / "copies.txt"
+    text.write_text("The harbour opens at noon. Nobody knows why the bridge was painted green.\n" * 50)
+    plans = []
+    for n_threads in (1, 2):
+        plan = tmp_path / f"{n_threads}.tqkv"
+        done = tqkv("calibrate", real_model, "--text", text, "--tokens", "512", "--probes", "1", "-t", n_threads,
+                    "-o", plan, timeout=300)
+        assert done.returncode == OK, done.stderr
+        assert "tokens; with fewer than 8192" in done.stderr and "repeats itself" in done.stderr
+        plans.append(plan.read_bytes())
+    assert plans[0] == plans[1]
+
+
 def test_interrupted_calibration_leaves_nothing(tqkv, real_model, tmp_path):
     process = subprocess.Popen([tqkv.program, "calibrate", str(real_model), "-o", str(tmp_path / "p.tqkv")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

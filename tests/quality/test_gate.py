@@ -9,38 +9,15 @@ time for every model and at 8192 tokens.
 
 import json
 import os
-import pathlib
 import subprocess
 
 import pytest
 
 import fetch
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 FULL = os.environ.get("TQKV_TEST_FULL") == "1"
 LIMITS = {"smollm2": 0.008, "qwen": 0.030, "gemma": 0.05}  # mean KL at 3.2 bits
 TEXTS = ["en", "fr"] if FULL else ["en"]
-
-
-@pytest.fixture(scope="module")
-def tqkv():
-    folder = os.environ.get("TQKV_BUILD_DIR")
-    program = ROOT / folder / "bin" / "tqkv" if folder else None
-    if not program or not program.exists():
-        pytest.skip("no tqkv; make test builds it")
-    if "needs a build with llama.cpp" in subprocess.run([program, "eval", "--help"], text=True, check=False,
-                                                        capture_output=True).stdout:
-        pytest.skip("this tqkv was built without llama.cpp")
-    return program
-
-
-@pytest.fixture(scope="module", params=list(LIMITS))
-def calibrated(request, tqkv, tmp_path_factory):
-    """(name, model, plan)"""
-    model = fetch.fetch(request.param)
-    plan = tmp_path_factory.mktemp(request.param) / "plan.tqkv"
-    subprocess.run([tqkv, "calibrate", model, "-o", plan], check=True, timeout=1800)
-    return request.param, model, plan
 
 
 def measure(tqkv, model, plan, texts, *args):

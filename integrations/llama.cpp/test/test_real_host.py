@@ -10,19 +10,16 @@ What is not given is skipped. Everything is greedy and deterministic.
 
 import filecmp
 import importlib.util
-import json
-import os
 import pathlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 
 import pytest
+
+from real_host import Host, Server, environment, from_environment
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -32,38 +29,6 @@ GEMMA = "gemma3-270m-q4_k_m.gguf"
 # What follows is so likely that no rounding changes it: stock attention itself rounds to f16 on the way.
 CERTAIN = "one two three four five six seven eight nine ten\none two three four five six seven eight nine ten\none two"
 PROMPT = "The three largest rivers of Europe are"
-
-
-def from_environment(name):
-    value = os.environ.get(name)
-    if not value:
-        pytest.skip(f"{name} is not set")
-    return pathlib.Path(value).resolve()
-
-
-class Host:
-    """One build of llama.cpp."""
-
-    def __init__(self, build):
-        self.bin = build / "bin"
-        cache = (build / "CMakeCache.txt").read_text()
-        self.source = pathlib.Path(re.search(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$", cache, re.M)[1])
-
-    def tool(self, name):
-        path = self.bin / name
-        if not path.exists():
-            pytest.skip(f"{path} is not built")
-        return str(path)
-
-
-def environment(plugin=None, **more):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("TQKV_", "LLAMA_", "GGML_"))}
-    env["OMP_WAIT_POLICY"] = "passive"  # threads that spin cost minutes on a busy machine
-    if plugin:
-        env["GGML_BACKEND_PATH"] = str(plugin)
-        env["LLAMA_ARG_DEVICE"] = "TURBOQUANT0"
-    env.update(more)
-    return env
 
 
 @pytest.fixture(scope="session", params=["API3", "API2"])
@@ -315,46 +280,6 @@ def test_context_shift(host, plugin, model, plan):
     assert status == 0, log
     assert len(text) > 300
     assert "uncompressed" not in log
-
-
-class Server:
-    def __init__(self, host, model, folder, env):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        self.log = open(folder / "server.log", "w+")
-        self.process = subprocess.Popen(
-            [host.tool("llama-server"), "-m", str(model), "-c", "512", "-np", "2", "-t", "1", "--port", str(self.port),
-             "--slot-save-path", str(folder), "--no-warmup"], stdout=self.log, stderr=self.log, env=env)
-        for _ in range(600):
-            try:
-                if self.get("/health")["status"] == "ok":
-                    return
-            except OSError:
-                time.sleep(0.1)
-            if self.process.poll() is not None:
-                break
-        self.stop()
-        raise AssertionError((folder / "server.log").read_text()[-3000:])
-
-    def get(self, path, body=None):
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data,
-                                         {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.load(answer)
-
-    def complete(self, slot, prompt, n=12):
-        return self.get("/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, "id_slot": slot,
-                                        "cache_prompt": True})["content"]
-
-    def slot(self, number, action, **body):
-        return self.get(f"/slots/{number}?action={action}", body)
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(timeout=60)
-        self.log.close()
 
 
 @pytest.mark.parametrize("mode", ["f16", "plan"])

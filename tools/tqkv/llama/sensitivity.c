@@ -215,7 +215,9 @@ int sensitivity_measure(const sensitivity_job *job, double *kl)
 {
     const size_t wanted = SENSITIVITY_OLD_TOKENS + SENSITIVITY_SCORED_TOKENS;
     const uint32_t n = (uint32_t)(job->text->n < wanted ? job->text->n : wanted);
-    probing p = {.job = job, .n_scored = n < wanted ? n / 8 : SENSITIVITY_SCORED_TOKENS};
+    probing p = {.job = job, .n_scored = SENSITIVITY_SCORED_TOKENS};
+    if (p.n_scored > n / 8)
+        p.n_scored = n / 8;
     p.n_old = n - p.n_scored;
     p.tokens = tool_alloc(n, sizeof(*p.tokens));
     p.positions = tool_alloc(n, sizeof(*p.positions));

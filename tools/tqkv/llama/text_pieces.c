@@ -7,6 +7,8 @@
 
 #define TEXT_BYTES_MAX (256u << 20)
 
+enum { RUN_TOKENS = 4 };
+
 /* The whole file; NULL after a message. */
 static char *read_file(const char *path, size_t *n_bytes)
 {
@@ -55,6 +57,27 @@ void text_tokens_free(text_tokens *text)
 {
     free(text->tokens);
     *text = (text_tokens){0};
+}
+
+static int compare_runs(const void *a, const void *b)
+{
+    return memcmp(a, b, RUN_TOKENS * sizeof(int32_t));
+}
+
+double text_repeated(const text_tokens *text)
+{
+    if (text->n < RUN_TOKENS + 1)
+        return 0;
+    const size_t n = text->n - RUN_TOKENS + 1;
+    int32_t *runs = tool_alloc(n * RUN_TOKENS, sizeof(*runs));
+    size_t n_repeated = 0;
+    for (size_t i = 0; i < n; i++)
+        memcpy(runs + i * RUN_TOKENS, text->tokens + i, RUN_TOKENS * sizeof(*runs));
+    qsort(runs, n, RUN_TOKENS * sizeof(*runs), compare_runs);
+    for (size_t i = 1; i < n; i++)
+        n_repeated += compare_runs(runs + (i - 1) * RUN_TOKENS, runs + i * RUN_TOKENS) == 0;
+    free(runs);
+    return (double)n_repeated / (double)n;
 }
 
 void text_piece(const host *h, const text_tokens *text, size_t first, uint32_t n, int32_t *piece)

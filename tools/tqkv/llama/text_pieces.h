@@ -16,6 +16,9 @@ typedef struct text_tokens {
 int text_tokens_read(host *h, const char *path, text_tokens *out);
 void text_tokens_free(text_tokens *text);
 
+/* Share of the runs of four tokens that have come before: near 0 in prose, near 1 in copies. */
+double text_repeated(const text_tokens *text);
+
 /*
  * Copies n tokens from `first` on to `piece`, the first one replaced by the token that opens a text
  * where the model wants one.
