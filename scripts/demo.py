@@ -10,7 +10,7 @@ its cache compressed. About fifteen minutes on two cores the first time; after t
 plans and quality are taken from build/demo as long as the model, the texts and the
 programs are the same, and only speed and the prompt are run again.
 
-The table is also in build/demo/result.json.
+The table is also in build/demo/result.json, and as pictures in build/demo/report.html.
 """
 
 import argparse
@@ -33,6 +33,7 @@ LONG_TEXTS = ["en"]           # one piece of 8192 tokens
 STOCK = ["f16", "q8_0", "q4_0"]
 PROFILES = {"5x": "ours 5x", "8x": "ours 8x"}
 DEPTH = 4096
+CALIBRATION = "calibration.json"  # beside the plans
 PROMPT = "Explain in three sentences why the sky is blue."
 started = time.monotonic()
 
@@ -78,12 +79,13 @@ def calibrate(tqkv, plugin, model):
         return plans
     say("calibration: once per model")
     folder.mkdir(parents=True, exist_ok=True)
-    run([tqkv, "calibrate", model, "--profile", ",".join(PROFILES), "-o", f"{folder}/"])
+    with open(folder / CALIBRATION, "w", encoding="utf-8") as file:
+        run([tqkv, "calibrate", model, "--profile", ",".join(PROFILES), "-o", f"{folder}/", "--json"], stdout=file)
     return plans
 
 
 def evaluate(tqkv, plugin, model, plans, texts, n_ctx, caches):
-    """{cache: numbers} at one context length; kept as long as nothing it follows from changes."""
+    """The file with all numbers at one context length; kept as long as nothing it follows from changes."""
     kept = BUILD / f"eval-{key_of([model, tqkv, plugin, *plans.values(), *texts], n_ctx, caches)}.json"
     if kept.exists():
         say(f"quality at {n_ctx} tokens: measured before")
@@ -95,7 +97,18 @@ def evaluate(tqkv, plugin, model, plans, texts, n_ctx, caches):
         for path in texts:
             command += ["--text", path]
         run(command, stdout=subprocess.DEVNULL)
-    return {row["cache"]: row for row in json.loads(kept.read_text())["results"]}
+    return kept
+
+
+def by_cache(path):
+    return {row["cache"]: row for row in json.loads(path.read_text())["results"]}
+
+
+def draw(tqkv, plan, evals):
+    page = BUILD / "report.html"
+    run([tqkv, "report", plan, "--calibration", plan.parent / CALIBRATION,
+         *[part for path in evals for part in ("--eval", path)], "-o", page])
+    return page
 
 
 def time_decoding(tqkv, model, plans, text):
@@ -168,14 +181,15 @@ def main():
                     caches if args.full else ["f16", "ours"])
     speed = time_decoding(tqkv, model, plans, texts / "en.txt")
 
-    rows = make_rows(short, long, speed)
+    rows = make_rows(by_cache(short), by_cache(long), speed)
     (BUILD / "result.json").write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+    page = draw(tqkv, plans["5x"], [long, short])
     answer(tqkv, llama, model, plans["5x"])
     sys.stderr.flush()
     print_table(rows)
     minutes, seconds = divmod(int(time.monotonic() - started), 60)
     print(f"\nDone in {minutes}:{seconds:02d}. Numbers: {(BUILD / 'result.json').relative_to(ROOT)}; "
-          f"plans: {plans['5x'].parent.relative_to(ROOT)}")
+          f"pictures: {page.relative_to(ROOT)}; plans: {plans['5x'].parent.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
