@@ -289,6 +289,7 @@ def test_calibrate_says_what_is_wrong_before_the_work(tqkv, has_llama, model_fil
         pytest.skip("this tqkv was built without llama.cpp")
     for args, told in [
         (["none.gguf"], "none.gguf"),
+        (["none.gguf", "--profile", "5x,near-lossless,4"], "none.gguf"),
         ([model_file(), "-o", tmp_path / "no" / "plan.tqkv"], "plan.tqkv"),
         ([model_file(), "-o", tmp_path], "not a file"),
         ([model_file(), "--text", tmp_path / "none.txt"], "none.txt"),
