@@ -30,28 +30,27 @@ def words(text):
     return text.split(",")
 
 
-def calibrate(tqkv, build, name, model, profiles):
-    """{profile: plan}, made once per build folder."""
-    folder = build / "quality" / name
-    plans = {profile: folder / f"{profile}.tqkv" for profile in profiles}
-    folder.mkdir(parents=True, exist_ok=True)
+def calibrate(tqkv, build, model, profiles):
+    """Plans, made once per build folder."""
+    folder = build / "quality"
+    # as tqkv calibrate names them
+    plans = {profile: folder / (model.stem + (".tqkv" if profile == "5x" else f".{profile}.tqkv"))
+             for profile in profiles}
     missing = [profile for profile, plan in plans.items() if not plan.exists()]
     if missing:
+        folder.mkdir(parents=True, exist_ok=True)
         subprocess.run([tqkv, "calibrate", model, "--profile", ",".join(missing), "-o", f"{folder}/"], check=True)
-        for profile in missing:
-            ending = ".tqkv" if profile == "5x" else f".{profile}.tqkv"
-            (folder / (model.stem + ending)).rename(plans[profile])
-    return plans
+    return list(plans.values())
 
 
 def measure(tqkv, model, plans, args, context):
     texts = fetch.fetch("texts") / "eval"
-    command = ["tqkv", "eval", model, "--cache", ",".join(args.caches), "-c", context, "-ub", args.ubatch]
+    command = [tqkv, "eval", model, "--cache", ",".join(args.caches), "-c", context, "-ub", args.ubatch, "--json", "-"]
     for name in args.texts:
         command += ["--text", texts / f"{name}.txt"]
-    for plan in plans.values():
+    for plan in plans:
         command += ["--plan", plan]
-    done = subprocess.run([tqkv, *map(str, command[1:]), "--json", "-"], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout)["results"]
 
 
@@ -93,7 +92,7 @@ def main():
     tqkv = args.build / "bin" / "tqkv"
     for name in args.models:
         model = fetch.fetch(name)
-        plans = calibrate(tqkv, args.build, name, model, args.profiles)
+        plans = calibrate(tqkv, args.build, model, args.profiles)
         for context in args.contexts:
             for result in measure(tqkv, model, plans, args, context):
                 keep(list(rows_of(name, model, result, args)))
