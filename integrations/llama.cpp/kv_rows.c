@@ -173,6 +173,12 @@ done:
 
 /* --- writing --- */
 
+static void mark_written(tqkvp_layer *layer)
+{
+    layer->written = true;
+    layer->copied_from = NULL;
+}
+
 static void write_values(tqkvp_tensor *tensor, int64_t cell, const uint8_t *from)
 {
     const size_t values_bytes = (size_t)tensor->row_values * sizeof(float);
@@ -285,8 +291,7 @@ void tqkvp_rows_set(tqkvp_tensor *tensor, size_t offset, const void *from, size_
 
     if (tqkvp_layer_open(layer) != GGML_OK)
         return;
-    layer->written = true;
-    layer->copied_from = NULL;
+    mark_written(layer);
     if (layer->plain) {
         memcpy(tensor->plain + offset, from, n);
         return;
@@ -347,6 +352,8 @@ int tqkvp_kv_rows(uint32_t layer, uint32_t side, uint64_t first, size_t n, float
     const tqkvp_tensor *tensor = search.found->sides[side];
     if (first > (uint64_t)tensor->n_rows || n > (uint64_t)tensor->n_rows - first)
         return -1;
+    if (is_write)
+        mark_written(search.found);
     for (size_t i = 0; i < n; i++) {
         float *row = rows + i * (size_t)tensor->row_values;
         const int64_t cell = (int64_t)(first + i);
