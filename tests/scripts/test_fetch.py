@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import tarfile
 import zipfile
 
@@ -129,3 +130,32 @@ def test_mix_takes_turns():
     line = "x" * (texts.MIX_PIECE_CHARS - 1) + "\n"
     mixed = texts.mix([line + "a\n" + line + "a\n", line + "b\n"])
     assert [text for text in mixed.split("\n") if len(text) == 1] == ["a", "b", "a"]
+
+
+def conversation(*turns):
+    """Each turn is a sender and the texts of its messages."""
+    return {"messages": [[{"sender": sender, "text": text} for text in several] for sender, *several in turns]}
+
+
+def test_chat_text_names_who_speaks_and_joins_what_one_says():
+    turns = texts.chat_turns(conversation(("x", "Hello", "how  are\nyou?"), ("x", "?"), ("y", "fine", " "), ("x", "ok")))
+    assert texts.chat_text(turns) == "User: Hello how are you? ?\nAssistant: fine\n\nUser: ok\n\n"
+
+
+def test_chats_are_long_ones_of_two_people(tmp_path):
+    long = [("xy"[i % 2], str(i)) for i in range(texts.CHAT_TURNS_MIN)]
+    kept = {"short": conversation(*long[1:]), "three": conversation(*long, ("z", "hi")), "long": conversation(*long)}
+    path = tmp_path / "chat.whl"
+    path.write_bytes(wheel({texts.CHAT_MEMBER: json.dumps(kept).encode()}))
+    assert texts.chats(path) == texts.chat_text(long)
+
+
+def test_a_changed_pin_is_built_anew_from_what_was_downloaded(index):
+    item = index("x", "x.tar.gz", sdist({"x-1/a/one.c": b"1", "x-1/b/two.c": b"2"}))
+    pin = {"what": "", "rule": "tree", "folder": "x-1/a", "files": [item]}
+    set_pins({"t": pin})
+    before = fetch.fetch("t")
+    set_pins({"t": {**pin, "folder": "x-1/b"}})
+    shutil.rmtree(fetch.PINS_PATH.parent / "simple")  # nothing is downloaded twice
+    after = fetch.fetch("t")
+    assert before != after and [p.name for p in after.iterdir()] == ["two.c"]
