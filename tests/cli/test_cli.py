@@ -339,6 +339,7 @@ def test_eval_of_a_real_model(tqkv, real_model, tmp_path):
     assert rows["q4_0"]["bits"] == 4.5 and 8 < rows["ours-q8"]["bits"] < 9
     for row in rows.values():
         check_parts(row)
+        assert row["kl_ci95"] is None, "63 tokens are too few"
     assert not list(tmp_path.glob("*.tmp"))
 
 

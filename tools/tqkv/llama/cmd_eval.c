@@ -54,7 +54,9 @@ static void print_help(void)
         "                      order of summation then count as loss\n"
         "      --verbose       show llama.cpp's log\n\n"
         "Bits per value and ratio come from the bytes that caches hold at the end of a piece.\n"
-        "Standard errors (+-) take tokens as independent.\n");
+        "Standard errors (+-) take tokens as independent. The JSON also has kl_ci95, half of a 95 "
+        "%%\n"
+        "confidence interval of the mean, which takes blocks of 64 tokens as independent.\n");
 }
 
 static int parse_option(eval_options *o, int option, char **argv)

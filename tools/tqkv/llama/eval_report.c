@@ -60,8 +60,9 @@ static json_t *texts_json(const eval_job *job, const eval_score *score)
         const char *path = job->texts[i].path, *slash = strrchr(path, '/');
         json_array_append_new(
             list,
-            json_pack("{s:s, s:o, s:o, s:o, s:o, s:I}", "text", slash ? slash + 1 : path, "kl_mean",
-                      json_real_short(q->kl_mean, 7), "kl_median", json_real_short(q->kl_median, 6),
+            json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:I}", "text", slash ? slash + 1 : path,
+                      "kl_mean", json_real_short(q->kl_mean, 7), "kl_ci95",
+                      json_real_short(q->kl_ci95, 4), "kl_median", json_real_short(q->kl_median, 6),
                       "kl_p999", json_real_short(q->kl_p999, 5), "top1",
                       json_real_short(q->top1, 6), "tokens", (json_int_t)q->n));
     }
@@ -91,14 +92,15 @@ json_t *eval_scores_json(const eval_job *job, const eval_setting *setting, const
         json_array_append_new(
             list,
             json_pack(
-                "{s:s, s:i, s:i, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:I, s:I, s:o, "
-                "s:o}",
+                "{s:s, s:i, s:i, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:I, s:I, "
+                "s:o, s:o}",
                 "cache", job->caches[i].label, "n_ctx", (int)setting->n_ctx, "n_ubatch",
                 (int)setting->n_ubatch, "n_scored", (json_int_t)q->n, "kl_mean",
                 json_real_short(q->kl_mean, 7), "kl_error", json_real_short(q->kl_error, 4),
-                "kl_median", json_real_short(q->kl_median, 6), "kl_p999",
-                json_real_short(q->kl_p999, 5), "top1", json_real_short(q->top1, 6), "ppl_base",
-                json_real_short(q->ppl_base, 8), "ppl", json_real_short(q->ppl, 8), "bits",
+                "kl_ci95", json_real_short(q->kl_ci95, 4), "kl_median",
+                json_real_short(q->kl_median, 6), "kl_p999", json_real_short(q->kl_p999, 5), "top1",
+                json_real_short(q->top1, 6), "ppl_base", json_real_short(q->ppl_base, 8), "ppl",
+                json_real_short(q->ppl, 8), "bits",
                 has_bytes ? json_real_short(16 * s->held_bytes / s->f16_bytes, 5) : json_null(),
                 "ratio", has_bytes ? json_real_short(s->f16_bytes / s->held_bytes, 5) : json_null(),
                 "held_bytes", (json_int_t)s->held_bytes, "f16_bytes", (json_int_t)s->f16_bytes,

@@ -4,7 +4,8 @@
  * micro-batches, and after each one their logits are compared in memory.
  *
  * The second half of a piece is scored, as llama-perplexity does: there a token has at least half
- * the context behind it. Standard errors take tokens as independent.
+ * the context behind it. Standard errors take tokens as independent; confidence intervals take
+ * blocks of consecutive tokens so, since errors of neighbours go together.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -14,6 +15,10 @@
 #include "logit_math.h"
 #include "plan_view.h"
 #include "progress.h"
+
+#define BLOCK_TOKENS 64
+#define BLOCKS_MIN 8
+#define NORMAL_95 1.959964 /* half the width of 95 % of the normal distribution */
 
 /* What is added up over some of the scored tokens. */
 typedef struct sums {
@@ -169,6 +174,32 @@ static int compare_floats(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+/* Half the width of 95 % of Student's t: the first terms of its expansion in 1 / freedom. */
+static double student_95(double freedom)
+{
+    const double z = NORMAL_95, z3 = z * z * z, z5 = z3 * z * z;
+    return z + (z3 + z) / (4 * freedom) + (5 * z5 + 16 * z3 + 3 * z) / (96 * freedom * freedom);
+}
+
+/* By the means of blocks, equal up to one token. The order must be that of the text. */
+static double half_interval(const sums *sum, double mean)
+{
+    const size_t n_blocks = (sum->n + BLOCK_TOKENS / 2) / BLOCK_TOKENS;
+    double square = 0;
+    if (n_blocks < BLOCKS_MIN)
+        return NAN;
+    for (size_t i = 0, first = 0; i < n_blocks; i++) {
+        const size_t end = sum->n * (i + 1) / n_blocks;
+        double block = 0;
+        for (size_t j = first; j < end; j++)
+            block += (double)sum->kl[j] / (double)(end - first);
+        square += (block - mean) * (block - mean);
+        first = end;
+    }
+    const double freedom = (double)(n_blocks - 1);
+    return student_95(freedom) * sqrt(square / freedom / (double)n_blocks);
+}
+
 static void summarise(const sums *sum, eval_quality *out)
 {
     const double n = (double)sum->n;
@@ -177,6 +208,7 @@ static void summarise(const sums *sum, eval_quality *out)
         mean += (double)sum->kl[i] / n;
     for (size_t i = 0; i < sum->n; i++)
         square += ((double)sum->kl[i] - mean) * ((double)sum->kl[i] - mean);
+    out->kl_ci95 = half_interval(sum, mean);
     qsort(sum->kl, sum->n, sizeof(*sum->kl), compare_floats);
     out->n = sum->n;
     out->kl_mean = mean;
@@ -192,8 +224,13 @@ static void summarise_cache(const run *r, const cache_sums *from, eval_score *ou
 {
     summarise(&from->all, &out->all);
     out->texts = tool_alloc(r->job->n_texts, sizeof(*out->texts));
-    for (size_t i = 0; i < r->job->n_texts; i++)
+    double square = 0; /* of all tokens: these texts, not a sample of texts */
+    for (size_t i = 0; i < r->job->n_texts; i++) {
+        const eval_quality *text = &out->texts[i];
         summarise(&from->texts[i], &out->texts[i]);
+        square += pow((double)text->n / (double)out->all.n * text->kl_ci95, 2);
+    }
+    out->all.kl_ci95 = sqrt(square);
     for (uint32_t i = 0; i < EVAL_POSITIONS; i++)
         summarise(&from->positions[i], &out->positions[i]);
     for (uint32_t i = 0; i <= EVAL_POSITIONS; i++)

@@ -36,6 +36,7 @@ typedef struct eval_setting {
 typedef struct eval_quality {
     size_t n; /* tokens scored */
     double kl_mean, kl_error, kl_median, kl_p999, top1;
+    double kl_ci95; /* half the 95 % confidence interval of kl_mean; NAN: too few tokens */
     double ppl_base, ppl;
 } eval_quality;
 
