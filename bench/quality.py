@@ -3,11 +3,13 @@
 """Measures quality on real models under real llama.cpp and keeps every number.
 
     bench/quality.py BUILD [--models smollm2,gemma,qwen] [--contexts 2048,8192] [--ubatch 512]
-                     [--profiles 5x,8x] [--caches f16,q8_0,ours] [--texts en,code,fr,zh,ja]
+                     [--profiles 5x,8x,near-lossless] [--caches f16,q8_0,q4_0,ours]
+                     [--texts en,code,chat,fr,zh,ja]
 
 Calibrates each model on the shipped text with the tqkv of BUILD (such as build/release), evaluates
 on texts that calibration never sees, and puts one row per model, context, cache and text, and one
-with "domain": "all", into docs/results/quality.json. A row that is there already is replaced. Its
+with "domain": "all", into docs/results/quality.json; that one also has "positions": the first token
+of each part of the scored half, and its mean KL. A row that is there already is replaced. Its
 "command" measures it again once PLAN is made by `tqkv calibrate MODEL --profile PROFILE -o PLAN`.
 """
 
@@ -65,9 +67,12 @@ def rows_of(name, model, result, args):
         listed = " ".join(f"--text {text}.txt" for text in texts)
         yield {"model": name, "context": result["n_ctx"], "ubatch": result["n_ubatch"],
                "codec": "turboquant" if ours else result["cache"], "profile": profile, "bits": result["bits"],
-               "domain": domain, "kl_mean": part["kl_mean"], "kl_median": part["kl_median"],
-               "kl_p999": part["kl_p999"], "top1": part["top1"], "tokens": part["tokens"],
-               "command": f"tqkv eval {model.name} --cache {cache} -c {result['n_ctx']} -ub {result['n_ubatch']} {listed}"}
+               "domain": domain, "kl_mean": part["kl_mean"], "kl_ci95": part["kl_ci95"],
+               "kl_median": part["kl_median"], "kl_p999": part["kl_p999"], "top1": part["top1"],
+               "tokens": part["tokens"],
+               "command": f"tqkv eval {model.name} --cache {cache} -c {result['n_ctx']} -ub {result['n_ubatch']} {listed}",
+               **({"positions": [[part["first"], part["kl_mean"]] for part in result["positions"]]}
+                  if domain == "all" else {})}
 
 
 def keep(new):
@@ -85,9 +90,9 @@ def main():
     parser.add_argument("--models", type=words, default=["smollm2", "gemma", "qwen"])
     parser.add_argument("--contexts", type=words, default=["2048", "8192"])
     parser.add_argument("--ubatch", default="512")
-    parser.add_argument("--profiles", type=words, default=["5x", "8x"])
-    parser.add_argument("--caches", type=words, default=["f16", "ours"])
-    parser.add_argument("--texts", type=words, default=["en", "code", "fr", "zh", "ja"])
+    parser.add_argument("--profiles", type=words, default=["5x", "8x", "near-lossless"])
+    parser.add_argument("--caches", type=words, default=["f16", "q8_0", "q4_0", "ours"])
+    parser.add_argument("--texts", type=words, default=["en", "code", "chat", "fr", "zh", "ja"])
     args = parser.parse_args()
     tqkv = args.build / "bin" / "tqkv"
     for name in args.models:
