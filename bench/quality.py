@@ -70,7 +70,8 @@ def rows_of(name, model, result, args):
                "domain": domain, "kl_mean": part["kl_mean"], "kl_ci95": part["kl_ci95"],
                "kl_median": part["kl_median"], "kl_p999": part["kl_p999"], "top1": part["top1"],
                "tokens": part["tokens"],
-               "command": f"tqkv eval {model.name} --cache {cache} -c {result['n_ctx']} -ub {result['n_ubatch']} {listed}",
+               "command": f"tqkv eval {model.name} --cache {cache} -c {result['n_ctx']} -ub {result['n_ubatch']} "
+                          + listed,
                **({"positions": [[part["first"], part["kl_mean"]] for part in result["positions"]]}
                   if domain == "all" else {})}
 

@@ -138,7 +138,8 @@ def conversation(*turns):
 
 
 def test_chat_text_names_who_speaks_and_joins_what_one_says():
-    turns = texts.chat_turns(conversation(("x", "Hello", "how  are\nyou?"), ("x", "?"), ("y", "fine", " "), ("x", "ok")))
+    spoken = conversation(("x", "Hello", "how  are\nyou?"), ("x", "?"), ("y", "fine", " "), ("x", "ok"))
+    turns = texts.chat_turns(spoken)
     assert texts.chat_text(turns) == "User: Hello how are you? ?\nAssistant: fine\n\nUser: ok\n\n"
 
 

@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Puts what bench/quality.py measured into docs/QUALITY.md: tables, and plots beside it.
+
+    bench/quality_page.py [--results FILE] [--page FILE] [--tables-only]
+
+Tables stand between "<!-- table: NAME -->" and "<!-- end -->" and are written over; all else in the
+page is left as it is. Plots need matplotlib (`pip install -r bench/requirements-plots.txt`), tables
+nothing. What was not measured shows as a dash in a table and is left out of a plot.
+"""
+
+import argparse
+import hashlib
+import json
+import pathlib
+import re
+
+DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
+UBATCH = 512
+CONTEXTS = [2048, 8192]
+LONG = 8192
+MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B", "gemma": "Gemma 3 270M"}
+CACHES = {("f16", ""): "llama.cpp f16", ("q8_0", ""): "llama.cpp q8_0", ("q4_0", ""): "llama.cpp q4_0",
+          ("turboquant", "near-lossless"): "ours near-lossless", ("turboquant", "5x"): "**ours 5x**",
+          ("turboquant", "8x"): "ours 8x"}
+DOMAINS = {"en": "English", "code": "code", "chat": "chat", "fr": "French", "zh": "Chinese", "ja": "Japanese",
+           "all": "all"}
+MISSING = "–"
+
+# Okabe and Ito's colours, which people who see fewer colours can tell apart; shapes say the same.
+STYLES = {("f16", ""): ("#555555", "s"), ("q8_0", ""): ("#E69F00", "D"), ("q5_0", ""): ("#CC79A7", "v"),
+          ("q4_0", ""): ("#D55E00", "^"), ("turboquant", "near-lossless"): ("#009E73", "h"),
+          ("turboquant", "5x"): ("#0072B2", "o"), ("turboquant", "8x"): ("#56B4E9", "X")}
+BAR_CACHES = [("f16", ""), ("turboquant", "near-lossless"), ("turboquant", "5x"), ("turboquant", "8x")]
+
+
+class Results:
+    """The rows, found by what they are of."""
+
+    def __init__(self, rows):
+        rows = [row for row in rows if row["ubatch"] == UBATCH]
+        self.rows = {(row["model"], row["context"], (row["codec"], row["profile"]), row["domain"]): row for row in rows}
+        self.digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+    def get(self, *key):
+        return self.rows.get(key)
+
+    def domains(self, model, context, cache):
+        """Rows of single texts, in the order of DOMAINS."""
+        found = [self.get(model, context, cache, domain) for domain in DOMAINS if domain != "all"]
+        return [row for row in found if row]
+
+    def models(self, context):
+        return [model for model in MODELS if any(key[:2] == (model, context) for key in self.rows)]
+
+    def contexts(self):
+        return [context for context in CONTEXTS if self.models(context)]
+
+
+def read(path):
+    return Results(json.loads(path.read_text()) if path.exists() else [])
+
+
+# ---- tables ----
+
+def kl_text(value):
+    """Four decimals, or more where these would say too little."""
+    if value is None:
+        return MISSING
+    digits = 4 if value >= 0.001 else 5 if value >= 0.0001 else 6
+    return f"{value:.{digits}f}".replace("0.", ".", 1)
+
+
+def table(head, lines):
+    """The first two columns hold names, the others numbers."""
+    rows = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *lines]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def models_and_caches():
+    return [(model, cache, [MODELS[model], CACHES[cache]]) for model in MODELS for cache in CACHES]
+
+
+def context_table(results, context):
+    head = ["model", "cache", "bits", "KL mean", "±", "median", "99.9 %", "same top token", "tokens"]
+    lines = []
+    for model, cache, names in models_and_caches():
+        row = results.get(model, context, cache, "all")
+        lines.append([*names, f"{row['bits']:.2f}", kl_text(row["kl_mean"]), kl_text(row.get("kl_ci95")),
+                      kl_text(row["kl_median"]), kl_text(row["kl_p999"]), f"{100 * row['top1']:.1f} %",
+                      str(row["tokens"])] if row else [*names, *[MISSING] * 7])
+    return table(head, lines)
+
+
+def domain_table(results, context):
+    lines = []
+    for model, cache, names in models_and_caches():
+        rows = [results.get(model, context, cache, domain) for domain in DOMAINS]
+        lines.append([*names, *(kl_text(row and row["kl_mean"]) for row in rows)])
+    return table(["model", "cache", *DOMAINS.values()], lines)
+
+
+def tables(results):
+    made = {f"context-{context}": context_table(results, context) for context in CONTEXTS}
+    return made | {f"domains-{context}": domain_table(results, context) for context in CONTEXTS}
+
+
+def with_tables(page, made):
+    """The page with every table in it written anew; one of an unknown name is an error."""
+    def replace(match):
+        if match[1] not in made:
+            raise SystemExit(f"quality_page: no table is called {match[1]}")
+        return f"<!-- table: {match[1]} -->\n\n{made[match[1]]}\n<!-- end -->"
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", replace, page, flags=re.DOTALL)
+
+
+# ---- plots ----
+
+def name_of(cache):
+    return CACHES.get(cache, cache[0]).strip("*").removeprefix("llama.cpp ")
+
+
+def order(caches):
+    return [cache for cache in STYLES if cache in caches]
+
+
+def caches_of(results, model, context):
+    return order({key[2] for key in results.rows if key[:2] == (model, context)})
+
+
+def log_kl(axis):
+    """0.001, not a power of ten."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def legend(figure, caches):
+    from matplotlib.lines import Line2D
+    marks = [Line2D([], [], color=STYLES[cache][0], marker=STYLES[cache][1], linestyle="none", label=name_of(cache))
+             for cache in order(caches)]
+    figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), frameon=False, handletextpad=0.2,
+                  columnspacing=1.4)
+
+
+def draw_bits(plt, results):
+    """Mean KL against bits: all domains as a large mark, each as a small one to the right of it."""
+    from matplotlib.ticker import NullLocator
+    aside = 1.1
+    contexts = results.contexts()
+    models = [model for model in MODELS if any(model in results.models(context) for context in contexts)]
+    figure, axes = plt.subplots(len(contexts), len(models), sharex=True, sharey=True, squeeze=False,
+                                figsize=(8.33, 0.6 + 2.5 * len(contexts)), layout="constrained")
+    for line, context in zip(axes, contexts):
+        for axis, model in zip(line, models):
+            for cache in caches_of(results, model, context):
+                colour, mark = STYLES[cache]
+                parts, whole = results.domains(model, context, cache), results.get(model, context, cache, "all")
+                axis.plot([row["bits"] * aside for row in parts], [row["kl_mean"] for row in parts], mark, color=colour,
+                          markersize=3.5, alpha=0.7, markeredgewidth=0)
+                if whole:
+                    axis.plot(whole["bits"], whole["kl_mean"], mark, color=colour, markersize=8,
+                              markeredgecolor="white", markeredgewidth=0.8)
+            axis.set_title(f"{MODELS[model]}, {context} tokens")
+    axes[0][0].set_xscale("log", base=2)
+    log_kl(axes[0][0])
+    axes[0][0].set_xticks([2, 3, 4, 6, 8, 12, 16], ["2", "3", "4", "6", "8", "12", "16"])
+    axes[0][0].xaxis.set_minor_locator(NullLocator())
+    figure.supxlabel("bits per value, everything counted")
+    figure.supylabel("mean KL divergence (nats)")
+    legend(figure, {key[2] for key in results.rows if key[1] in contexts})
+    return figure
+
+
+def draw_domains(plt, results):
+    """Bars begin at zero, so the axis is linear; llama.cpp's coarser caches would not fit on it."""
+    models = results.models(LONG)
+    domains = [domain for domain in DOMAINS if any(key[1] == LONG and key[3] == domain for key in results.rows)]
+    figure, axes = plt.subplots(len(models), 1, sharex=True, squeeze=False, figsize=(8.33, 0.5 + 1.9 * len(models)),
+                                layout="constrained")
+    width = 0.8 / len(BAR_CACHES)
+    for axis, model in zip(axes[:, 0], models):
+        for i, cache in enumerate(BAR_CACHES):
+            found = [(j, results.get(model, LONG, cache, domain)) for j, domain in enumerate(domains)]
+            found = [(j + (i + 0.5) * width - 0.4, row) for j, row in found if row]
+            axis.bar([x for x, _ in found], [row["kl_mean"] for _, row in found], width, color=STYLES[cache][0],
+                     yerr=[row.get("kl_ci95") or 0 for _, row in found], ecolor="#222222",
+                     error_kw={"elinewidth": 0.8, "capsize": 1.5})
+        axis.set_title(f"{MODELS[model]}, {LONG} tokens")
+        axis.grid(axis="x", visible=False)
+    axes[-1, 0].set_xticks(range(len(domains)), [DOMAINS[domain] for domain in domains])
+    figure.supylabel("mean KL divergence (nats)")
+    legend(figure, set(BAR_CACHES) & {key[2] for key in results.rows})
+    return figure
+
+
+def draw_positions(plt, results):
+    """None where no row has positions."""
+    rows = {key: row["positions"] for key, row in results.rows.items() if key[1] == LONG and row.get("positions")}
+    models = [model for model in MODELS if any(key[0] == model for key in rows)]
+    if not models:
+        return None
+    figure, axes = plt.subplots(1, len(models), sharex=True, sharey=True, squeeze=False, figsize=(8.33, 3.1),
+                                layout="constrained")
+    for axis, model in zip(axes[0], models):
+        for cache in order({key[2] for key in rows if key[0] == model}):
+            parts = rows[model, LONG, cache, "all"]
+            axis.plot([first for first, _ in parts], [kl for _, kl in parts], color=STYLES[cache][0],
+                      marker=STYLES[cache][1], markersize=3.5, linewidth=1.2)
+        axis.set_title(f"{MODELS[model]}, {LONG} tokens")
+    log_kl(axes[0][0])
+    figure.supxlabel("position in the text (tokens)")
+    figure.supylabel("mean KL divergence (nats)")
+    legend(figure, {key[2] for key in rows})
+    return figure
+
+
+DRAWINGS = {"bits": draw_bits, "domains": draw_domains, "positions": draw_positions}
+
+
+def digest_text(results):
+    """What a plot says of the rows that it was drawn from."""
+    return f"rows {results.digest}"
+
+
+def draw(results, folder):
+    import matplotlib
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+    pyplot.rcParams.update({
+        "svg.fonttype": "none", "svg.hashsalt": "turboquant", "font.size": 9.5, "axes.titlesize": 9.5,
+        "figure.labelsize": 9.5, "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # of equal widths
+        "savefig.facecolor": "white", "axes.edgecolor": "#888888", "axes.grid": True, "grid.color": "#e4e4e4",
+        "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False})
+    for name, drawing in DRAWINGS.items():
+        figure = drawing(pyplot, results)
+        if figure:
+            figure.savefig(folder / f"quality-{name}.svg", metadata={"Date": None, "Description": digest_text(results)})
+            pyplot.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--results", type=pathlib.Path, default=DOCS / "results" / "quality.json")
+    parser.add_argument("--page", type=pathlib.Path, default=DOCS / "QUALITY.md")
+    parser.add_argument("--tables-only", action="store_true")
+    args = parser.parse_args()
+    results = read(args.results)
+    page = args.page.read_text(encoding="utf-8")
+    args.page.write_text(with_tables(page, tables(results)), encoding="utf-8")
+    if results.rows and not args.tables_only:
+        draw(results, args.page.parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench/quality_page.py: docs/QUALITY.md says what docs/results/quality.json says."""
+
+import re
+
+import pytest
+
+import quality_page
+
+PAGE = quality_page.DOCS / "QUALITY.md"
+RESULTS = quality_page.DOCS / "results" / "quality.json"
+STALE = "run bench/quality_page.py"
+
+
+def row(domain, kl, **more):
+    return {"model": "smollm2", "context": 8192, "ubatch": 512, "codec": "turboquant", "profile": "5x", "bits": 3.176,
+            "domain": domain, "kl_mean": kl, "kl_ci95": 0.00012, "kl_median": 0.004, "kl_p999": 0.07, "top1": 0.963,
+            "tokens": 4095, **more}
+
+
+def line_of(table, *names):
+    return [cell.strip() for line in table.splitlines() if all(name in line for name in names)
+            for cell in line.strip("|").split("|")][2:]
+
+
+def test_tables_of_the_page_are_those_of_the_results():
+    page = PAGE.read_text(encoding="utf-8")
+    made = quality_page.tables(quality_page.read(RESULTS))
+    assert quality_page.with_tables(page, made) == page, STALE
+    assert all(f"<!-- table: {name} -->" in page for name in made)
+
+
+def test_plots_were_drawn_from_the_results():
+    results = quality_page.read(RESULTS)
+    if not results.rows:
+        pytest.skip("nothing is measured yet")
+    plots = re.findall(r"\((quality-\w+\.svg)\)", PAGE.read_text(encoding="utf-8"))
+    assert plots
+    for name in plots:
+        assert quality_page.digest_text(results) in (quality_page.DOCS / name).read_text(encoding="utf-8"), STALE
+
+
+def test_a_row_lands_in_its_cells():
+    results = quality_page.Results([row("all", 0.00604), row("chat", 0.0421), row("en", 0.9, ubatch=16)])
+    made = quality_page.tables(results)
+    assert line_of(made["context-8192"], "SmolLM2", "5x") == [
+        "3.18", ".0060", ".00012", ".0040", ".0700", "96.3 %", "4095"]
+    assert line_of(made["domains-8192"], "SmolLM2", "5x") == ["–", "–", ".0421", "–", "–", "–", ".0060"]
+    assert set(line_of(made["context-2048"], "SmolLM2", "5x")) == {"–"}
+
+
+def test_only_tables_change():
+    page = "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\n"
+    once = quality_page.with_tables(page, {"x": "X\n", "y": "Y\n"})
+    assert once == "a\n<!-- table: x -->\n\nX\n\n<!-- end -->\nb\n<!-- table: y -->\n\nY\n\n<!-- end -->\n"
+    assert quality_page.with_tables(once, {"x": "X\n", "y": "Y\n"}) == once
+    with pytest.raises(SystemExit, match="x"):
+        quality_page.with_tables(page, {"y": "Y\n"})
