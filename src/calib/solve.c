@@ -15,9 +15,8 @@
 enum {
     WIDTH_MAX = 8,
     /* A sliding-window layer reads nothing older than its window. A host that steps back by a few
-     * tokens finds them in the tiers; what is older still is all but forgotten. */
+     * tokens finds them in the tiers; what is older still is forgotten (no codes: its mean). */
     STEP_BACK = 32,
-    DEAD_WIDTH = 1,
     /* As the store keeps them (tests/unit/test_calib.c compares with tqkv_store_bytes_at). */
     SINK_TABLE = 64, /* slots of the table; one block of 16 is used */
     SLOT_BYTES = 12
@@ -170,9 +169,10 @@ static double fixed_bytes(const solver *s, uint32_t layer)
 
     bytes += (double)n_old(s, layer) * 2.0 * (double)shape->n_kv_heads; /* scales */
     for (uint32_t i = 0; i + 1 < s->plan->n_tiers; i++) {
-        const double slots = (double)(round_16(shape->tier_tokens[i]) + TQKVI_BLOCK_TOKENS);
+        /* beyond the first tier tokens come and go 16 at a time */
+        const uint32_t slots = round_16(shape->tier_tokens[i] + (i == 0 ? TQKVI_BLOCK_TOKENS - 1 : 0));
 
-        bytes += slots * (double)(tier_token_bytes(s, layer, i) + SLOT_BYTES);
+        bytes += (double)(slots * (tier_token_bytes(s, layer, i) + SLOT_BYTES));
     }
     if (s->plan->n_tiers > 1)
         bytes += (double)(TQKVI_BLOCK_TOKENS * tier_token_bytes(s, layer, 0) + SINK_TABLE * SLOT_BYTES);
@@ -218,18 +218,15 @@ static tqkv_status solve_all_young(solver *s)
 static tqkv_status solve_old(solver *s)
 {
     const uint32_t tier = s->plan->n_tiers - 1;
-    double budget = s->profile->bits_total / 8.0 * s->values, fixed = all_fixed_bytes(s), spent;
+    const double budget = s->profile->bits_total / 8.0 * s->values, fixed = all_fixed_bytes(s);
+    double spent;
 
     for (size_t b = 0; b < s->n_bands; b++) {
         const solve_band *w = &s->where[b];
-        const bool dead = s->plan->layers[w->layer].shape.window != 0;
-        const double tokens = (double)n_old(s, w->layer);
 
-        s->bands[b] = (tqkvi_band){.loss = dead ? 0.0 : band_loss(s, w),
-                                   .price = tokens * 2.0 * (double)w->n_units,
-                                   .bits = dead ? DEAD_WIDTH : 0};
-        if (dead)
-            fixed += s->bands[b].price * DEAD_WIDTH;
+        s->bands[b] = (tqkvi_band){.price = (double)n_old(s, w->layer) * 2.0 * (double)w->n_units};
+        if (!s->plan->layers[w->layer].shape.window)
+            s->bands[b].loss = band_loss(s, w);
     }
     if (fixed >= budget) {
         tqkvi_log(&s->calib->log, TQKV_LOG_ERROR,
