@@ -54,6 +54,7 @@ def test_wrong_usage(tqkv, args):
     ["calibrate"], ["calibrate", "a", "b"], ["calibrate", "m.gguf", "--bits", "0"],
     ["calibrate", "m.gguf", "--bits", "nan"], ["calibrate", "m.gguf", "--profile", "big"],
     ["calibrate", "m.gguf", "--profile", "5x,8x", "-o", "one.tqkv"], ["calibrate", "m.gguf", "--tokens", "-4"],
+    ["calibrate", "m.gguf", "--max-kl", "-1"], ["calibrate", "m.gguf", "--max-kl", "nan"],
 ])
 def test_wrong_usage_of_commands_that_run_a_model(tqkv, has_llama, args):
     if not has_llama:

@@ -7,15 +7,18 @@
 #include <unistd.h>
 
 #include "calib_run.h"
+#include "gate.h"
+#include "gate_limit.h"
+#include "gate_report.h"
 #include "interrupt.h"
 #include "json_file.h"
 #include "output_file.h"
-#include "plan_view.h"
 #include "plugin_file.h"
 #include "sensitivity.h"
 #include "tool.h"
 
-enum { PROFILES_MAX = 8, N_PHASES = 4 };
+enum { PROFILES_MAX = 8 };
+enum { OBSERVE, TRANSFORMS, SENSITIVITY, SOLVE, CHECK, N_PHASES };
 
 /* On two quiet cores these keep a model of half a billion parameters below ten minutes. */
 enum { TOKENS_DEFAULT = 16384, PROBES_DEFAULT = 8, CONTEXT_DEFAULT = 8192 };
@@ -29,20 +32,14 @@ enum { TOKENS_DEFAULT = 16384, PROBES_DEFAULT = 8, CONTEXT_DEFAULT = 8192 };
 enum { TOKENS_ADVISED = 8192 };
 #define REPEATED_MAX 0.5
 
-typedef struct wanted_profile {
-    char name[32];
-    double bits;
-    char *path; /* given */
-} wanted_profile;
-
 typedef struct calibrate_options {
     const char *model, *output, *plugin;
     tool_list texts, names;
     uint32_t n_threads, n_tokens, n_probes, context;
-    double probe_bits;
-    bool is_json, is_verbose;
-    wanted_profile profiles[PROFILES_MAX];
-    size_t n_profiles;
+    double probe_bits, max_kl;
+    bool has_max_kl, is_json, is_verbose;
+    gate_plan plans[PROFILES_MAX];
+    size_t n_plans;
 } calibrate_options;
 
 static void print_help(void)
@@ -63,11 +60,15 @@ static void print_help(void)
         "      --probes N      pieces of %d tokens that measure how much each layer matters\n"
         "                      (default: %d)\n"
         "      --probe-bits B  how coarse a layer is made for that (default: %g)\n"
+        "      --max-kl X      KL divergence, above the host's own, that a plan may have on the last\n"
+        "                      %d tokens of the text, which are held back; a plan above it gets up\n"
+        "                      to 40 %% more bits; 0: any (default: by bits; 0.03 for 5x, 0.12 for 8x)\n"
         "  -t, --threads N     threads (default: all processors)\n"
         "      --plugin FILE   libggml-turboquant.so (default: beside tqkv, or TQKV_PLUGIN)\n"
         "      --json          print what was done as JSON\n"
         "      --verbose       show llama.cpp's log\n",
-        CONTEXT_DEFAULT, TOKENS_DEFAULT, SENSITIVITY_OLD_TOKENS, PROBES_DEFAULT, PROBE_BITS_DEFAULT);
+        CONTEXT_DEFAULT, TOKENS_DEFAULT, SENSITIVITY_OLD_TOKENS, PROBES_DEFAULT, PROBE_BITS_DEFAULT,
+        GATE_TOKENS);
 }
 
 static int parse_option(calibrate_options *o, int option, char **argv)
@@ -96,6 +97,9 @@ static int parse_option(calibrate_options *o, int option, char **argv)
         return tool_parse_count("--probes", optarg, 1, 64, &o->n_probes);
     case 'q':
         return tool_parse_real("--probe-bits", optarg, 0.5, 8, &o->probe_bits);
+    case 'm':
+        o->has_max_kl = true;
+        return tool_parse_real("--max-kl", optarg, 0, 100, &o->max_kl);
     case 't':
         return tool_parse_count("-t", optarg, 1, TOOL_THREADS_MAX, &o->n_threads);
     case 'g':
@@ -113,15 +117,17 @@ static int parse_option(calibrate_options *o, int option, char **argv)
 }
 
 /* A name, "5x", or a number of bits. */
-static int read_profile(const char *name, wanted_profile *out)
+static int read_profile(const char *name, gate_plan *out)
 {
     char *end;
     const double number = strtod(name, &end);
     const bool is_ratio = end != name && strcmp(end, "x") == 0;
     const bool is_near_lossless = strcmp(name, NEAR_LOSSLESS) == 0;
-    out->bits = is_near_lossless ? NEAR_LOSSLESS_BITS : is_ratio && number > 0 ? 16 / number : number;
+    out->asked_bits = is_near_lossless           ? NEAR_LOSSLESS_BITS
+                      : is_ratio && number > 0 ? 16 / number
+                                               : number;
     if (!is_near_lossless &&
-        (end == name || (*end && !is_ratio) || !(out->bits >= 0.5 && out->bits <= 16)))
+        (end == name || (*end && !is_ratio) || !(out->asked_bits >= 0.5 && out->asked_bits <= 16)))
         return tool_usage("profile '%s': 5x, 8x, %s or bits per value such as 3.2 are understood",
                           name, NEAR_LOSSLESS);
     snprintf(out->name, sizeof(out->name), "%s", name);
@@ -155,12 +161,12 @@ static int name_outputs(calibrate_options *o)
     for (size_t i = 0; i < o->names.n; i++) {
         if (i == PROFILES_MAX)
             return tool_usage("more than %d profiles", PROFILES_MAX);
-        wanted_profile *profile = &o->profiles[i];
-        const int rc = read_profile(o->names.items[i], profile);
+        gate_plan *p = &o->plans[i];
+        const int rc = read_profile(o->names.items[i], p);
         if (rc != TOOL_OK)
             return rc;
-        profile->path = output_path(o, profile->name);
-        o->n_profiles = i + 1;
+        p->path = output_path(o, p->name);
+        o->n_plans = i + 1;
     }
     return TOOL_OK;
 }
@@ -192,6 +198,7 @@ static int parse(calibrate_options *o, int argc, char **argv)
                                             {"tokens", required_argument, NULL, 'n'},
                                             {"probes", required_argument, NULL, 'r'},
                                             {"probe-bits", required_argument, NULL, 'q'},
+                                            {"max-kl", required_argument, NULL, 'm'},
                                             {"threads", required_argument, NULL, 't'},
                                             {"plugin", required_argument, NULL, 'g'},
                                             {"json", no_argument, NULL, 'j'},
@@ -246,67 +253,75 @@ static void warn_about_text(const text_tokens *text)
                   100 * repeated);
 }
 
-static int save(const calibrate_options *o, const wanted_profile *wanted, calib_run *run)
+/* Written when all is done, so that an interrupted calibration leaves nothing. */
+static int save(const calibrate_options *o)
 {
-    tqkv_profile profile;
-    tqkv_plan *plan = NULL;
-    tqkv_plan_info info;
-    tqkv_profile_init(&profile, wanted->name, wanted->bits, o->context);
-    int rc = calib_run_solve(run, &profile, &plan);
-    if (rc == TOOL_OK) {
-        interrupt_hold();
-        const tqkv_status status = tqkv_plan_save(plan, wanted->path, tool_logger());
-        interrupt_release();
+    tqkv_status status = TQKV_OK;
+    int rc = TOOL_OK;
+    interrupt_hold();
+    for (size_t i = 0; i < o->n_plans && rc == TOOL_OK; i++) {
+        status = tqkv_plan_save(o->plans[i].plan, o->plans[i].path, tool_logger());
         if (status != TQKV_OK)
-            rc = tool_error("output %s: %s", wanted->path, tqkv_status_text(status));
+            rc = tool_error("output %s: %s", o->plans[i].path, tqkv_status_text(status));
     }
-    if (rc == TOOL_OK) {
-        tqkv_plan_get_info(plan, &info);
-        fprintf(o->is_json ? stderr : stdout, "%s: profile %s, %.3f bits per value at %u tokens\n",
-                wanted->path, info.profile, info.bits_total, info.context);
-    }
-    tqkv_plan_destroy(plan);
+    interrupt_release();
+    for (size_t i = 0; i < o->n_plans && rc == TOOL_OK; i++)
+        gate_report_print(&o->plans[i], o->is_json ? stderr : stdout);
     return rc;
 }
 
 static int print_json(const calibrate_options *o, const gguf_head *model, calib_run *run,
                       const double seconds[N_PHASES])
 {
-    json_t *plans = json_array(), *k = json_array(), *v = json_array();
-    for (size_t i = 0; i < o->n_profiles; i++)
-        json_array_append_new(plans, json_pack("{s:s, s:s, s:o}", "path", o->profiles[i].path,
-                                               "profile", o->profiles[i].name, "bits",
-                                               json_real_short(o->profiles[i].bits, 6)));
+    static const char *const names[N_PHASES] = {"observe", "transforms", "sensitivity", "solve",
+                                                "check"};
+    json_t *plans = json_array(), *times = json_object(), *k = json_array(), *v = json_array();
+    for (size_t i = 0; i < o->n_plans; i++)
+        json_array_append_new(plans, gate_report_json(&o->plans[i]));
+    for (size_t i = 0; i < N_PHASES; i++)
+        json_object_set_new(times, names[i], json_real_short(seconds[i], 4));
     for (uint32_t i = 0; i < model->n_layers; i++) {
         json_array_append_new(k, json_real_short(calib_run_kl(run, i, TQKV_SIDE_K), 5));
         json_array_append_new(v, json_real_short(calib_run_kl(run, i, TQKV_SIDE_V), 5));
     }
-    return json_file_write("-", json_pack("{s:s, s:s, s:I, s:o, s:{s:o, s:o, s:o, s:o}, s:o, s:o}",
-                                          "model", model->name, "arch", model->arch, "n_tokens",
+    return json_file_write("-", json_pack("{s:s, s:s, s:I, s:o, s:o, s:o, s:o}", "model",
+                                          model->name, "arch", model->arch, "n_tokens",
                                           (json_int_t)calib_run_n_tokens(run), "plans", plans,
-                                          "seconds", "observe", json_real_short(seconds[0], 4),
-                                          "transforms", json_real_short(seconds[1], 4),
-                                          "sensitivity", json_real_short(seconds[2], 4), "solve",
-                                          json_real_short(seconds[3], 4), "k_kl", k, "v_kl", v));
+                                          "seconds", times, "k_kl", k, "v_kl", v));
 }
 
-static int run_phases(const calibrate_options *o, const gguf_head *model, calib_run *run)
+static bool set_limits(calibrate_options *o, const text_tokens *held_back)
 {
-    double seconds[N_PHASES] = {0};
-    int rc = calib_run_observe(run, 1, N_PHASES, &seconds[0]);
+    const bool is_wanted = !o->has_max_kl || o->max_kl > 0;
+    if (is_wanted && !held_back->n)
+        tool_note("the text has fewer than %d tokens: none are held back to check plans on",
+                  GATE_TEXT_TOKENS);
+    for (size_t i = 0; i < o->n_plans && is_wanted && held_back->n; i++)
+        o->plans[i].limit = o->has_max_kl ? o->max_kl : gate_limit(o->plans[i].asked_bits);
+    return is_wanted && held_back->n;
+}
+
+static int run_phases(calibrate_options *o, const gguf_head *model, gate_job *gate)
+{
+    double seconds[N_PHASES] = {0}, sum = 0;
+    const int n_phases = set_limits(o, gate->held_back) ? N_PHASES : N_PHASES - 1;
+    int rc = calib_run_observe(gate->run, 1, n_phases, &seconds[OBSERVE]);
     if (rc == TOOL_OK)
-        rc = calib_run_prepare(run, 2, N_PHASES, &seconds[1]);
+        rc = calib_run_prepare(gate->run, 2, n_phases, &seconds[TRANSFORMS]);
     if (rc == TOOL_OK)
-        rc = calib_run_perturb(run, 3, N_PHASES, &seconds[2]);
-    const double started = tool_seconds();
-    for (size_t i = 0; i < o->n_profiles && rc == TOOL_OK; i++)
-        rc = save(o, &o->profiles[i], run);
-    seconds[3] = tool_seconds() - started;
+        rc = calib_run_perturb(gate->run, 3, n_phases, &seconds[SENSITIVITY]);
     if (rc == TOOL_OK)
-        fprintf(stderr, "4/4 solve: %.1f s; in all %.0f s\n", seconds[3],
-                seconds[0] + seconds[1] + seconds[2] + seconds[3]);
+        rc = gate_solve(gate, 4, n_phases, &seconds[SOLVE]);
+    if (rc == TOOL_OK)
+        rc = gate_check(gate, 5, n_phases, &seconds[CHECK]);
+    if (rc == TOOL_OK)
+        rc = save(o);
+    for (size_t i = 0; i < N_PHASES; i++)
+        sum += seconds[i];
+    if (rc == TOOL_OK)
+        fprintf(stderr, "in all %.0f s\n", sum);
     if (rc == TOOL_OK && o->is_json)
-        rc = print_json(o, model, run, seconds);
+        rc = print_json(o, model, gate->run, seconds);
     return rc;
 }
 
@@ -314,8 +329,8 @@ static int run_phases(const calibrate_options *o, const gguf_head *model, calib_
 static int check_inputs(calibrate_options *o, gguf_head *model, char **plugin)
 {
     int rc = gguf_head_read(o->model, model);
-    for (size_t i = 0; i < o->n_profiles && rc == TOOL_OK; i++)
-        rc = output_file_check(o->profiles[i].path);
+    for (size_t i = 0; i < o->n_plans && rc == TOOL_OK; i++)
+        rc = output_file_check(o->plans[i].path);
     if (rc == TOOL_OK && !o->texts.n) {
         char *text = shipped_text();
         if (text)
@@ -341,7 +356,7 @@ static int calibrate(calibrate_options *o)
     host *h = NULL;
     workers *w = NULL;
     calib_run *run = NULL;
-    text_tokens text = {0};
+    text_tokens text = {0}, seen, held_back;
     int rc = check_inputs(o, model, &plugin);
     if (rc == TOOL_OK)
         rc = host_open(&(host_options){.model_path = o->model,
@@ -353,8 +368,9 @@ static int calibrate(calibrate_options *o)
         rc = read_all_texts(h, o, &text);
     if (rc == TOOL_OK) {
         warn_about_text(&text);
+        gate_hold_back(&text, &seen, &held_back);
         w = workers_create(o->n_threads);
-        rc = calib_run_create(h, w, model, &text,
+        rc = calib_run_create(h, w, model, &seen,
                               &(calib_options){.model_path = o->model,
                                                .n_tokens = o->n_tokens,
                                                .n_probes = o->n_probes,
@@ -362,7 +378,14 @@ static int calibrate(calibrate_options *o)
                               &run);
     }
     if (rc == TOOL_OK)
-        rc = run_phases(o, model, run);
+        rc = run_phases(o, model,
+                        &(gate_job){.h = h,
+                                    .w = w,
+                                    .run = run,
+                                    .held_back = &held_back,
+                                    .context = o->context,
+                                    .plans = o->plans,
+                                    .n_plans = o->n_plans});
     calib_run_destroy(run);
     workers_destroy(w);
     text_tokens_free(&text);
@@ -383,8 +406,10 @@ int cmd_calibrate(int argc, char **argv)
         interrupt_install();
         rc = calibrate(&o);
     }
-    for (size_t i = 0; i < PROFILES_MAX; i++)
-        free(o.profiles[i].path);
+    for (size_t i = 0; i < PROFILES_MAX; i++) {
+        free(o.plans[i].path);
+        tqkv_plan_destroy(o.plans[i].plan);
+    }
     tool_list_free(&o.texts);
     tool_list_free(&o.names);
     return rc;

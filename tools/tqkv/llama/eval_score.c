@@ -316,7 +316,7 @@ int eval_score_run(eval_job *job, const eval_setting *setting, eval_score *score
     for (size_t i = 0; i < job->n_caches; i++)
         r->sums[i].texts = tool_alloc(job->n_texts, sizeof(*r->sums[i].texts));
     snprintf(phase, sizeof(phase), "-c %u -ub %u", r->n_ctx, r->n_ubatch);
-    progress_begin(&r->bar, phase, ++job->step, job->n_steps,
+    progress_begin(&r->bar, job->phase ? job->phase : phase, ++job->step, job->n_steps,
                    (double)(job->n_texts * job->n_pieces * (job->n_caches + 1)) * r->n_ctx);
 
     int rc = open_contexts(r);

@@ -25,6 +25,7 @@ typedef struct eval_job {
     size_t n_texts;
     uint32_t n_pieces;   /* of each text */
     bool has_quick_fill; /* quantised caches of llama.cpp are filled by copying */
+    const char *phase;   /* of the progress lines; NULL: named after the setting */
     int step, n_steps;   /* for the progress lines */
 } eval_job;
 
