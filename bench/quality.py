@@ -33,16 +33,18 @@ def words(text):
 
 
 def calibrate(tqkv, build, model, profiles):
-    """Plans, made once per build folder."""
-    folder = build / "quality"
-    # as tqkv calibrate names them
-    plans = {profile: folder / (model.stem + (".tqkv" if profile == "5x" else f".{profile}.tqkv"))
-             for profile in profiles}
-    missing = [profile for profile, plan in plans.items() if not plan.exists()]
+    """Plans, made once per build folder. What was made is in a file beside them."""
+    folder = build.resolve() / "quality"
+    kept = folder / f"{model.stem}.json"
+    plans = json.loads(kept.read_text()) if kept.exists() else {}
+    missing = [profile for profile in profiles if profile not in plans]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([tqkv, "calibrate", model, "--profile", ",".join(missing), "-o", f"{folder}/"], check=True)
-    return list(plans.values())
+        done = subprocess.run([tqkv, "calibrate", model, "--profile", ",".join(missing), "-o", f"{folder}/", "--json"],
+                              check=True, stdout=subprocess.PIPE)
+        plans |= {plan["profile"]: plan["path"] for plan in json.loads(done.stdout)["plans"]}
+        kept.write_text(json.dumps(plans))
+    return [plans[profile] for profile in profiles]
 
 
 def measure(tqkv, model, plans, args, context):

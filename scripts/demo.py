@@ -73,15 +73,16 @@ def build_all():
 def calibrate(tqkv, plugin, model):
     text = ROOT / "data" / "calibration" / "mixed.txt"
     folder = BUILD / f"plans-{key_of([model, text, tqkv, plugin], list(PROFILES))}"
-    plans = {name: folder / (model.stem + (".tqkv" if name == "5x" else f".{name}.tqkv")) for name in PROFILES}
-    if all(path.exists() for path in plans.values()):
+    kept = folder / CALIBRATION
+    if kept.exists():
         say("calibration: done before")
-        return plans
-    say("calibration: once per model")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / CALIBRATION, "w", encoding="utf-8") as file:
-        run([tqkv, "calibrate", model, "--profile", ",".join(PROFILES), "-o", f"{folder}/", "--json"], stdout=file)
-    return plans
+    else:
+        say("calibration: once per model")
+        folder.mkdir(parents=True, exist_ok=True)
+        done = run([tqkv, "calibrate", model, "--profile", ",".join(PROFILES), "-o", f"{folder}/", "--json"],
+                   stdout=subprocess.PIPE)
+        kept.write_bytes(done.stdout)
+    return {plan["profile"]: pathlib.Path(plan["path"]) for plan in json.loads(kept.read_text())["plans"]}
 
 
 def evaluate(tqkv, plugin, model, plans, texts, n_ctx, caches):
