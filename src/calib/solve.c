@@ -59,29 +59,58 @@ static uint32_t resident(const solver *s, uint32_t layer)
     return held && held < s->profile->context ? held : s->profile->context;
 }
 
+static uint32_t n_young(const solver *s, uint32_t layer)
+{
+    uint32_t n = 0;
+
+    for (uint32_t i = 0; i + 1 < s->plan->n_tiers; i++)
+        n += s->plan->layers[layer].shape.tier_tokens[i];
+    return n;
+}
+
+/* What a sliding window may read, rounded up; 0: everything. */
+static uint32_t reach(const solver *s, uint32_t layer)
+{
+    const uint32_t window = s->plan->layers[layer].shape.window;
+
+    return window ? round_16(window) + STEP_BACK : 0;
+}
+
+/* Whether anything in the last tier of a layer is ever read. */
+static bool has_old(const solver *s, uint32_t layer)
+{
+    return !reach(s, layer) || n_young(s, layer) < reach(s, layer);
+}
+
 /* Tokens of the last tier that cost memory at the context. */
 static uint32_t n_old(const solver *s, uint32_t layer)
 {
-    const tqkv_plan_layer *shape = &s->plan->layers[layer].shape;
-    uint32_t young = s->plan->n_sinks;
+    const uint32_t young = n_young(s, layer) + s->plan->n_sinks;
 
-    if (shape->window) /* cells are used again in turn: every one of them has been old once */
+    if (reach(s, layer)) /* cells are used again in turn: every one of them has been old once */
         return resident(s, layer);
-    for (uint32_t i = 0; i + 1 < s->plan->n_tiers; i++)
-        young += shape->tier_tokens[i];
     return resident(s, layer) > young ? resident(s, layer) - young : 0;
 }
 
-/* Tier lengths of a layer: the profile's, cut a little after a sliding window ends. */
+/*
+ * Tier lengths of a layer: the profile's. In a sliding window they end a little after it; where they
+ * end before it, the last of them is drawn out over the rest of the window, if that takes no more
+ * bytes than coding every cell of the last tier would.
+ */
 static void set_tiers(const solver *s, uint32_t layer)
 {
     tqkv_plan_layer *shape = &s->plan->layers[layer].shape;
-    uint32_t left = shape->window ? round_16(shape->window) + STEP_BACK : UINT32_MAX;
+    const uint32_t n_tiers = s->plan->n_tiers;
+    uint32_t left = reach(s, layer) ? reach(s, layer) : UINT32_MAX;
 
-    for (uint32_t i = 0; i + 1 < s->plan->n_tiers; i++) {
+    for (uint32_t i = 0; i + 1 < n_tiers; i++) {
         shape->tier_tokens[i] = s->profile->tier_tokens[i] < left ? s->profile->tier_tokens[i] : left;
         left -= shape->tier_tokens[i];
     }
+    if (reach(s, layer) && n_tiers > 1 && left > 0 &&
+        (double)left * (double)s->profile->tier_bits[n_tiers - 2] <=
+            ((double)resident(s, layer) - (double)n_young(s, layer)) * s->profile->bits_total)
+        shape->tier_tokens[n_tiers - 2] += left;
 }
 
 static tqkv_status make_bands(solver *s)
@@ -225,7 +254,7 @@ static tqkv_status solve_old(solver *s)
         const solve_band *w = &s->where[b];
 
         s->bands[b] = (tqkvi_band){.price = (double)n_old(s, w->layer) * 2.0 * (double)w->n_units};
-        if (!s->plan->layers[w->layer].shape.window)
+        if (has_old(s, w->layer))
             s->bands[b].loss = band_loss(s, w);
     }
     if (fixed >= budget) {
