@@ -11,6 +11,7 @@ on texts that calibration never sees, and puts one row per model, context, cache
 with "domain": "all", into docs/results/quality.json; that one also has "positions": the first token
 of each part of the scored half, and its mean KL. A row that is there already is replaced. Its
 "command" measures it again once PLAN is made by `tqkv calibrate MODEL --profile PROFILE -o PLAN`.
+A model called NAME-f32 is NAME with f32 weights, whose host rounds no activations (f32_model.c says why).
 """
 
 import argparse
@@ -26,6 +27,21 @@ import fetch  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results" / "quality.json"
 KEY = ["model", "context", "ubatch", "codec", "profile", "domain"]
+
+
+def model_file(build, name):
+    """The model of that name; NAME-f32 is a copy with f32 weights, made once per build folder."""
+    plain = name.removesuffix("-f32")
+    model = fetch.fetch(plain)
+    if plain == name:
+        return model
+    copy = build.resolve() / "quality" / f"{name}.gguf"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        part = copy.with_suffix(".part")
+        subprocess.run([build / "bin" / "f32_model", model, part], check=True)
+        part.rename(copy)
+    return copy
 
 
 def words(text):
@@ -99,7 +115,7 @@ def main():
     args = parser.parse_args()
     tqkv = args.build / "bin" / "tqkv"
     for name in args.models:
-        model = fetch.fetch(name)
+        model = model_file(args.build, name)
         plans = calibrate(tqkv, args.build, model, args.profiles)
         for context in args.contexts:
             for result in measure(tqkv, model, plans, args, context):

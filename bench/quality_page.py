@@ -6,7 +6,7 @@
 
 Tables stand between "<!-- table: NAME -->" and "<!-- end -->" and are written over; all else in the
 page is left as it is. Plots need matplotlib (`pip install -r bench/requirements-plots.txt`), tables
-nothing. What was not measured shows as a dash in a table and is left out of a plot.
+nothing. What was not measured is left out, or shows as a dash beside what was.
 """
 
 import argparse
@@ -19,7 +19,8 @@ DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 UBATCH = 512
 CONTEXTS = [2048, 8192]
 LONG = 8192
-MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B", "gemma": "Gemma 3 270M"}
+MODELS = {"smollm2": "SmolLM2-135M", "smollm2-f32": "SmolLM2-135M in f32",
+          "qwen": "Qwen2.5-Coder-0.5B", "gemma": "Gemma 3 270M"}
 CACHES = {("f16", ""): "llama.cpp f16", ("q8_0", ""): "llama.cpp q8_0", ("q4_0", ""): "llama.cpp q4_0",
           ("turboquant", "near-lossless"): "ours near-lossless", ("turboquant", "5x"): "**ours 5x**",
           ("turboquant", "8x"): "ours 8x"}
@@ -77,24 +78,26 @@ def table(head, lines):
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
-def models_and_caches():
-    return [(model, cache, [MODELS[model], CACHES[cache]]) for model in MODELS for cache in CACHES]
+def measured(results, context):
+    """Models and caches that have rows, with their names."""
+    return [(model, cache, [MODELS[model], CACHES[cache]]) for model in MODELS for cache in CACHES
+            if results.get(model, context, cache, "all")]
 
 
 def context_table(results, context):
     head = ["model", "cache", "bits", "KL mean", "±", "median", "99.9 %", "same top token", "tokens"]
     lines = []
-    for model, cache, names in models_and_caches():
+    for model, cache, names in measured(results, context):
         row = results.get(model, context, cache, "all")
         lines.append([*names, f"{row['bits']:.2f}", kl_text(row["kl_mean"]), kl_text(row.get("kl_ci95")),
                       kl_text(row["kl_median"]), kl_text(row["kl_p999"]), f"{100 * row['top1']:.1f} %",
-                      str(row["tokens"])] if row else [*names, *[MISSING] * 7])
+                      str(row["tokens"])])
     return table(head, lines)
 
 
 def domain_table(results, context):
     lines = []
-    for model, cache, names in models_and_caches():
+    for model, cache, names in measured(results, context):
         rows = [results.get(model, context, cache, domain) for domain in DOMAINS]
         lines.append([*names, *(kl_text(row and row["kl_mean"]) for row in rows)])
     return table(["model", "cache", *DOMAINS.values()], lines)
