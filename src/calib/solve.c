@@ -18,7 +18,8 @@ enum {
      * tokens finds them in the tiers; what is older still is forgotten (no codes: its mean). */
     STEP_BACK = 32,
     /* As the store keeps them (tests/unit/test_calib.c compares with tqkv_store_bytes_at). */
-    SINK_TABLE = 64, /* slots of the table; one block of 16 is used */
+    STORE_BYTES = 1024, /* what does not grow */
+    SINK_TABLE = 64,    /* slots of the table; one block of 16 is used */
     SLOT_BYTES = 12
 };
 
@@ -189,20 +190,28 @@ static uint32_t tier_token_bytes(const solver *s, uint32_t layer, uint32_t tier)
     return bytes;
 }
 
+/*
+ * Slots that a young tier fills. Tokens come and go 16 at a time, but come one by one to the first
+ * tier; and a sliding window overwrites tokens that are still in its last one.
+ */
+static uint32_t n_slots(const solver *s, uint32_t layer, uint32_t tier)
+{
+    const tqkv_plan_layer *shape = &s->plan->layers[layer].shape;
+    const bool one_by_one = tier == 0 || (shape->window && tier + 2 == s->plan->n_tiers);
+
+    return round_16(shape->tier_tokens[tier] + (one_by_one ? TQKVI_BLOCK_TOKENS - 1 : 0));
+}
+
 /* Everything a layer holds at the context but the codes of its last tier. */
 static double fixed_bytes(const solver *s, uint32_t layer)
 {
     const tqkv_plan_layer *shape = &s->plan->layers[layer].shape;
     const double cells = (double)resident(s, layer);
-    double bytes = cells / TQKVI_BLOCK_TOKENS * sizeof(int32_t) + 2.0 * cells / 8.0;
+    double bytes = STORE_BYTES + cells / TQKVI_BLOCK_TOKENS * sizeof(int32_t) + 2.0 * cells / 8.0;
 
     bytes += (double)n_old(s, layer) * 2.0 * (double)shape->n_kv_heads; /* scales */
-    for (uint32_t i = 0; i + 1 < s->plan->n_tiers; i++) {
-        /* beyond the first tier tokens come and go 16 at a time */
-        const uint32_t slots = round_16(shape->tier_tokens[i] + (i == 0 ? TQKVI_BLOCK_TOKENS - 1 : 0));
-
-        bytes += (double)(slots * (tier_token_bytes(s, layer, i) + SLOT_BYTES));
-    }
+    for (uint32_t i = 0; i + 1 < s->plan->n_tiers; i++)
+        bytes += (double)(n_slots(s, layer, i) * (tier_token_bytes(s, layer, i) + SLOT_BYTES));
     if (s->plan->n_tiers > 1)
         bytes += (double)(TQKVI_BLOCK_TOKENS * tier_token_bytes(s, layer, 0) + SINK_TABLE * SLOT_BYTES);
     return bytes;
