@@ -24,7 +24,7 @@ enum {
 };
 
 /* Young tiers may take this share of the budget; a model whose layers mostly slide has little else. */
-static const double YOUNG_SHARE = 0.6;
+static const double YOUNG_SHARE = 0.55;
 static const float YOUNG_STEP = 0.5F; /* bits */
 
 /* A unit run that shares one Hadamard band, and where its width goes. */
