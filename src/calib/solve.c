@@ -23,9 +23,16 @@ enum {
     SLOT_BYTES = 12
 };
 
-/* Young tiers may take this share of the budget; a model whose layers mostly slide has little else. */
+/*
+ * Young tiers may take this share of the budget; a short context or a model whose layers mostly slide has
+ * little else. Then they are narrowed, and shortened where no window asks for their length; never
+ * the newest tokens, of which an error costs most.
+ */
 static const double YOUNG_SHARE = 0.55;
-static const float YOUNG_STEP = 0.5F; /* bits */
+static const float YOUNG_STEP = 0.5F;         /* bits */
+static const float NARROW_MOST = 1.0F;        /* bits */
+static const float NARROW_MOST_SLIDES = 2.0F; /* the same, in a model with sliding windows */
+static const uint32_t TIER_LEAST = 32;        /* tokens */
 
 /* A unit run that shares one Hadamard band, and where its width goes. */
 typedef struct solve_band {
@@ -35,7 +42,8 @@ typedef struct solve_band {
 typedef struct solver {
     tqkv_calib *calib;
     const tqkv_profile *profile;
-    float tier_bits[TQKV_TIERS_MAX]; /* the profile's, or less where the budget asks for it */
+    uint32_t tier_tokens[TQKV_TIERS_MAX]; /* the profile's, or less where the budget asks for it; */
+    float tier_bits[TQKV_TIERS_MAX];      /* so too */
     tqkv_plan *plan;
     solve_band *where;
     tqkvi_band *bands;
@@ -102,10 +110,11 @@ static void set_tiers(const solver *s, uint32_t layer)
 {
     tqkv_plan_layer *shape = &s->plan->layers[layer].shape;
     const uint32_t n_tiers = s->plan->n_tiers;
+    const uint32_t *tokens = reach(s, layer) ? s->profile->tier_tokens : s->tier_tokens;
     uint32_t left = reach(s, layer) ? reach(s, layer) : UINT32_MAX;
 
     for (uint32_t i = 0; i + 1 < n_tiers; i++) {
-        shape->tier_tokens[i] = s->profile->tier_tokens[i] < left ? s->profile->tier_tokens[i] : left;
+        shape->tier_tokens[i] = tokens[i] < left ? tokens[i] : left;
         left -= shape->tier_tokens[i];
     }
     if (reach(s, layer) && n_tiers > 1 && left > 0 &&
@@ -227,29 +236,56 @@ static double all_fixed_bytes(const solver *s)
     return bytes;
 }
 
-/* Takes half a bit from the oldest young tier that is still wider than the next. False: none is. */
+static bool slides(const solver *s)
+{
+    for (uint32_t l = 0; l < s->plan->n_layers; l++)
+        if (s->plan->layers[l].shape.window)
+            return true;
+    return false;
+}
+
+/* Takes half a bit from the oldest young tier that may be narrower. False: none may. */
 static bool narrow_young(solver *s)
 {
-    for (uint32_t i = s->plan->n_tiers - 1; i-- > 0;) {
-        const float next = i + 2 < s->plan->n_tiers ? s->tier_bits[i + 1] : (float)s->profile->bits_total;
+    const float most = slides(s) ? NARROW_MOST_SLIDES : NARROW_MOST;
 
-        if (s->tier_bits[i] - YOUNG_STEP >= next) {
+    for (uint32_t i = s->plan->n_tiers - 1; i-- > 1;)
+        if (s->tier_bits[i] - YOUNG_STEP >= s->profile->tier_bits[i] - most) {
             s->tier_bits[i] -= YOUNG_STEP;
             return true;
         }
-    }
     return false;
+}
+
+/* Takes a quarter from all young tiers but the first. False: they are short already. */
+static bool shorten_young(solver *s)
+{
+    bool any = false;
+
+    for (uint32_t i = 1; i + 1 < s->plan->n_tiers; i++) {
+        const uint32_t shorter = s->tier_tokens[i] * 3 / 4 / TQKVI_BLOCK_TOKENS * TQKVI_BLOCK_TOKENS;
+
+        if (shorter >= TIER_LEAST) {
+            s->tier_tokens[i] = shorter;
+            any = true;
+        }
+    }
+    return any;
 }
 
 static tqkv_status solve_all_young(solver *s)
 {
     const double allowed = YOUNG_SHARE * s->profile->bits_total / 8.0 * s->values;
 
+    memcpy(s->tier_tokens, s->profile->tier_tokens, sizeof(s->tier_tokens));
     memcpy(s->tier_bits, s->profile->tier_bits, sizeof(s->tier_bits));
     do {
+        for (uint32_t l = 0; l < s->plan->n_layers; l++)
+            if (s->plan->layers[l].shape.n_kv_heads)
+                set_tiers(s, l);
         for (uint32_t tier = 0; tier + 1 < s->plan->n_tiers; tier++)
             TQKV_TRY(solve_young(s, tier));
-    } while (all_fixed_bytes(s) > allowed && narrow_young(s));
+    } while (all_fixed_bytes(s) > allowed && (narrow_young(s) || shorten_young(s)));
     return TQKV_OK;
 }
 
@@ -312,9 +348,6 @@ static tqkv_status solve(solver *s)
     s->plan->frame_tokens = s->calib->frame_tokens;
     s->plan->context = s->profile->context;
     TQKV_TRY(tqkvi_plan_set_names(s->plan, s->calib->model, s->calib->arch, s->profile->name));
-    for (uint32_t l = 0; l < s->plan->n_layers; l++)
-        if (s->plan->layers[l].shape.n_kv_heads)
-            set_tiers(s, l);
     TQKV_TRY(copy_heads(s));
     TQKV_TRY(make_bands(s));
     TQKV_TRY(solve_all_young(s));

@@ -341,6 +341,40 @@ static void same_input_gives_the_same_file(void **unused)
     free(s);
 }
 
+/* In a short context young tiers shrink; the newest tokens keep their 8 bits. */
+static void newest_tokens_stay_wide_in_a_short_context(void **unused)
+{
+    sample *s = malloc(sizeof(*s));
+
+    (void)unused;
+    sample_make(s, 11);
+    for (uint32_t context = 1024; context <= 4096; context *= 2) {
+        tqkv_profile profile;
+        tqkv_status status;
+        tqkv_calib *calib = make_calib(s, NULL, &status);
+        tqkv_plan *plan;
+
+        assert_int_equal(status, TQKV_OK);
+        tqkv_profile_init(&profile, NULL, 2.0, context);
+        assert_int_equal(tqkv_calib_solve(calib, &profile, &plan), TQKV_OK);
+        for (uint32_t l = 0; l < N_LAYERS; l++) {
+            tqkv_plan_layer layer;
+            uint32_t young = 0;
+
+            assert_int_equal(tqkv_plan_get_layer(plan, l, &layer), TQKV_OK);
+            assert_int_equal(layer.tier_tokens[0], 32);
+            assert_int_equal(layer.token_bytes[0], 2 * N_KV * (DIM + 1));
+            for (uint32_t i = 0; i < 3; i++)
+                young += layer.tier_tokens[i];
+            assert_true(young < context / 2);
+            assert_true(layer.token_bytes[1] > layer.token_bytes[2] && layer.token_bytes[2] > 2 * N_KV);
+        }
+        tqkv_plan_destroy(plan);
+        tqkv_calib_destroy(calib);
+    }
+    free(s);
+}
+
 static void budget_below_the_tiers_is_refused(void **unused)
 {
     sample *s = malloc(sizeof(*s));
@@ -457,6 +491,7 @@ int main(void)
         cmocka_unit_test(sensitive_layers_get_more_bits),
         cmocka_unit_test(bits_are_those_of_the_store),
         cmocka_unit_test(same_input_gives_the_same_file),
+        cmocka_unit_test(newest_tokens_stay_wide_in_a_short_context),
         cmocka_unit_test(budget_below_the_tiers_is_refused),
         cmocka_unit_test(arguments_are_checked),
         cmocka_unit_test(every_allocation_may_fail),
