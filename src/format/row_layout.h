@@ -36,7 +36,8 @@ TQKV_NODISCARD tqkv_status tqkvi_layout_init(tqkvi_layout *layout, const uint8_t
 
 /*
  * A block holds 16 tokens of one layer: for each KV head its K section, then its V section.
- * A section: 16 scales, one byte a token, then 16 rows. Sections are multiples of 16 bytes.
+ * A section: 16 scales, one byte a token, then 16 rows, interleaved as block_rows.h says. Sections
+ * are multiples of 16 bytes.
  */
 typedef struct tqkvi_block_layout {
     uint32_t n_kv_heads;

@@ -41,6 +41,14 @@ typedef void tqkvk_unpack_rows_fn(const tqkvi_layout *layout, const uint8_t *cod
                                   float *out);
 
 /*
+ * Unpacks the 16 rows of a section of a block (format/block_rows.h) to out: [16][dim], as
+ * unpack_rows does. codes: [16 * row_bytes], what follows the scales, any alignment; nothing past
+ * it is read. Exact. Not for plain (f16) layouts.
+ */
+typedef void tqkvk_unpack_block_fn(const tqkvi_layout *layout, tqkv_side side, const uint8_t *codes,
+                                   float *out);
+
+/*
  * x: n f16 values, n any; every pointer of any alignment, nothing past the ends is touched. Exact,
  * but a NaN may come out with another payload.
  */
@@ -75,6 +83,7 @@ typedef struct tqkvk_table {
     tqkvk_transform_fn *transform;
     tqkvk_encode_row_fn *encode_row;
     tqkvk_unpack_rows_fn *unpack_rows;
+    tqkvk_unpack_block_fn *unpack_block;
     tqkvk_half_to_float_fn *half_to_float;
     tqkvk_float_to_half_fn *float_to_half;
     tqkvk_dot_tile_fn *dot_tile;

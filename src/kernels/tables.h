@@ -8,6 +8,7 @@
 tqkvk_transform_fn tqkvk_transform_f32_ref;
 tqkvk_encode_row_fn tqkvk_encode_row_f32_ref;
 tqkvk_unpack_rows_fn tqkvk_unpack_rows_f32_ref;
+tqkvk_unpack_block_fn tqkvk_unpack_block_f32_ref;
 tqkvk_half_to_float_fn tqkvk_half_to_float_ref;
 tqkvk_float_to_half_fn tqkvk_float_to_half_ref;
 tqkvk_dot_tile_fn tqkvk_dot_tile_f32_ref;
@@ -18,6 +19,7 @@ tqkvk_accumulate_tile_fn tqkvk_accumulate_tile_f32_ref;
 tqkvk_transform_fn tqkvk_transform_f32_avx2;
 tqkvk_encode_row_fn tqkvk_encode_row_f32_avx2;
 tqkvk_unpack_rows_fn tqkvk_unpack_rows_f32_avx2;
+tqkvk_unpack_block_fn tqkvk_unpack_block_f32_avx2;
 tqkvk_half_to_float_fn tqkvk_half_to_float_avx2;
 tqkvk_float_to_half_fn tqkvk_float_to_half_avx2;
 tqkvk_dot_tile_fn tqkvk_dot_tile_f32_avx2;

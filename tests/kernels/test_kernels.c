@@ -108,8 +108,9 @@ static void test_dispatch(void **state)
     const tqkvk_table *want = all[n - 1];
     for (size_t i = 0; i < n; i++) {
         const tqkvk_table *t = all[i];
-        assert_true(t->transform && t->encode_row && t->unpack_rows && t->half_to_float &&
-                    t->float_to_half && t->dot_tile && t->softmax_step && t->accumulate_tile);
+        assert_true(t->transform && t->encode_row && t->unpack_rows && t->unpack_block &&
+                    t->half_to_float && t->float_to_half && t->dot_tile && t->softmax_step &&
+                    t->accumulate_tile);
         if (isa && strcmp(isa, t->name) == 0)
             want = t;
     }
