@@ -165,7 +165,7 @@ static int load_rows(tqkvi_attn_work *work, tqkv_side side, float *out)
             attention->kernels->half_to_float(codes, out, floats);
             continue;
         }
-        attention->kernels->unpack_rows(layout, codes, TQKVI_BLOCK_TOKENS, out);
+        attention->kernels->unpack_block(layout, side, codes, out);
         for (uint32_t i = 0; i < TQKVI_BLOCK_TOKENS; i++) {
             work->scale[side][p * TQKVI_BLOCK_TOKENS + i] = tqkvk_scale_value(section[i]);
             work->on[side][p * TQKVI_BLOCK_TOKENS + i] = section[i] != 0;

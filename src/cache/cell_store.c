@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+#include "format/block_rows.h"
+
 static uint32_t div_up(uint32_t a, uint32_t b)
 {
     return a / b + (a % b != 0);
@@ -376,4 +378,24 @@ tqkvi_spot tqkvi_store_add_young(tqkv_store *store, uint32_t pool, uint32_t cell
     tqkvi_bit_set(stream->is_young, cell % store->n_cells);
     return young_spot(store, &stream->pools[pool],
                       tqkvi_slot_pool_add(&stream->pools[pool], cell, base));
+}
+
+static uint8_t *spot_codes(const tqkv_store *store, const tqkvi_spot *spot, tqkv_side side,
+                           uint32_t g)
+{
+    return spot->block + store->layouts[spot->tier].section[side][g] + TQKVI_BLOCK_TOKENS;
+}
+
+void tqkvi_spot_put_row(const tqkv_store *store, const tqkvi_spot *spot, tqkv_side side, uint32_t g,
+                        const uint8_t *row)
+{
+    tqkvi_block_put_row(tqkvi_codec_layout(store->codec, side, g, spot->tier), side,
+                        spot_codes(store, spot, side, g), spot->slot, row);
+}
+
+void tqkvi_spot_get_row(const tqkv_store *store, const tqkvi_spot *spot, tqkv_side side, uint32_t g,
+                        uint8_t *row)
+{
+    tqkvi_block_get_row(tqkvi_codec_layout(store->codec, side, g, spot->tier), side,
+                        spot_codes(store, spot, side, g), spot->slot, row);
 }

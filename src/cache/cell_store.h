@@ -98,12 +98,12 @@ static inline uint8_t *tqkvi_spot_scale(const tqkv_store *store, const tqkvi_spo
     return spot->block + store->layouts[spot->tier].section[side][g] + spot->slot;
 }
 
-static inline uint8_t *tqkvi_spot_codes(const tqkv_store *store, const tqkvi_spot *spot,
-                                        tqkv_side side, uint32_t g)
-{
-    return spot->block + store->layouts[spot->tier].section[side][g] + TQKVI_BLOCK_TOKENS +
-           (size_t)spot->slot * tqkvi_codec_layout(store->codec, side, g, spot->tier)->row_bytes;
-}
+/* The row of a spot in the row format: [row_bytes of its layout] in, */
+void tqkvi_spot_put_row(const tqkv_store *store, const tqkvi_spot *spot, tqkv_side side, uint32_t g,
+                        const uint8_t *row);
+/* and out. */
+void tqkvi_spot_get_row(const tqkv_store *store, const tqkvi_spot *spot, tqkv_side side, uint32_t g,
+                        uint8_t *row);
 
 static inline bool tqkvi_bit(const uint64_t *set, uint32_t i)
 {

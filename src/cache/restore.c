@@ -105,8 +105,7 @@ size_t tqkvi_store_export(const tqkv_store *store, uint32_t cell, tqkv_side side
     for (uint32_t g = 0; has_token && g < store->codec->n_kv_heads; g++) {
         uint8_t *to = bytes + tqkvi_record_head(store->plan, &record, g);
         to[0] = *tqkvi_spot_scale(store, &spot, side, g);
-        memcpy(to + 1, tqkvi_spot_codes(store, &spot, side, g),
-               tqkvi_codec_layout(store->codec, side, g, spot.tier)->row_bytes);
+        tqkvi_spot_get_row(store, &spot, side, g, to + 1);
     }
     tqkvi_record_end(store->plan, &record, bytes);
     return n_bytes;
@@ -174,8 +173,7 @@ tqkv_status tqkvi_store_import(tqkv_store *store, uint32_t cell, tqkv_side side,
     for (uint32_t g = 0; g < store->codec->n_kv_heads; g++) {
         const uint8_t *from = bytes + tqkvi_record_head(store->plan, &record, g);
         *tqkvi_spot_scale(store, &spot, side, g) = from[0];
-        memcpy(tqkvi_spot_codes(store, &spot, side, g), from + 1,
-               tqkvi_codec_layout(store->codec, side, g, spot.tier)->row_bytes);
+        tqkvi_spot_put_row(store, &spot, side, g, from + 1);
     }
     if (side == TQKV_SIDE_K && spot.base != record.base) {
         tqkvi_spot as_written = spot; /* the codes mean what they say under the record's base */

@@ -3,9 +3,9 @@
 #include "cache/row_jobs.h"
 
 #include <stdatomic.h>
-#include <string.h>
 
 #include "base/parallel.h"
+#include "format/block_rows.h"
 
 #define GROUP_TOKENS 16
 
@@ -56,20 +56,24 @@ static bool encode_one(const tqkv_store *store, tqkv_side side, uint32_t g, cons
                        const float *x, turn *held, float *scratch)
 {
     const turn *t = turn_for(store, side, g, spot->base, held);
+    uint8_t row[TQKVI_ROW_BYTES_MAX];
 
-    return tqkvi_encode_row(store->codec, side, g, spot->tier, t ? t->cos : NULL, t ? t->sin : NULL,
-                            x, tqkvi_spot_scale(store, spot, side, g),
-                            tqkvi_spot_codes(store, spot, side, g), scratch);
+    const bool good =
+        tqkvi_encode_row(store->codec, side, g, spot->tier, t ? t->cos : NULL, t ? t->sin : NULL, x,
+                         tqkvi_spot_scale(store, spot, side, g), row, scratch);
+    tqkvi_spot_put_row(store, spot, side, g, row);
+    return good;
 }
 
 static void decode_one(const tqkv_store *store, tqkv_side side, uint32_t g, const tqkvi_spot *spot,
                        float *x, turn *held, float *scratch)
 {
     const turn *t = turn_for(store, side, g, spot->base, held);
+    uint8_t row[TQKVI_ROW_BYTES_MAX];
 
+    tqkvi_spot_get_row(store, spot, side, g, row);
     tqkvi_decode_row(store->codec, side, g, spot->tier, t ? t->cos : NULL, t ? t->sin : NULL,
-                     *tqkvi_spot_scale(store, spot, side, g),
-                     tqkvi_spot_codes(store, spot, side, g), x, scratch);
+                     *tqkvi_spot_scale(store, spot, side, g), row, x, scratch);
 }
 
 static size_t group_end(size_t group, size_t n)
@@ -120,11 +124,12 @@ static void move_one(const move_job *job, const tqkvi_move *move, tqkv_side side
         (void)encode_one(store, side, g, &move->to, scratch->row, &scratch->to, scratch->codec);
         return;
     }
+    uint8_t from[TQKVI_ROW_BYTES_MAX], to[TQKVI_ROW_BYTES_MAX];
+    tqkvi_spot_get_row(store, &move->from, side, g, from);
     tqkvi_recode_row(store->codec, side, g, move->from.tier,
-                     *tqkvi_spot_scale(store, &move->from, side, g),
-                     tqkvi_spot_codes(store, &move->from, side, g), move->to.tier,
-                     tqkvi_spot_scale(store, &move->to, side, g),
-                     tqkvi_spot_codes(store, &move->to, side, g), scratch->codec);
+                     *tqkvi_spot_scale(store, &move->from, side, g), from, move->to.tier,
+                     tqkvi_spot_scale(store, &move->to, side, g), to, scratch->codec);
+    tqkvi_spot_put_row(store, &move->to, side, g, to);
 }
 
 static void move_task(void *user, size_t i, size_t worker)
@@ -183,9 +188,10 @@ void tqkvi_turn_token(tqkv_store *store, const tqkvi_spot *from, const tqkvi_spo
 
 void tqkvi_zero_rows(const tqkv_store *store, const tqkvi_spot *spot, tqkv_side side)
 {
+    static const uint8_t zeros[TQKVI_ROW_BYTES_MAX];
+
     for (uint32_t g = 0; g < store->codec->n_kv_heads; g++) {
         *tqkvi_spot_scale(store, spot, side, g) = 0;
-        memset(tqkvi_spot_codes(store, spot, side, g), 0,
-               tqkvi_codec_layout(store->codec, side, g, spot->tier)->row_bytes);
+        tqkvi_spot_put_row(store, spot, side, g, zeros);
     }
 }
