@@ -14,6 +14,8 @@ plan=$build/bench.tqkv
 grep -m 1 'model name' /proc/cpuinfo || true
 "$build/bin/test_kernels" --bench
 "$build/bin/test_tiles" --bench
+"$build/bin/test_blocks" --bench
+"$build/bin/test_decode" --bench
 test -e "$plan" || "$build/bin/tqkv" calibrate "$model" -o "$plan"
 for depth in $depths; do
     "$build/bin/tqkv" eval "$model" --plan "$plan" --text "$text" --speed-only --quick-fill --depth "$depth"
