@@ -2,7 +2,7 @@
 """What a user sees: answers of llama-server with an f16 cache of ours and with the 5x plan, in pairs.
 
 Retrieval: does an answer that lies thousands of tokens back still come out exactly? Completion: does
-held-out code go on as it does with f16, and as it really goes on? Chains: does the model still do sums as
+held-out code go on as it does with f16, and as it really goes on? Sums: does the model still do them as
 examples before them do? Contexts are long enough for the oldest tier. Both runs ask the same in the same
 order, so each question is a pair. TQKV_TEST_FULL=1 asks more.
 """
@@ -26,7 +26,7 @@ N_CUTS = 20 if FULL else 10
 CUT_FIRST, CUT_STEP = 2500, 40  # tokens
 N_SAME = 16  # tokens
 N_EXAMPLES = 60
-N_CHAINS = 60 if FULL else 16
+N_SUMS = 60 if FULL else 16
 
 
 @pytest.fixture(name="both")
@@ -119,7 +119,7 @@ def test_code_completion(both):
     assert n_same >= len(shared) // 3 and mean(shared) >= N_SAME / 2
 
 
-def chain(rng):
+def make_sum(rng):
     """A question and its answer, with small numbers and the step written out.
 
     That is what this model can do: with a second step it gets 4 of 10 right, without the step 7 of 12.
@@ -131,17 +131,17 @@ def chain(rng):
     return f"a = {value}; b = a {sign} {more}. So", f" b = {value} {sign} {more} = {after}"
 
 
-def do_chains(server):
+def do_sums(server):
     """[whether the answer is exact] after many examples."""
     rng = random.Random(1)
-    examples = "".join(f"{question}{answer}\n" for question, answer in (chain(rng) for _ in range(N_EXAMPLES)))
+    examples = "".join(f"{question}{answer}\n" for question, answer in (make_sum(rng) for _ in range(N_EXAMPLES)))
     assert len(server.get("/tokenize", {"content": examples})["tokens"]) > 1300
-    asked = [chain(rng) for _ in range(N_CHAINS)]
+    asked = [make_sum(rng) for _ in range(N_SUMS)]
     return [server.complete(0, examples + question, n=16).startswith(answer + "\n") for question, answer in asked]
 
 
-def test_chains_of_sums(both):
-    exact, ours = both(do_chains)
+def test_sums(both):
+    exact, ours = both(do_sums)
     print(f"f16 {sum(exact)}, 5x {sum(ours)} of {len(exact)}")
     assert sum(exact) >= len(exact) * 3 // 4, "the model itself cannot do it"
     assert sum(ours) >= sum(exact) - 2
