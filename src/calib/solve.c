@@ -91,14 +91,14 @@ static bool has_old(const solver *s, uint32_t layer)
     return !reach(s, layer) || n_young(s, layer) < reach(s, layer);
 }
 
-/* Tokens of the last tier that cost memory at the context. */
+/* Tokens of the last tier that cost memory at the context, in whole blocks. */
 static uint32_t n_old(const solver *s, uint32_t layer)
 {
-    const uint32_t young = n_young(s, layer) + s->plan->n_sinks;
+    const uint32_t young = n_young(s, layer);
 
     if (reach(s, layer)) /* cells are used again in turn: every one of them has been old once */
         return resident(s, layer);
-    return resident(s, layer) > young ? resident(s, layer) - young : 0;
+    return resident(s, layer) > young ? round_16(resident(s, layer) - young) : 0;
 }
 
 /*
