@@ -191,13 +191,7 @@ static int group_teardown(void **state)
 
 int main(int argc, char **argv)
 {
-    for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--bench") == 0)
-            with_bench = true;
-        else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc)
-            seed = strtoull(argv[++i], NULL, 0);
-    }
-    printf("seed %llu\n", (unsigned long long)seed);
+    with_bench = test_arguments(argc, argv, &seed);
 
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_decode),

@@ -219,14 +219,7 @@ static void bench_table(const tqkvk_table *table, size_t dim)
 
 int main(int argc, char **argv)
 {
-    bool with_bench = false;
-    for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--bench") == 0)
-            with_bench = true;
-        else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc)
-            seed = strtoull(argv[++i], NULL, 0);
-    }
-    printf("seed %llu\n", (unsigned long long)seed);
+    const bool with_bench = test_arguments(argc, argv, &seed);
 
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_tiles),

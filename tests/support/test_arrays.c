@@ -75,3 +75,17 @@ void test_time(const char *label, void (*fn)(void *arg), void *arg, double parts
     }
     printf("%-40s median %10.1f ns  min %10.1f ns\n", label, ns[RUNS / 2], ns[0]);
 }
+
+bool test_arguments(int argc, char **argv, uint64_t *seed)
+{
+    bool with_bench = false;
+
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--bench") == 0)
+            with_bench = true;
+        else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc)
+            *seed = strtoull(argv[++i], NULL, 0);
+    }
+    printf("seed %llu\n", (unsigned long long)*seed);
+    return with_bench;
+}

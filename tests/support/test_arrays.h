@@ -3,6 +3,7 @@
 #ifndef TEST_ARRAYS_H
 #define TEST_ARRAYS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -34,5 +35,8 @@ static inline float *test_guarded_floats(const test_guarded *guarded)
  * millisecond.
  */
 void test_time(const char *label, void (*fn)(void *arg), void *arg, double parts);
+
+/* Reads [--seed N] [--bench] and prints the seed. Returns whether --bench is there. */
+bool test_arguments(int argc, char **argv, uint64_t *seed);
 
 #endif /* TEST_ARRAYS_H */
