@@ -7,5 +7,7 @@
 
 /* AVX2, FMA and F16C, with the registers saved by the operating system. */
 bool tqkvk_cpu_has_avx2(void);
+/* AVX-512 F, BW, DQ, VL and VNNI besides. */
+bool tqkvk_cpu_has_avx512(void);
 
 #endif /* TQKVK_CPU_H */

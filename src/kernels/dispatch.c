@@ -24,6 +24,11 @@ static const tqkvk_table table_ref = {
     .dot_tile = tqkvk_dot_tile_f32_ref,
     .softmax_step = tqkvk_softmax_step_f32_ref,
     .accumulate_tile = tqkvk_accumulate_tile_f32_ref,
+    .round_query = tqkvk_round_query_i8_ref,
+    .score_blocks = tqkvk_score_blocks_i8_ref,
+    .scale_scores = tqkvk_scale_scores_f32_ref,
+    .round_weights = tqkvk_round_weights_i16_ref,
+    .weigh_blocks = tqkvk_weigh_blocks_i8_ref,
 };
 
 #if TQKV_HAVE_X86
@@ -38,6 +43,29 @@ static const tqkvk_table table_avx2 = {
     .dot_tile = tqkvk_dot_tile_f32_avx2,
     .softmax_step = tqkvk_softmax_step_f32_avx2,
     .accumulate_tile = tqkvk_accumulate_tile_f32_avx2,
+    .round_query = tqkvk_round_query_i8_avx2,
+    .score_blocks = tqkvk_score_blocks_i8_avx2,
+    .scale_scores = tqkvk_scale_scores_f32_avx2,
+    .round_weights = tqkvk_round_weights_i16_avx2,
+    .weigh_blocks = tqkvk_weigh_blocks_i8_avx2,
+};
+
+static const tqkvk_table table_avx512 = {
+    .name = "avx512",
+    .transform = tqkvk_transform_f32_avx2,
+    .encode_row = tqkvk_encode_row_f32_avx2,
+    .unpack_rows = tqkvk_unpack_rows_f32_avx2,
+    .unpack_block = tqkvk_unpack_block_f32_avx2,
+    .half_to_float = tqkvk_half_to_float_avx2,
+    .float_to_half = tqkvk_float_to_half_avx2,
+    .dot_tile = tqkvk_dot_tile_f32_avx2,
+    .softmax_step = tqkvk_softmax_step_f32_avx2,
+    .accumulate_tile = tqkvk_accumulate_tile_f32_avx2,
+    .round_query = tqkvk_round_query_i8_avx2,
+    .score_blocks = tqkvk_score_blocks_i8_avx512,
+    .scale_scores = tqkvk_scale_scores_f32_avx2,
+    .round_weights = tqkvk_round_weights_i16_avx2,
+    .weigh_blocks = tqkvk_weigh_blocks_i8_avx512,
 };
 #endif
 
@@ -49,6 +77,8 @@ static size_t list_tables(const tqkvk_table *out[TABLES_MAX])
 #if TQKV_HAVE_X86
     if (tqkvk_cpu_has_avx2())
         out[n++] = &table_avx2;
+    if (tqkvk_cpu_has_avx512())
+        out[n++] = &table_avx512;
 #endif
     return n;
 }

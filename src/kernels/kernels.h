@@ -78,6 +78,72 @@ typedef float tqkvk_softmax_step_fn(float *s, size_t n, float *m, float *l);
 typedef void tqkvk_accumulate_tile_fn(const float *p, size_t p_stride, size_t n_q, const float *v,
                                       size_t n_k, size_t dim, const float *f, float *o);
 
+/*
+ * The next five are attention over the codes of blocks. Queries are rounded to 7 bits and weights
+ * to 14, so that sums of products with levels are integers. Where a query needs more, a second part
+ * of 1 / TQKVK_LOW_PARTS the size follows in a second call.
+ */
+#define TQKVK_Q_MAX 63 /* a u8 level times an s8 query, twice, fits in 16 bits */
+#define TQKVK_LOW_PARTS 126
+#define TQKVK_WEIGHT_MAX 16383 /* two halves of 7 bits, signed or not */
+#define TQKVK_TINY 0x1p-100f /* what is smaller is rounded to 0 */
+#define TQKVK_TILE_TOKENS 64
+
+/* Sixteen channels of a query. Each unit has a factor of its own: units differ in size. */
+typedef struct tqkvk_query_unit {
+    int8_t q[TQKV_UNIT_CHANNELS]; /* |q| <= TQKVK_Q_MAX */
+    int32_t start;                /* -128 times the sum of q: takes 128 off each level */
+    float factor;                 /* the query is about q * factor */
+} tqkvk_query_unit;
+
+/*
+ * Rounds a query y: [n_units * 16]. In each unit the factor is the largest |y| / TQKVK_Q_MAX, and q
+ * the integers nearest to y / factor, ties to even. low (may be NULL): what is left, with 1 /
+ * TQKVK_LOW_PARTS of the factor. So q * factor, or the sum of both, is within half a factor of y.
+ * A unit whose largest |y| is below TQKVK_TINY is 0; one with a NaN or an infinity has q = 0 and
+ * the factor NaN. Exact.
+ */
+typedef void tqkvk_round_query_fn(const float *y, size_t n_units, tqkvk_query_unit *out,
+                                  tqkvk_query_unit *low);
+
+/*
+ * Scores of blocks of K. codes: [n_blocks], each what follows the scales of a section, any
+ * alignment. q: [n_q][n_units], n_q any.
+ * s[a * s_stride + 16 * p + t] += sum over units of factor * step of the unit * (sum over its
+ * channels of q * level of token t of block p). The inner sum is exact: at most 16 * 63 * 255,
+ * below 2^18, whatever the head size. s: TQKV_ALIGN-aligned, s_stride a multiple of 16. Bounded:
+ * |error| <= (n_units + 2) eps |terms|.
+ */
+typedef void tqkvk_score_blocks_fn(const tqkvi_layout *layout, const uint8_t *const *codes,
+                                   size_t n_blocks, const tqkvk_query_unit *q, size_t n_q, float *s,
+                                   size_t s_stride);
+
+/*
+ * s[b] = s[b] * scale[b] + q_mean, or 0 where scale[b] is 0: such a row is the zero vector. n a
+ * multiple of 16. Bounded: |error| <= 2 eps |terms|.
+ */
+typedef void tqkvk_scale_scores_fn(float *s, const float *scale, size_t n, float q_mean);
+
+/*
+ * Rounds the weights v[b] = p[b] * scale[b] of up to TQKVK_TILE_TOKENS tokens; p, scale >= 0. n a
+ * multiple of 16. Returns g, the largest v / TQKVK_WEIGHT_MAX. w: [n] out, the integer nearest to
+ * v / g, ties to even; 0 for a NaN. Where the largest v is below TQKVK_TINY, w is 0. *kept: the sum
+ * of p where scale is not 0. w is exact, given v; g is one quotient; *kept is bounded by
+ * n * eps * sum.
+ */
+typedef float tqkvk_round_weights_fn(const float *p, const float *scale, size_t n, uint16_t *w,
+                                     float *kept);
+
+/*
+ * o[a * dim + i] = o[a * dim + i] * f[a] + g[a] * step of channel i * (sum over p and t of
+ * w[a * w_stride + 16 * p + t] * level of channel i of token t of block p of V). codes as above;
+ * w: <= TQKVK_WEIGHT_MAX, any alignment; n_blocks 1..4; n_q any. The sum is exact: at most
+ * 64 * 16383 * 127 < 2^27. Bounded: |error| <= 4 eps |terms|.
+ */
+typedef void tqkvk_weigh_blocks_fn(const tqkvi_layout *layout, const uint8_t *const *codes,
+                                   size_t n_blocks, const uint16_t *w, size_t w_stride, size_t n_q,
+                                   const float *f, const float *g, float *o);
+
 typedef struct tqkvk_table {
     const char *name; /* "ref", "avx2", ... */
     tqkvk_transform_fn *transform;
@@ -89,15 +155,22 @@ typedef struct tqkvk_table {
     tqkvk_dot_tile_fn *dot_tile;
     tqkvk_softmax_step_fn *softmax_step;
     tqkvk_accumulate_tile_fn *accumulate_tile;
+    tqkvk_round_query_fn *round_query;
+    tqkvk_score_blocks_fn *score_blocks;
+    tqkvk_scale_scores_fn *scale_scores;
+    tqkvk_round_weights_fn *round_weights;
+    tqkvk_weigh_blocks_fn *weigh_blocks;
 } tqkvk_table;
 
-/* The best table of this CPU, lowered by TQKV_ISA=ref|avx2; chosen once. Threads: any. */
+/* The best table of this CPU, lowered by TQKV_ISA=ref|avx2|avx512; chosen once. Threads: any. */
 const tqkvk_table *tqkvk_get(void);
 /* Every table that runs on this CPU, lowest first; *n out. For tests. */
 const tqkvk_table *const *tqkvk_all(size_t *n);
 
 /* Value of a scale byte, 1..255: 2 ^ ((scale - 128) / 16); 0 for 0. */
 float tqkvk_scale_value(uint8_t scale);
+/* The same of n scale bytes. */
+void tqkvk_scale_values_of(const uint8_t *scales, size_t n, float *out);
 /* Step and levels of a width: y is about level * step * scale. levels: [1 << bits]. */
 float tqkvk_step(uint32_t bits);
 const int8_t *tqkvk_levels(uint32_t bits);

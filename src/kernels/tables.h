@@ -14,6 +14,11 @@ tqkvk_float_to_half_fn tqkvk_float_to_half_ref;
 tqkvk_dot_tile_fn tqkvk_dot_tile_f32_ref;
 tqkvk_softmax_step_fn tqkvk_softmax_step_f32_ref;
 tqkvk_accumulate_tile_fn tqkvk_accumulate_tile_f32_ref;
+tqkvk_round_query_fn tqkvk_round_query_i8_ref;
+tqkvk_score_blocks_fn tqkvk_score_blocks_i8_ref;
+tqkvk_scale_scores_fn tqkvk_scale_scores_f32_ref;
+tqkvk_round_weights_fn tqkvk_round_weights_i16_ref;
+tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_ref;
 
 #if TQKV_HAVE_X86
 tqkvk_transform_fn tqkvk_transform_f32_avx2;
@@ -25,6 +30,14 @@ tqkvk_float_to_half_fn tqkvk_float_to_half_avx2;
 tqkvk_dot_tile_fn tqkvk_dot_tile_f32_avx2;
 tqkvk_softmax_step_fn tqkvk_softmax_step_f32_avx2;
 tqkvk_accumulate_tile_fn tqkvk_accumulate_tile_f32_avx2;
+tqkvk_round_query_fn tqkvk_round_query_i8_avx2;
+tqkvk_score_blocks_fn tqkvk_score_blocks_i8_avx2;
+tqkvk_scale_scores_fn tqkvk_scale_scores_f32_avx2;
+tqkvk_round_weights_fn tqkvk_round_weights_i16_avx2;
+tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx2;
+/* AVX-512 F, BW, DQ, VL and VNNI. */
+tqkvk_score_blocks_fn tqkvk_score_blocks_i8_avx512;
+tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx512;
 #endif
 
 #endif /* TQKVK_TABLES_H */

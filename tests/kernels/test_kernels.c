@@ -110,7 +110,8 @@ static void test_dispatch(void **state)
         const tqkvk_table *t = all[i];
         assert_true(t->transform && t->encode_row && t->unpack_rows && t->unpack_block &&
                     t->half_to_float && t->float_to_half && t->dot_tile && t->softmax_step &&
-                    t->accumulate_tile);
+                    t->accumulate_tile && t->round_query && t->score_blocks && t->scale_scores &&
+                    t->round_weights && t->weigh_blocks);
         if (isa && strcmp(isa, t->name) == 0)
             want = t;
     }

@@ -16,6 +16,12 @@ void tqkvk_dot_tile_f32_ref(const float *q, size_t n_q, const float *k, size_t n
     }
 }
 
+void tqkvk_scale_scores_f32_ref(float *s, const float *scale, size_t n, float q_mean)
+{
+    for (size_t b = 0; b < n; b++)
+        s[b] = scale[b] == 0.0f ? 0.0f : s[b] * scale[b] + q_mean;
+}
+
 float tqkvk_softmax_step_f32_ref(float *s, size_t n, float *m, float *l)
 {
     float top = *m;

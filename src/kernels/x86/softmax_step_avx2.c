@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One step of the online softmax. exp(x) = 2^n * e^r with n = round(x / ln 2); e^r by a polynomial
- * on |r| <= ln 2 / 2 (coefficients of Cephes' expf; error below 2 ulp).
+ * Scales of scores, and one step of the online softmax. exp(x) = 2^n * e^r with n = round(x / ln 2)
+ * and e^r by a polynomial on |r| <= ln 2 / 2 (coefficients of Cephes' expf; error below 2 ulp).
  */
 #include <immintrin.h>
 #include <math.h>
@@ -9,6 +9,18 @@
 #include "kernels/tables.h"
 
 #define EXP_MIN (-87.33654f) /* e^x is below 2^-126 under it */
+
+void tqkvk_scale_scores_f32_avx2(float *s, const float *scale, size_t n, float q_mean)
+{
+    const __m256 mean = _mm256_set1_ps(q_mean);
+
+    for (size_t b = 0; b < n; b += 8) {
+        const __m256 size = _mm256_load_ps(scale + b);
+        const __m256 some = _mm256_cmp_ps(size, _mm256_setzero_ps(), _CMP_NEQ_OQ);
+        const __m256 score = _mm256_fmadd_ps(_mm256_loadu_ps(s + b), size, mean);
+        _mm256_storeu_ps(s + b, _mm256_and_ps(score, some));
+    }
+}
 
 /* x <= 0. Below EXP_MIN, and for -inf, 0. */
 static inline __m256 exp_not_positive(__m256 x)
