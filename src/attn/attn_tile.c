@@ -7,6 +7,10 @@
 #include <math.h>
 #include <string.h>
 
+#include "attn/attn_codes.h"
+
+#define ARRAYS 11
+
 static size_t round_floats(size_t n)
 {
     const size_t unit = TQKV_ALIGN / sizeof(float);
@@ -22,25 +26,27 @@ uint32_t tqkvi_attn_rows(const tqkv_plan_layer *shape)
 }
 
 /* Floats of the arrays, in the order of the struct. */
-static void array_floats(const tqkv_plan_layer *shape, size_t n[9])
+static void array_floats(const tqkv_plan_layer *shape, size_t n[ARRAYS])
 {
-    const size_t rows = tqkvi_attn_rows(shape);
+    const size_t rows = tqkvi_attn_rows(shape), code_rows = (size_t)2 * TQKVI_CODE_ROWS_MAX;
 
     n[0] = n[1] = n[2] = rows * shape->k_dim;
     n[3] = (size_t)TQKVI_TILE_TOKENS * shape->k_dim;
     n[4] = (size_t)TQKVI_TILE_TOKENS * shape->v_dim;
     n[5] = n[6] = rows * TQKVI_TILE_TOKENS;
     n[7] = n[8] = rows * shape->v_dim;
-    for (int i = 0; i < 9; i++)
+    n[9] = code_rows * shape->k_dim / TQKV_UNIT_CHANNELS * sizeof(tqkvk_query_unit) / sizeof(float);
+    n[10] = TQKVI_CODE_ROWS_MAX * TQKVI_TILE_TOKENS * sizeof(uint16_t) / sizeof(float);
+    for (int i = 0; i < ARRAYS; i++)
         n[i] = round_floats(n[i]) + TQKV_ALIGN / sizeof(float); /* kernels may read past the end */
 }
 
 size_t tqkvi_attn_work_bytes(const tqkv_plan_layer *shape)
 {
-    size_t n[9], bytes = sizeof(tqkvi_attn_work);
+    size_t n[ARRAYS], bytes = sizeof(tqkvi_attn_work);
 
     array_floats(shape, n);
-    for (int i = 0; i < 9; i++)
+    for (int i = 0; i < ARRAYS; i++)
         bytes += n[i] * sizeof(float);
     return bytes;
 }
@@ -52,7 +58,7 @@ tqkvi_attn_work *tqkvi_attn_work_init(void *memory, const tqkvi_attention *atten
     const uint32_t group = shape->n_heads / shape->n_kv_heads;
     tqkvi_attn_work *work = memory;
     float *next = (float *)(work + 1);
-    size_t n[9];
+    size_t n[ARRAYS];
 
     *work =
         (tqkvi_attn_work){.attention = attention, .g = g, .first_row = first_row, .n_rows = n_rows};
@@ -60,13 +66,17 @@ tqkvi_attn_work *tqkvi_attn_work_init(void *memory, const tqkvi_attention *atten
                                 .args = attention->args,
                                 .first_q = first_row / group,
                                 .last_q = (first_row + n_rows - 1) / group};
-    float **const arrays[9] = {&work->q, &work->turned, &work->coded,  &work->k,     &work->v,
-                               &work->s, &work->bias,   &work->acc[0], &work->acc[1]};
+    float *q8, *w;
+    float **const arrays[ARRAYS] = {&work->q,      &work->turned, &work->coded, &work->k,
+                                    &work->v,      &work->s,      &work->bias,  &work->acc[0],
+                                    &work->acc[1], &q8,           &w};
     array_floats(shape, n);
-    for (int i = 0; i < 9; i++) {
+    for (int i = 0; i < ARRAYS; i++) {
         *arrays[i] = next;
         next += n[i];
     }
+    work->q8 = (tqkvk_query_unit *)(void *)q8;
+    work->w = (uint16_t *)(void *)w;
     for (uint32_t r = 0; r < n_rows; r++) {
         work->m[r] = -INFINITY;
         work->pending[SPACE_Y][r] = work->pending[SPACE_X][r] = 1;
@@ -122,6 +132,7 @@ static void set_base(tqkvi_attn_work *work, int32_t base)
                                  dim);
     work->has_base = true;
     work->base = base;
+    work->is_rounded = false;
 }
 
 static void load_raw(tqkvi_attn_work *work, tqkv_side side, float *out)
@@ -143,35 +154,36 @@ static void load_raw(tqkvi_attn_work *work, tqkv_side side, float *out)
     }
 }
 
-/* Rows of the tile to out. Coded rows also set scale and on. Returns the space of the rows. */
-static int load_rows(tqkvi_attn_work *work, tqkv_side side, float *out)
+/* Coded rows of the tile to out, without their scales. */
+static void load_coded(tqkvi_attn_work *work, tqkv_side side, float *out)
 {
-    const tqkvi_attention *attention = work->attention;
-    const tqkvi_attn_tile *tile = &work->tile;
-    const tqkvi_span *span = tile->span;
-
-    if (!span->layout) {
-        load_raw(work, side, out);
-        return SPACE_X;
-    }
-    const tqkvi_layout *layout = &attention->layer->heads[side][work->g].layout[span->tier];
-    const bool plain = !attention->heads[side][work->g].inverse;
+    const tqkvk_table *kernels = work->attention->kernels;
+    const tqkvi_layout *layout = tqkvi_attn_layout(work, side);
+    const bool plain = !work->attention->heads[side][work->g].inverse;
     const size_t floats = (size_t)TQKVI_BLOCK_TOKENS * layout->n_units * TQKV_UNIT_CHANNELS;
-    for (uint32_t p = 0; p < tile->n_blocks; p++, out += floats) {
-        const uint8_t *section = span->blocks + (size_t)tile->block[p] * span->layout->block_bytes +
-                                 span->layout->section[side][work->g];
-        const uint8_t *codes = section + TQKVI_BLOCK_TOKENS;
-        if (plain) {
-            attention->kernels->half_to_float(codes, out, floats);
-            continue;
-        }
-        attention->kernels->unpack_block(layout, side, codes, out);
-        for (uint32_t i = 0; i < TQKVI_BLOCK_TOKENS; i++) {
-            work->scale[side][p * TQKVI_BLOCK_TOKENS + i] = tqkvk_scale_value(section[i]);
-            work->on[side][p * TQKVI_BLOCK_TOKENS + i] = section[i] != 0;
-        }
+
+    for (uint32_t p = 0; p < work->tile.n_blocks; p++, out += floats) {
+        const uint8_t *codes = tqkvi_attn_section(work, side, p) + TQKVI_BLOCK_TOKENS;
+        if (plain)
+            kernels->half_to_float(codes, out, floats);
+        else
+            kernels->unpack_block(layout, side, codes, out);
     }
-    return plain ? SPACE_X : SPACE_Y;
+}
+
+static void load_rows(tqkvi_attn_work *work, tqkv_side side, float *out)
+{
+    if (work->tile.span->layout)
+        load_coded(work, side, out);
+    else
+        load_raw(work, side, out);
+}
+
+static void load_scales(tqkvi_attn_work *work, tqkv_side side)
+{
+    for (uint32_t p = 0; p < work->tile.n_blocks; p++)
+        tqkvk_scale_values_of(tqkvi_attn_section(work, side, p), TQKVI_BLOCK_TOKENS,
+                              work->scale[side] + (size_t)p * TQKVI_BLOCK_TOKENS);
 }
 
 static void load_bias(tqkvi_attn_work *work)
@@ -194,14 +206,6 @@ static void load_bias(tqkvi_attn_work *work)
  */
 #define LANES TQKVI_BLOCK_TOKENS
 
-static void scale_scores(float *restrict s, size_t n, const float *restrict scale,
-                         const float *restrict on, float q_mean)
-{
-    for (size_t i = 0; i < n; i += LANES)
-        for (size_t j = i; j < i + LANES; j++)
-            s[j] = s[j] * scale[j] + q_mean * on[j];
-}
-
 static void add_bias(float *restrict s, size_t n, const float *restrict bias, float slope)
 {
     for (size_t i = 0; i < n; i += LANES)
@@ -209,8 +213,8 @@ static void add_bias(float *restrict s, size_t n, const float *restrict bias, fl
             s[j] = bias[j] == -INFINITY ? -INFINITY : s[j] + slope * bias[j];
 }
 
-/* Dot products of row r to scores: scales, mean, softcap, mask. */
-static void fix_scores(tqkvi_attn_work *work, uint32_t r, size_t n, int space)
+/* Softcap and mask of row r. */
+static void fix_scores(tqkvi_attn_work *work, uint32_t r, size_t n)
 {
     const tqkv_attend_args *args = work->attention->args;
     const tqkv_plan_layer *shape = &work->attention->layer->shape;
@@ -218,8 +222,6 @@ static void fix_scores(tqkvi_attn_work *work, uint32_t r, size_t n, int space)
     const uint32_t q = (work->first_row + r) / group - work->sight.first_q;
     float *s = work->s + (size_t)r * TQKVI_TILE_TOKENS;
 
-    if (space == SPACE_Y)
-        scale_scores(s, n, work->scale[TQKV_SIDE_K], work->on[TQKV_SIDE_K], work->q_mean[r]);
     if (args->softcap != 0)
         for (size_t i = 0; i < n; i++)
             s[i] = args->softcap * tanhf(s[i] / args->softcap);
@@ -231,14 +233,13 @@ static void fix_scores(tqkvi_attn_work *work, uint32_t r, size_t n, int space)
 }
 
 /* Probabilities times the scales of V. Returns the sum of those whose row is not zero. */
-static float weigh_values(float *restrict s, size_t n, const float *restrict scale,
-                          const float *restrict on)
+static float weigh_values(float *restrict s, size_t n, const float *restrict scale)
 {
     float sums[LANES] = {0}, sum = 0;
 
     for (size_t i = 0; i < n; i += LANES) {
         for (size_t j = 0; j < LANES; j++) {
-            sums[j] += s[i + j] * on[i + j];
+            sums[j] += scale[i + j] == 0 ? 0 : s[i + j];
             s[i + j] *= scale[i + j];
         }
     }
@@ -247,36 +248,79 @@ static float weigh_values(float *restrict s, size_t n, const float *restrict sca
     return sum;
 }
 
-static void flush(tqkvi_attn_work *work)
+/* Whether the tile's rows of a side are coded, and if so, whether they are read as integers. */
+static bool is_coded(const tqkvi_attn_work *work, tqkv_side side)
+{
+    return work->tile.span->layout && work->attention->heads[side][work->g].inverse;
+}
+
+static bool reads_codes(const tqkvi_attn_work *work, tqkv_side side)
+{
+    return is_coded(work, side) && work->n_rows <= TQKVI_CODE_ROWS_MAX;
+}
+
+/* Scores of every row with the tile's K, before softcap and mask. */
+static void score_tile(tqkvi_attn_work *work, size_t n)
 {
     const tqkvk_table *kernels = work->attention->kernels;
-    const tqkv_plan_layer *shape = &work->attention->layer->shape;
+    const size_t dim = work->attention->layer->shape.k_dim;
+    const bool coded = is_coded(work, TQKV_SIDE_K);
+
+    if (coded) {
+        load_scales(work, TQKV_SIDE_K);
+        set_base(work, work->tile.base);
+    }
+    if (reads_codes(work, TQKV_SIDE_K)) {
+        tqkvi_codes_score(work);
+    } else {
+        load_rows(work, TQKV_SIDE_K, work->k);
+        kernels->dot_tile(coded ? work->coded : work->q, work->n_rows, work->k, n, dim, work->s,
+                          TQKVI_TILE_TOKENS);
+    }
+    for (uint32_t r = 0; r < work->n_rows && coded; r++)
+        kernels->scale_scores(work->s + (size_t)r * TQKVI_TILE_TOKENS, work->scale[TQKV_SIDE_K], n,
+                              work->q_mean[r]);
+}
+
+/* Scores of row r to weights of the tile's V, and the row's part of the sums. */
+static void step_row(tqkvi_attn_work *work, uint32_t r, size_t n, int space)
+{
+    float *s = work->s + (size_t)r * TQKVI_TILE_TOKENS;
+
+    fix_scores(work, r, n);
+    const float f = work->attention->kernels->softmax_step(s, n, &work->m[r], &work->l[r]);
+    work->nonzero[r] *= f;
+    if (reads_codes(work, TQKV_SIDE_V))
+        work->nonzero[r] += tqkvi_codes_round_weights(work, r);
+    else if (space == SPACE_Y)
+        work->nonzero[r] += weigh_values(s, n, work->scale[TQKV_SIDE_V]);
+    work->f[r] = f * work->pending[space][r];
+    work->pending[space][r] = 1;
+    work->pending[!space][r] *= f;
+}
+
+static void flush(tqkvi_attn_work *work)
+{
     const size_t n = (size_t)work->tile.n_blocks * TQKVI_BLOCK_TOKENS;
 
     if (n == 0)
         return;
-    const int k_space = load_rows(work, TQKV_SIDE_K, work->k);
-    if (k_space == SPACE_Y)
-        set_base(work, work->tile.base);
-    const float *q = k_space == SPACE_Y ? work->coded : work->q;
-    kernels->dot_tile(q, work->n_rows, work->k, n, shape->k_dim, work->s, TQKVI_TILE_TOKENS);
-
-    const int v_space = load_rows(work, TQKV_SIDE_V, work->v);
+    const int space = is_coded(work, TQKV_SIDE_V) ? SPACE_Y : SPACE_X;
+    score_tile(work, n);
     load_bias(work);
-    for (uint32_t r = 0; r < work->n_rows; r++) {
-        float *s = work->s + (size_t)r * TQKVI_TILE_TOKENS;
-        fix_scores(work, r, n, k_space);
-        const float f = kernels->softmax_step(s, n, &work->m[r], &work->l[r]);
-        work->nonzero[r] *= f;
-        if (v_space == SPACE_Y)
-            work->nonzero[r] += weigh_values(s, n, work->scale[TQKV_SIDE_V], work->on[TQKV_SIDE_V]);
-        work->f[r] = f * work->pending[v_space][r];
-        work->pending[v_space][r] = 1;
-        work->pending[!v_space][r] *= f;
+    if (space == SPACE_Y)
+        load_scales(work, TQKV_SIDE_V);
+    for (uint32_t r = 0; r < work->n_rows; r++)
+        step_row(work, r, n, space);
+    if (reads_codes(work, TQKV_SIDE_V)) {
+        tqkvi_codes_weigh(work);
+    } else {
+        const size_t dim = work->attention->layer->shape.v_dim;
+        load_rows(work, TQKV_SIDE_V, work->v);
+        work->attention->kernels->accumulate_tile(work->s, TQKVI_TILE_TOKENS, work->n_rows, work->v,
+                                                  n, dim, work->f, work->acc[space]);
     }
-    kernels->accumulate_tile(work->s, TQKVI_TILE_TOKENS, work->n_rows, work->v, n, shape->v_dim,
-                             work->f, work->acc[v_space]);
-    work->used[v_space] = true;
+    work->used[space] = true;
     work->tile.n_blocks = 0;
 }
 

@@ -5,6 +5,7 @@
  *
  *     rows    (query token, head of the group) pairs of one KV head, at most work->n_rows
  *     tile    up to 4 blocks of 16 tokens that share a span and a base
+ *     codes   few rows read coded blocks by integers (attn_codes.h), many rows by f32 tiles
  *     sums    m, l as usual; acc[SPACE_Y] of coded V, acc[SPACE_X] of plain and raw V, nonzero:
  *             the part of l that belongs to rows that are not the zero vector
  */
@@ -16,6 +17,7 @@
 #define TQKVI_TILE_BLOCKS 4
 #define TQKVI_TILE_TOKENS (TQKVI_TILE_BLOCKS * TQKVI_BLOCK_TOKENS)
 #define TQKVI_ATTN_ROWS_MAX 64
+#define TQKVI_CODE_ROWS_MAX 16 /* more rows than these unpack blocks to f32 */
 
 enum { SPACE_Y = 0, SPACE_X = 1 };
 
@@ -34,8 +36,7 @@ typedef struct tqkvi_attn_work {
     float nonzero[TQKVI_ATTN_ROWS_MAX];
     float pending[2][TQKVI_ATTN_ROWS_MAX]; /* factor that acc still lacks */
     float q_mean[TQKVI_ATTN_ROWS_MAX];     /* q_base.mean of the base in `coded` */
-    float scale[2][TQKVI_TILE_TOKENS];     /* of the tile's rows, by side */
-    float on[2][TQKVI_TILE_TOKENS];        /* 0 for the zero vector, otherwise 1 */
+    float scale[2][TQKVI_TILE_TOKENS];     /* of the tile's rows, by side; 0: the zero vector */
     bool bias_used[TQKVI_ATTN_ROWS_MAX];
     bool used[2]; /* acc was written */
     bool has_base;
@@ -47,16 +48,35 @@ typedef struct tqkvi_attn_work {
     uint32_t g;
     uint32_t first_row,
         n_rows; /* rows of this KV head; row = query token * group + head of the group */
+    float w_factor[TQKVI_CODE_ROWS_MAX]; /* of attn_codes.c */
+    bool is_rounded; /* q8 is that of `coded` */
     /* Arrays behind this struct. */
-    float *q;      /* [rows][k_dim] times the softmax scale */
-    float *turned; /* [rows][k_dim] turned to the base */
-    float *coded;  /* [rows][k_dim] q' of the base */
-    float *k;      /* [TQKVI_TILE_TOKENS][k_dim] */
-    float *v;      /* [TQKVI_TILE_TOKENS][v_dim] */
-    float *s;      /* [rows][TQKVI_TILE_TOKENS] */
-    float *bias;   /* [query tokens][TQKVI_TILE_TOKENS] */
-    float *acc[2]; /* [rows][v_dim] */
+    float *q;             /* [rows][k_dim] times the softmax scale */
+    float *turned;        /* [rows][k_dim] turned to the base */
+    float *coded;         /* [rows][k_dim] q' of the base */
+    float *k;             /* [TQKVI_TILE_TOKENS][k_dim] */
+    float *v;             /* [TQKVI_TILE_TOKENS][v_dim] */
+    float *s;             /* [rows][TQKVI_TILE_TOKENS] */
+    float *bias;          /* [query tokens][TQKVI_TILE_TOKENS] */
+    float *acc[2];        /* [rows][v_dim] */
+    tqkvk_query_unit *q8; /* [2][code rows][k_dim / 16] */
+    uint16_t *w;          /* [code rows][TQKVI_TILE_TOKENS] */
 } tqkvi_attn_work;
+
+/* Section of the tile's block p. */
+static inline const uint8_t *tqkvi_attn_section(const tqkvi_attn_work *work, tqkv_side side,
+                                                uint32_t p)
+{
+    const tqkvi_span *span = work->tile.span;
+    return span->blocks + (size_t)work->tile.block[p] * span->layout->block_bytes +
+           span->layout->section[side][work->g];
+}
+
+/* Layout of the rows of the tile. */
+static inline const tqkvi_layout *tqkvi_attn_layout(const tqkvi_attn_work *work, tqkv_side side)
+{
+    return &work->attention->layer->heads[side][work->g].layout[work->tile.span->tier];
+}
 
 /* Query rows that one task takes: fewer for large heads, so that its arrays stay in the cache. */
 uint32_t tqkvi_attn_rows(const tqkv_plan_layer *shape);

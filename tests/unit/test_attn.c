@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Attention of a store against the same sum in double over decoded rows (tqkv_store_read) and the
- * raw rows of the batch. The bound of each output scales with the terms that made it.
+ * raw rows of the batch. The bound of each output scales with the terms that made it. Where few
+ * rows read codes as integers (attn/attn_codes.h), it grows by what rounding may do.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -15,7 +16,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "attn/attn_tile.h"
 #include "base/half.h"
+#include "cache/cell_store.h"
+#include "test_arrays.h"
 #include "test_store_make.h"
 
 #define GUARD 12345.0f
@@ -200,16 +204,132 @@ static tqkv_attend_args make_args(attn_setup *s)
     return args;
 }
 
+/* One head of a cell that has codes. */
+typedef struct oracle_code {
+    bool coded, two_parts[2]; /* by side: more than 5 bits in the mean */
+    uint32_t tier;
+    int32_t base;
+    double scale[2];             /* 0: the zero vector */
+    double size[TQKV_UNITS_MAX]; /* of K behind the transform: sum of |y| of each unit */
+} oracle_code;
+
 /* Rows as attention should see them. kind: 0 nothing is there, 1 committed, 2 + i staged as i. */
 typedef struct oracle_rows {
     int *kind;
-    float *rows[2]; /* [n_cells][n_kv_heads][dim] */
+    float *rows[2];     /* [n_cells][n_kv_heads][dim] */
+    oracle_code *codes; /* [n_cells][n_kv_heads] */
 } oracle_rows;
+
+static oracle_code read_code(const attn_setup *s, uint32_t cell, uint32_t g)
+{
+    const tqkv_codec *codec = s->store->codec;
+    oracle_code code = {.coded = false};
+    uint8_t row[2048];
+    float *y = test_aligned(TQKVI_DIM_MAX * sizeof(*y));
+    tqkvi_spot spot;
+    uint32_t pool;
+
+    if (!codec->heads[0][g].plain && tqkvi_store_find(s->store, cell, &spot, &pool)) {
+        code = (oracle_code){.coded = true, .tier = spot.tier, .base = spot.base};
+        for (int side = 0; side < 2; side++) {
+            const tqkvi_layout *layout = tqkvi_codec_layout(codec, (tqkv_side)side, g, spot.tier);
+            code.two_parts[side] = layout->row_bytes > 10 * layout->n_units;
+            code.scale[side] =
+                (double)tqkvk_scale_value(*tqkvi_spot_scale(s->store, &spot, (tqkv_side)side, g));
+        }
+        const tqkvi_layout *layout = tqkvi_codec_layout(codec, TQKV_SIDE_K, g, spot.tier);
+        tqkvi_spot_get_row(s->store, &spot, TQKV_SIDE_K, g, row);
+        codec->kernels->unpack_rows(layout, row, 1, y);
+        for (uint32_t d = 0; d < layout->n_units * 16; d++)
+            code.size[d / 16] += fabs((double)y[d]);
+    }
+    free(y);
+    return code;
+}
+
+/* Whether the task of a query row reads codes. */
+static bool has_few_rows(const attn_setup *s, uint32_t q, uint32_t h)
+{
+    const attn_case *c = s->c;
+    const uint32_t group = c->n_heads / c->n_kv_heads, n = c->n_q * group;
+    const uint32_t block = tqkvi_attn_rows(&s->store->codec->layer->shape);
+    const uint32_t first = (q * group + h % group) / block * block;
+
+    return (n - first < block ? n - first : block) <= TQKVI_CODE_ROWS_MAX;
+}
+
+/* The largest |q'| of each unit of a query under a base: [k_dim / 16] out. */
+static void largest_query(const attn_setup *s, const tqkv_attend_args *args, uint32_t q, uint32_t h,
+                          int32_t base, double *top)
+{
+    const tqkv_codec *codec = s->store->codec;
+    const uint32_t g = h / (s->c->n_heads / s->c->n_kv_heads), dim = s->c->k_dim;
+    float turned[TQKVI_DIM_MAX], cosine[TQKVI_DIM_MAX], sine[TQKVI_DIM_MAX];
+
+    memcpy(turned, args->q + q * args->q_token_stride + h * args->q_head_stride,
+           dim * sizeof(float));
+    tqkvi_turn_init(&codec->rope, base, cosine, sine);
+    if (s->store->has_bases)
+        tqkvi_turn_apply(&codec->rope, cosine, sine, true, turned);
+    for (uint32_t j = 0; j < dim; j++) {
+        double sum = 0;
+        for (uint32_t i = 0; i < dim; i++)
+            sum += (double)codec->heads[0][g].inverse[(size_t)j * dim + i] * (double)turned[i];
+        sum = fabs(sum) * (double)args->scale;
+        top[j / 16] = j % 16 == 0 || sum > top[j / 16] ? sum : top[j / 16];
+    }
+}
+
+/* What rounding q' may do to the score of each cell of a query: [n_cells] out. */
+static void score_slack(const attn_setup *s, const tqkv_attend_args *args, const oracle_rows *r,
+                        uint32_t q, uint32_t h, double *slack)
+{
+    const uint32_t g = h / (s->c->n_heads / s->c->n_kv_heads);
+    const oracle_code *last = NULL;
+    double top[TQKV_UNITS_MAX];
+
+    for (uint32_t cell = 0; cell < s->c->n_cells; cell++) {
+        const oracle_code *code = &r->codes[(size_t)cell * s->c->n_kv_heads + g];
+        slack[cell] = 0;
+        if (r->kind[cell] != 1 || !code->coded || !has_few_rows(s, q, h))
+            continue;
+        if (!last || last->base != code->base)
+            largest_query(s, args, q, h, code->base, top);
+        last = code;
+        for (uint32_t u = 0; u < s->c->k_dim / 16; u++)
+            slack[cell] += .51 * top[u] * code->size[u];
+        slack[cell] *= code->scale[0] / TQKVK_Q_MAX / (code->two_parts[0] ? TQKVK_LOW_PARTS : 1);
+    }
+}
+
+/* Six standard deviations of what rounding weights does to channel d of an output; p: [n_cells]. */
+static double weight_slack(const attn_setup *s, const oracle_rows *r, uint32_t q, uint32_t h,
+                           uint32_t d, const double *p)
+{
+    const attn_case *c = s->c;
+    const uint32_t g = h / (c->n_heads / c->n_kv_heads);
+    const float mean =
+        s->store->codec->heads[1][g].plan->mean ? s->store->codec->heads[1][g].plan->mean[d] : 0;
+    double top = 0, squares = 0;
+
+    for (uint32_t cell = 0; cell < c->n_cells - 1 && has_few_rows(s, q, h); cell++) {
+        const oracle_code *code = &r->codes[(size_t)cell * c->n_kv_heads + g];
+        if (r->kind[cell] != 1 || !code->coded || code->scale[1] == 0)
+            continue;
+        const double v = (double)r->rows[1][((size_t)cell * c->n_kv_heads + g) * c->v_dim + d];
+        const double y =
+            (v - (double)mean) / code->scale[1] / (code->two_parts[1] ? TQKVK_LOW_PARTS : 1);
+        top = fmax(top, p[cell] * code->scale[1]);
+        squares += y * y;
+    }
+    return 6 * top / TQKVK_WEIGHT_MAX * sqrt(squares / 6);
+}
 
 static oracle_rows read_rows(const attn_setup *s, uint32_t stream)
 {
     const attn_case *c = s->c;
-    oracle_rows r = {.kind = get(c->n_cells * sizeof(int))};
+    oracle_rows r = {.kind = get(c->n_cells * sizeof(int)),
+                     .codes = get((size_t)c->n_cells * c->n_kv_heads * sizeof(oracle_code))};
 
     for (int side = 0; side < 2; side++) {
         const size_t floats = (size_t)c->n_kv_heads * (side == 0 ? c->k_dim : c->v_dim);
@@ -226,12 +346,17 @@ static oracle_rows read_rows(const attn_setup *s, uint32_t stream)
     }
     for (uint32_t i = 0; i < c->n_batch && stream == 0; i++)
         r.kind[s->cells[i]] = (int)(2 + i);
+    for (uint32_t i = 0; i < c->n_cells * c->n_kv_heads; i++)
+        r.codes[i] = read_code(s, stream * c->n_cells + i / c->n_kv_heads, i % c->n_kv_heads);
     return r;
 }
 
-/* Score of one cell, or -inf; *error grows to the largest bound of a score. */
+/*
+ * Score of one cell, or -inf; *error grows to the largest bound of a score. slack: what rounding
+ * may do to it.
+ */
 static double oracle_score(const attn_setup *s, const tqkv_attend_args *args, const oracle_rows *r,
-                           uint32_t q, uint32_t h, uint32_t cell, double *error)
+                           uint32_t q, uint32_t h, uint32_t cell, double slack, double *error)
 {
     const attn_case *c = s->c;
     const uint32_t g = h / (c->n_heads / c->n_kv_heads);
@@ -254,7 +379,8 @@ static double oracle_score(const attn_setup *s, const tqkv_attend_args *args, co
     if (args->softcap > 0)
         score = (double)args->softcap * tanh(score / (double)args->softcap);
     score += (double)mask * (args->slopes ? (double)args->slopes[h] : 1);
-    const double bound = (double)FLT_EPSILON * (CONDITION * (terms + 1) * 8 + fabs(score) * 4);
+    const double bound =
+        slack + (double)FLT_EPSILON * (CONDITION * (terms + 1) * 8 + fabs(score) * 4);
     *error = bound > *error ? bound : *error;
     return score;
 }
@@ -265,9 +391,11 @@ static void check_row(const attn_setup *s, const tqkv_attend_args *args, const o
     const attn_case *c = s->c;
     const uint32_t g = h / (c->n_heads / c->n_kv_heads);
     double *scores = get(c->n_cells * sizeof(*scores)), error = 0, top = -INFINITY, sum = 0;
+    double *p = get(c->n_cells * sizeof(*p)), *slack = get(c->n_cells * sizeof(*slack));
 
+    score_slack(s, args, r, q, h, slack);
     for (uint32_t cell = 0; cell < args->n_cells; cell++) {
-        scores[cell] = oracle_score(s, args, r, q, h, cell, &error);
+        scores[cell] = oracle_score(s, args, r, q, h, cell, slack[cell], &error);
         top = scores[cell] > top ? scores[cell] : top;
     }
     if (args->sinks)
@@ -276,17 +404,20 @@ static void check_row(const attn_setup *s, const tqkv_attend_args *args, const o
         sum += top == -INFINITY ? 0 : exp(scores[cell] - top);
     if (args->sinks)
         sum += exp((double)args->sinks[h] - top);
+    for (uint32_t cell = 0; cell < args->n_cells && sum > 0; cell++)
+        p[cell] = exp(scores[cell] - top) / sum;
 
     const float *out = args->out + q * args->out_token_stride + h * args->out_head_stride;
     for (uint32_t d = 0; d < c->v_dim; d++) {
         double want = 0, largest = 0;
         for (uint32_t cell = 0; cell < args->n_cells && sum > 0; cell++) {
             const double v = (double)r->rows[1][((size_t)cell * c->n_kv_heads + g) * c->v_dim + d];
-            want += exp(scores[cell] - top) / sum * v;
+            want += p[cell] * v;
             largest = scores[cell] > -INFINITY && fabs(v) > largest ? fabs(v) : largest;
         }
         /* A relative error e of every probability moves the mean by 2 e times the largest value. */
-        const double bound = 2 * (error + CONDITION * 8 * (double)FLT_EPSILON) * (largest + 1);
+        const double bound = 2 * (error + CONDITION * 8 * (double)FLT_EPSILON) * (largest + 1) +
+                             weight_slack(s, r, q, h, d, p);
         if (!(fabs((double)out[d] - want) <= (sum > 0 ? bound : 0)))
             fail_msg("%s: q %u h %u d %u: %.9g, not %.9g (bound %.3g)", c->name, q, h, d,
                      (double)out[d], want, bound);
@@ -298,6 +429,8 @@ static void check_row(const attn_setup *s, const tqkv_attend_args *args, const o
             : got != -INFINITY)
         fail_msg("%s: q %u h %u lse %.9g, not %.9g", c->name, q, h, (double)got, lse);
     free(scores);
+    free(p);
+    free(slack);
 }
 
 static const attn_case cases[] = {
@@ -345,6 +478,7 @@ static void test_oracle(void **state)
                     assert_true(s.out[j] == GUARD);
             free(s.scratch);
             free(r.kind);
+            free(r.codes);
             free(r.rows[0]);
             free(r.rows[1]);
         }
