@@ -14,7 +14,7 @@ void tqkv_calib_config_init(tqkv_calib_config *config)
     *config = (tqkv_calib_config){.struct_bytes = sizeof(*config),
                                   .model = "",
                                   .arch = "",
-                                  .frame_tokens = 256,
+                                  .frame_tokens = 1024,
                                   .gamma = 0.75F,
                                   .n_sinks = 4};
 }

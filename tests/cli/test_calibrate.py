@@ -27,14 +27,21 @@ def test_a_plan_that_loses_little_passes(tqkv, real_model, tmp_path):
     assert row["bits"] == pytest.approx(3.2, rel=0.01)
     assert row["passes"] == 1 and row["kl_limit"] == 0.03
     assert 0 < row["kl_floor"] < 0.02 and 0 < row["kl_held_out"] < row["kl_floor"] + row["kl_limit"]
-    assert seconds["check"] > 0 and "5/5 check" in said and "warning" not in said
+    assert seconds["check"] > 0 and "1/6 weights in f32" in said and "6/6 check" in said and "warning" not in said
 
     # without the check the plan is the same
     row, seconds, said = calibrate(tqkv, real_model, plans[1], "--max-kl", "0")
     assert row["passes"] == 0 and row["bits"] == pytest.approx(3.2, rel=0.01)
     assert row["kl_held_out"] is None and row["kl_floor"] is None and row["kl_limit"] is None
-    assert seconds["check"] < 0.1 and "check" not in said and "4/4 solve" in said
+    assert seconds["check"] < 0.1 and "check" not in said and "5/5 solve" in said
     assert plans[0].read_bytes() == plans[1].read_bytes()
+
+
+def test_weights_as_they_are(tqkv, real_model, tmp_path):
+    plan = tmp_path / "p.tqkv"
+    _, seconds, said = calibrate(tqkv, real_model, plan, "--weights", "file", "--max-kl", "0")
+    assert seconds["weights"] == 0 and "f32" not in said and "4/4 solve" in said
+    assert tqkv("calibrate", real_model, "-o", plan, "--weights", "f16").returncode == 2
 
 
 def test_a_plan_that_loses_much_gets_more_bits(tqkv, real_model, tmp_path):

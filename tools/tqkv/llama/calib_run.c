@@ -203,12 +203,18 @@ int calib_run_create(host *h, workers *w, const gguf_head *model, const text_tok
     return TOOL_OK;
 }
 
+static void leave_context(calib_run *run)
+{
+    host_observe(run->h, NULL, NULL);
+    host_ctx_destroy(run->ctx);
+    run->ctx = NULL;
+}
+
 void calib_run_destroy(calib_run *run)
 {
     if (!run)
         return;
-    host_observe(run->h, NULL, NULL);
-    host_ctx_destroy(run->ctx);
+    leave_context(run);
     tqkv_calib_destroy(run->calib);
     model_weights_close(run->weights);
     free(run->q_copy);
@@ -240,6 +246,7 @@ int calib_run_observe(calib_run *run, int index, int n_phases, double *seconds)
         run->n_pieces_done = i + 1;
     }
     *seconds = progress_end(&run->bar, rc == TOOL_OK);
+    leave_context(run);
     bool has_any = false;
     for (uint32_t i = 0; i < run->model->n_layers; i++)
         has_any = has_any || run->shapes[i].n_kv_heads;

@@ -5,7 +5,7 @@
  *     calib_run_observe   text in pieces, statistics of Q, K and V
  *     calib_run_prepare   transforms
  *     calib_run_perturb   old tokens of each layer's K and V made coarse alone, KL at the logits
- *     calib_run_solve     a plan for each profile
+ *     calib_run_solve     a plan for each profile; the host has no context any more
  */
 #ifndef TQKV_CALIB_RUN_H
 #define TQKV_CALIB_RUN_H

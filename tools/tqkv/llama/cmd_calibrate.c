@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "calib_run.h"
+#include "f32_weights.h"
 #include "gate.h"
 #include "gate_limit.h"
 #include "gate_report.h"
@@ -18,7 +19,7 @@
 #include "tool.h"
 
 enum { PROFILES_MAX = 8 };
-enum { OBSERVE, TRANSFORMS, SENSITIVITY, SOLVE, CHECK, N_PHASES };
+enum { WEIGHTS, OBSERVE, TRANSFORMS, SENSITIVITY, SOLVE, CHECK, N_PHASES };
 
 /* On two quiet cores these keep a model of half a billion parameters below ten minutes. */
 enum { TOKENS_DEFAULT = 16384, PROBES_DEFAULT = 8, CONTEXT_DEFAULT = 8192 };
@@ -32,12 +33,18 @@ enum { TOKENS_DEFAULT = 16384, PROBES_DEFAULT = 8, CONTEXT_DEFAULT = 8192 };
 enum { TOKENS_ADVISED = 8192 };
 #define REPEATED_MAX 0.5
 
+typedef struct phases {
+    bool has_f32;
+    int n;
+    double seconds[N_PHASES];
+} phases;
+
 typedef struct calibrate_options {
     const char *model, *output, *plugin;
     tool_list texts, names;
     uint32_t n_threads, n_tokens, n_probes, context;
     double probe_bits, max_kl;
-    bool has_max_kl, is_json, is_verbose;
+    bool has_max_kl, keeps_weights, is_json, is_verbose;
     gate_plan plans[PROFILES_MAX];
     size_t n_plans;
 } calibrate_options;
@@ -63,6 +70,9 @@ static void print_help(void)
         "      --max-kl X      KL divergence, above the host's own, that a plan may have on the last\n"
         "                      %d tokens of the text, which are held back; a plan above it gets up\n"
         "                      to 40 %% more bits; 0: any (default: by bits; 0.03 for 5x, 0.12 for 8x)\n"
+        "      --weights f32|file  measure with quantised weights in f32 (default; a temporary file\n"
+        "                      beside the plan), which tells better what layers lose, or as they are;\n"
+        "                      as they are also where f32 would take more than half of the memory\n"
         "  -t, --threads N     threads (default: all processors)\n"
         "      --plugin FILE   libggml-turboquant.so (default: beside tqkv, or TQKV_PLUGIN)\n"
         "      --json          print what was done as JSON\n"
@@ -100,6 +110,11 @@ static int parse_option(calibrate_options *o, int option, char **argv)
     case 'm':
         o->has_max_kl = true;
         return tool_parse_real("--max-kl", optarg, 0, 100, &o->max_kl);
+    case 'w':
+        o->keeps_weights = strcmp(optarg, "file") == 0;
+        return o->keeps_weights || strcmp(optarg, "f32") == 0
+                   ? TOOL_OK
+                   : tool_usage("--weights: f32 or file, not '%s'", optarg);
     case 't':
         return tool_parse_count("-t", optarg, 1, TOOL_THREADS_MAX, &o->n_threads);
     case 'g':
@@ -199,6 +214,7 @@ static int parse(calibrate_options *o, int argc, char **argv)
                                             {"probes", required_argument, NULL, 'r'},
                                             {"probe-bits", required_argument, NULL, 'q'},
                                             {"max-kl", required_argument, NULL, 'm'},
+                                            {"weights", required_argument, NULL, 'w'},
                                             {"threads", required_argument, NULL, 't'},
                                             {"plugin", required_argument, NULL, 'g'},
                                             {"json", no_argument, NULL, 'j'},
@@ -273,8 +289,8 @@ static int save(const calibrate_options *o)
 static int print_json(const calibrate_options *o, const gguf_head *model, calib_run *run,
                       const double seconds[N_PHASES])
 {
-    static const char *const names[N_PHASES] = {"observe", "transforms", "sensitivity", "solve",
-                                                "check"};
+    static const char *const names[N_PHASES] = {"weights",     "observe", "transforms",
+                                                "sensitivity", "solve",   "check"};
     json_t *plans = json_array(), *times = json_object(), *k = json_array(), *v = json_array();
     for (size_t i = 0; i < o->n_plans; i++)
         json_array_append_new(plans, gate_report_json(&o->plans[i]));
@@ -301,27 +317,63 @@ static bool set_limits(calibrate_options *o, const text_tokens *held_back)
     return is_wanted && held_back->n;
 }
 
-static int run_phases(calibrate_options *o, const gguf_head *model, gate_job *gate)
+/* Until host_use_weights again. */
+static int take_f32(const calibrate_options *o, host *h, f32_weights *f32, int n_phases,
+                    double *seconds)
 {
-    double seconds[N_PHASES] = {0}, sum = 0;
-    const int n_phases = set_limits(o, gate->held_back) ? N_PHASES : N_PHASES - 1;
-    int rc = calib_run_observe(gate->run, 1, n_phases, &seconds[OBSERVE]);
+    progress bar;
+    progress_begin(&bar, "weights in f32", 1, n_phases, 0);
+    const int rc = f32_weights_open(o->model, o->plans[0].path, o->n_threads, f32);
+    *seconds = progress_end(&bar, rc == TOOL_OK);
     if (rc == TOOL_OK)
-        rc = calib_run_prepare(gate->run, 2, n_phases, &seconds[TRANSFORMS]);
+        host_use_weights(h, f32->path);
+    return rc;
+}
+
+/* All that looks at how layers react. The check then is of the model as it is. */
+static int measure(const calibrate_options *o, const gguf_head *model, gate_job *gate,
+                   const text_tokens *seen, phases *p)
+{
+    const calib_options options = {.model_path = o->model,
+                                   .n_tokens = o->n_tokens,
+                                   .n_probes = o->n_probes,
+                                   .probe_bits = o->probe_bits};
+    f32_weights f32 = {.file = -1};
+    int rc = p->has_f32 ? take_f32(o, gate->h, &f32, p->n, &p->seconds[WEIGHTS]) : TOOL_OK;
+    const int done = p->has_f32;
     if (rc == TOOL_OK)
-        rc = calib_run_perturb(gate->run, 3, n_phases, &seconds[SENSITIVITY]);
+        rc = calib_run_create(gate->h, gate->w, model, seen, &options, &gate->run);
     if (rc == TOOL_OK)
-        rc = gate_solve(gate, 4, n_phases, &seconds[SOLVE]);
+        rc = calib_run_observe(gate->run, done + 1, p->n, &p->seconds[OBSERVE]);
     if (rc == TOOL_OK)
-        rc = gate_check(gate, 5, n_phases, &seconds[CHECK]);
+        rc = calib_run_prepare(gate->run, done + 2, p->n, &p->seconds[TRANSFORMS]);
+    if (rc == TOOL_OK)
+        rc = calib_run_perturb(gate->run, done + 3, p->n, &p->seconds[SENSITIVITY]);
+    host_use_weights(gate->h, NULL);
+    f32_weights_close(&f32);
+    return rc;
+}
+
+static int run_phases(calibrate_options *o, const gguf_head *model, gate_job *gate,
+                      const text_tokens *seen)
+{
+    const bool is_checked = set_limits(o, gate->held_back);
+    const bool has_f32 = !o->keeps_weights && f32_weights_help(o->model);
+    phases p = {.has_f32 = has_f32, .n = N_PHASES - !has_f32 - !is_checked};
+    double sum = 0;
+    int rc = measure(o, model, gate, seen, &p);
+    if (rc == TOOL_OK)
+        rc = gate_solve(gate, 4 + has_f32, p.n, &p.seconds[SOLVE]);
+    if (rc == TOOL_OK)
+        rc = gate_check(gate, 5 + has_f32, p.n, &p.seconds[CHECK]);
     if (rc == TOOL_OK)
         rc = save(o);
     for (size_t i = 0; i < N_PHASES; i++)
-        sum += seconds[i];
+        sum += p.seconds[i];
     if (rc == TOOL_OK)
         fprintf(stderr, "in all %.0f s\n", sum);
     if (rc == TOOL_OK && o->is_json)
-        rc = print_json(o, model, gate->run, seconds);
+        rc = print_json(o, model, gate->run, p.seconds);
     return rc;
 }
 
@@ -354,8 +406,7 @@ static int calibrate(calibrate_options *o)
     gguf_head *model = tool_alloc(1, sizeof(*model));
     char *plugin = NULL;
     host *h = NULL;
-    workers *w = NULL;
-    calib_run *run = NULL;
+    gate_job gate;
     text_tokens text = {0}, seen, held_back;
     int rc = check_inputs(o, model, &plugin);
     if (rc == TOOL_OK)
@@ -369,25 +420,16 @@ static int calibrate(calibrate_options *o)
     if (rc == TOOL_OK) {
         warn_about_text(&text);
         gate_hold_back(&text, &seen, &held_back);
-        w = workers_create(o->n_threads);
-        rc = calib_run_create(h, w, model, &seen,
-                              &(calib_options){.model_path = o->model,
-                                               .n_tokens = o->n_tokens,
-                                               .n_probes = o->n_probes,
-                                               .probe_bits = o->probe_bits},
-                              &run);
+        gate = (gate_job){.h = h,
+                          .w = workers_create(o->n_threads),
+                          .held_back = &held_back,
+                          .context = o->context,
+                          .plans = o->plans,
+                          .n_plans = o->n_plans};
+        rc = run_phases(o, model, &gate, &seen);
+        calib_run_destroy(gate.run);
+        workers_destroy(gate.w);
     }
-    if (rc == TOOL_OK)
-        rc = run_phases(o, model,
-                        &(gate_job){.h = h,
-                                    .w = w,
-                                    .run = run,
-                                    .held_back = &held_back,
-                                    .context = o->context,
-                                    .plans = o->plans,
-                                    .n_plans = o->n_plans});
-    calib_run_destroy(run);
-    workers_destroy(w);
     text_tokens_free(&text);
     host_close(h);
     free(plugin);

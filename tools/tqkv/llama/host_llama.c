@@ -18,6 +18,7 @@
 
 struct host {
     host_options options;
+    const char *weights_path;
     struct llama_model *plugin_model, *stock_model, *vocab_model;
     const struct llama_vocab *vocab;
     ggml_backend_dev_t device;
@@ -93,9 +94,9 @@ static struct llama_model *load_model(host *h, ggml_backend_dev_t device, bool i
     params.devices = devices;
     params.vocab_only = is_vocab_only;
     *last_complaint = '\0';
-    struct llama_model *model = llama_model_load_from_file(h->options.model_path, params);
+    struct llama_model *model = llama_model_load_from_file(h->weights_path, params);
     if (!model)
-        tool_error("model %s cannot be loaded: %s", h->options.model_path, complaint());
+        tool_error("model %s cannot be loaded: %s", h->weights_path, complaint());
     return model;
 }
 
@@ -104,6 +105,7 @@ int host_open(const host_options *options, host **out)
     host *h = tool_alloc(1, sizeof(*h));
     *out = NULL;
     h->options = *options;
+    h->weights_path = options->model_path;
     unsetenv("GGML_BACKEND_PATH"); /* the plugin is loaded here, from where the options say */
     llama_log_set(log_line, &h->options.is_verbose);
     llama_backend_init();
@@ -132,6 +134,14 @@ void host_close(host *h)
     static bool silent = false;
     llama_log_set(log_line, &silent);
     free(h);
+}
+
+void host_use_weights(host *h, const char *path)
+{
+    llama_model_free(h->plugin_model);
+    llama_model_free(h->stock_model);
+    h->plugin_model = h->stock_model = NULL;
+    h->weights_path = path ? path : h->options.model_path;
 }
 
 uint32_t host_n_vocab(const host *h)

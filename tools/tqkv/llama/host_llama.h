@@ -26,6 +26,12 @@ typedef struct host_options {
 int host_open(const host_options *options, host **out);
 void host_close(host *h);
 
+/*
+ * Weights of contexts created from now on: another file of the same model (kept), or NULL for the
+ * model's own. No context exists.
+ */
+void host_use_weights(host *h, const char *path);
+
 uint32_t host_n_vocab(const host *h);
 uint32_t host_n_threads(const host *h);
 int host_api_version(const host *h); /* of the plugin's backend, 0: no plugin */
