@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE /* sched_getaffinity */
 #include "tool.h"
 
 #include <errno.h>
 #include <getopt.h>
 #include <math.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -182,7 +184,8 @@ int tool_bad_option(char **argv, int option)
 
 uint32_t tool_n_processors(void)
 {
-    const long n = sysconf(_SC_NPROCESSORS_ONLN);
+    cpu_set_t allowed;
+    const int n = sched_getaffinity(0, sizeof(allowed), &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
     return n < 1 ? 1 : n > TOOL_THREADS_MAX ? TOOL_THREADS_MAX : (uint32_t)n;
 }
 

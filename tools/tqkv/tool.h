@@ -72,7 +72,7 @@ int tool_bad_option(char **argv, int option);
 double tool_seconds(void); /* monotonic */
 
 enum { TOOL_THREADS_MAX = 512 };
-/* Processors online, at most TOOL_THREADS_MAX. */
+/* Processors that this process may use (taskset, cpuset), at most TOOL_THREADS_MAX. */
 uint32_t tool_n_processors(void);
 
 /* "1.5 MiB"; the buffer is given and large enough for any size. */
