@@ -12,7 +12,12 @@
 #include <time.h>
 #include <unistd.h>
 
-static const char *command_name = "";
+static const char *program_name = "tqkv", *command_name = "";
+
+void tool_set_program(const char *program)
+{
+    program_name = program;
+}
 
 void tool_set_command(const char *command)
 {
@@ -21,7 +26,7 @@ void tool_set_command(const char *command)
 
 static void print_message(const char *kind, const char *format, va_list args)
 {
-    fprintf(stderr, "tqkv%s%s: %s", *command_name ? " " : "", command_name, kind);
+    fprintf(stderr, "%s%s%s: %s", program_name, *command_name ? " " : "", command_name, kind);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
 }
@@ -41,7 +46,7 @@ int tool_usage(const char *format, ...)
     va_start(args, format);
     print_message("", format, args);
     va_end(args);
-    fprintf(stderr, "Try 'tqkv%s%s --help'.\n", *command_name ? " " : "", command_name);
+    fprintf(stderr, "Try '%s%s%s --help'.\n", program_name, *command_name ? " " : "", command_name);
     return TOOL_USAGE;
 }
 

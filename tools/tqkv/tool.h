@@ -27,7 +27,8 @@ int cmd_report(int argc, char **argv);
 int cmd_run(int argc, char **argv);
 int cmd_doctor(int argc, char **argv);
 
-/* Name of the running command in messages: "tqkv eval: ...". Kept. */
+/* Names of the running program, if it is not tqkv, and command in messages: "tqkv eval: ...". Kept. */
+void tool_set_program(const char *program);
 void tool_set_command(const char *command);
 
 /* Print a message on stderr and return TOOL_FAILED or TOOL_USAGE. */
