@@ -253,6 +253,14 @@ def test_library_needs_libc_only():
     assert [name for name in needed_libraries(library) if not NEEDED_LIBRARIES.fullmatch(name)] == []
 
 
+def test_library_takes_no_lock_and_starts_no_thread():
+    library = built("lib/libturboquant.so")
+    if is_sanitized():
+        pytest.skip("sanitizers bring locks of their own")
+    got = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    assert [name for name in got.stdout.split() if re.match("pthread_|sem_|mtx_|thrd_|call_once", name)] == []
+
+
 def test_plugin_exports_and_needs_nothing_else():
     plugin = built("lib/libggml-turboquant.so")
     if is_sanitized():
