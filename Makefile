@@ -55,9 +55,9 @@ test-full: ## the same at 8192 tokens, with the thread sanitizer as well (two ho
 	$(MAKE) build PRESET=tsan LLAMA=none
 	ctest --preset tsan -j $(JOBS)
 
-bench: ## time kernels, and decoding side by side with llama.cpp's own caches (ARGS=depths)
+bench: ## time kernels, a layer and models side by side with llama.cpp (an hour on two cores; ARGS='--only layer')
 	@$(MAKE) --no-print-directory build PRESET=release
-	@bench/run.sh build/release $(ARGS)
+	@$(PYTHON) bench/cpu.py build/release $(ARGS)
 
 format: ## apply .clang-format to all C files
 	@git ls-files '*.c' '*.h' | xargs clang-format -i

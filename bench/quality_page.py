@@ -112,7 +112,7 @@ def with_tables(page, made):
     """The page with every table in it written anew; one of an unknown name is an error."""
     def replace(match):
         if match[1] not in made:
-            raise SystemExit(f"quality_page: no table is called {match[1]}")
+            raise SystemExit(f"no table is called {match[1]}")
         return f"<!-- table: {match[1]} -->\n\n{made[match[1]]}\n<!-- end -->"
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", replace, page, flags=re.DOTALL)
 
@@ -227,20 +227,30 @@ def digest_text(results):
     return f"rows {results.digest}"
 
 
-def draw(results, folder):
+def pyplot():
+    """Set up so that the same rows make the same file, which shows its text as text."""
     import matplotlib
     matplotlib.use("svg")
-    from matplotlib import pyplot
-    pyplot.rcParams.update({
+    from matplotlib import pyplot as plt
+    plt.rcParams.update({
         "svg.fonttype": "none", "svg.hashsalt": "turboquant", "font.size": 9.5, "axes.titlesize": 9.5,
         "figure.labelsize": 9.5, "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # of equal widths
         "savefig.facecolor": "white", "axes.edgecolor": "#888888", "axes.grid": True, "grid.color": "#e4e4e4",
         "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def save(plt, figure, path, results):
+    figure.savefig(path, metadata={"Date": None, "Description": digest_text(results)})
+    plt.close(figure)
+
+
+def draw(results, folder):
+    plt = pyplot()
     for name, drawing in DRAWINGS.items():
-        figure = drawing(pyplot, results)
+        figure = drawing(plt, results)
         if figure:
-            figure.savefig(folder / f"quality-{name}.svg", metadata={"Date": None, "Description": digest_text(results)})
-            pyplot.close(figure)
+            save(plt, figure, folder / f"quality-{name}.svg", results)
 
 
 def main():

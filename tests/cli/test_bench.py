@@ -2,6 +2,7 @@
 """tqkv-bench: options, and small runs whose numbers must hang together."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -12,8 +13,8 @@ SMALL = ["--heads", "4/2", "--dim", "32", "--rounds", "1", "--json", "-"]
 @pytest.fixture
 def bench(tqkv):
     def call(*args):
-        return subprocess.run([tqkv.program.with_name("tqkv-bench"), *args], capture_output=True, text=True,
-                              check=False, timeout=60)
+        return subprocess.run([tqkv.program.with_name("tqkv-bench"), *args], capture_output=True, text=True, check=False,
+                              timeout=300, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
     return call
 
 
@@ -47,7 +48,8 @@ def test_attention(bench, has_llama, mode):
     if has_llama:
         assert [row["cache"] for row in rows[:4]] == ["f16", "q8_0", "q4_0", "ours 5x"]
         assert [row["error"] for row in rows if row["cache"] == "f16"] == [0, 0]
-        assert all(0 < row["error"] < 0.3 for row in rows if row["cache"] != "f16"), "not the same attention"
+        errors = [row["error"] for row in rows if row["cache"] not in ("f16", "reading f16")]
+        assert all(0 < error < 0.3 for error in errors), "not the same attention"
         assert all(row["ratio_f16"] > 0 for row in rows)
 
 
@@ -58,7 +60,7 @@ def test_prefill_of_an_empty_cache(bench):
 
 def test_a_plan_brings_its_shape(bench, plan_file):
     rows = rows_of(bench("attention", "-n", "512", "--cache", "none", "--plan", plan_file, *SMALL))
-    assert [row["cache"] for row in rows] == ["ours q8"]
+    assert [row["cache"] for row in rows] == ["ours q8", "reading f16"]
     assert rows[0]["ratio_f16"] is None
 
 

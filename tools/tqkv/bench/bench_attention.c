@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Modes `attention` (one token asks) and `prefill` (512 do): ours and llama.cpp's caches in turn. */
+/*
+ * Modes `attention` (one token asks) and `prefill` (512 do): ours and llama.cpp's caches in turn, and threads that
+ * read as many bytes as f16 has and do nothing else.
+ */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,9 +28,9 @@ typedef struct contender {
 typedef struct contest {
     bench_size size;
     contender contenders[BENCH_CACHES_MAX];
-    in_turn subjects[BENCH_CACHES_MAX + 1]; /* the last: reading memory */
+    in_turn subjects[BENCH_CACHES_MAX];
     size_t n;
-    read_loop *loop;
+    read_loop *loop; /* of the last contender */
 } contest;
 
 static double f16_bytes(const tqkv_plan_layer *shape, uint32_t n_tokens)
@@ -99,6 +102,26 @@ static double error_of(const float *output, const float *want, size_t n)
     return sqrt(error / size);
 }
 
+static void add_reading(contest *c, const random_layer *layer)
+{
+    contender *x = add(c, "reading f16");
+    c->loop = read_loop_create(c->size.n_threads);
+    c->subjects[c->n - 1] = (in_turn){
+        .user = c->loop, .begin = read_loop_begin, .run = read_loop_run, .end = read_loop_end};
+    x->row.bytes = f16_bytes(&layer->shape, c->size.depth + c->size.n_q);
+}
+
+/* Turns the rounds of the last contender into those of reading its layers. Returns bytes per second. */
+static double scale_reading(contest *c, size_t n_rounds)
+{
+    double *seconds = c->subjects[c->n - 1].seconds, sorted[IN_TURN_ROUNDS_MAX];
+    const double layers_bytes = c->contenders[c->n - 1].row.bytes * c->size.n_layers;
+    memcpy(sorted, seconds, n_rounds * sizeof(*seconds));
+    for (size_t round = 0; round < n_rounds; round++)
+        seconds[round] *= layers_bytes / read_loop_bytes();
+    return read_loop_bytes() / in_turn_spread_of(sorted, n_rounds).median;
+}
+
 /* Before the rounds are sorted. */
 static in_turn_spread ratios(const contest *c, size_t i, size_t f16, size_t n_rounds)
 {
@@ -113,14 +136,17 @@ static void finish_rows(contest *c, const random_layer *layer, const char *mode,
     const tqkv_plan_layer *shape = &layer->shape;
     const size_t n_output = (size_t)c->size.n_q * shape->n_heads * shape->v_dim;
     const contender *f16 = find_f16(c);
-    const double memory =
-        read_loop_bytes() / in_turn_spread_of(c->subjects[c->n].seconds, n_rounds).median;
+    const double memory = scale_reading(c, n_rounds);
     for (size_t i = 0; i < c->n; i++) {
         bench_row *row = &c->contenders[i].row;
         row->mode = mode;
         row->memory = memory;
-        row->bits = c->size.depth ? 16 * row->bytes / f16_bytes(shape, c->size.depth) : 0;
-        row->error = f16 ? error_of(c->contenders[i].output, f16->output, n_output) : -1;
+        row->bits = c->size.depth && c->contenders[i].output
+                        ? 16 * row->bytes / f16_bytes(shape, c->size.depth)
+                        : 0;
+        row->error = f16 && c->contenders[i].output
+                         ? error_of(c->contenders[i].output, f16->output, n_output)
+                         : -1;
         if (f16)
             row->ratio = ratios(c, i, (size_t)(f16 - c->contenders), n_rounds);
     }
@@ -139,7 +165,7 @@ static void finish_rows(contest *c, const random_layer *layer, const char *mode,
 static int run_contest(contest *c, const bench_options *o, const random_layer *layer,
                        const bench_plan *plans, size_t n_plans)
 {
-    if (n_plans + o->caches.n > BENCH_CACHES_MAX)
+    if (n_plans + o->caches.n + 1 > BENCH_CACHES_MAX)
         return tool_usage("more than %d caches", BENCH_CACHES_MAX);
     int rc = TOOL_OK;
     for (size_t i = 0; i < o->caches.n && rc == TOOL_OK; i++)
@@ -148,10 +174,8 @@ static int run_contest(contest *c, const bench_options *o, const random_layer *l
         rc = add_ours(c, layer, &plans[i]);
     if (rc != TOOL_OK)
         return rc;
-    c->loop = read_loop_create(c->size.n_threads);
-    c->subjects[c->n] = (in_turn){
-        .user = c->loop, .begin = read_loop_begin, .run = read_loop_run, .end = read_loop_end};
-    in_turn_time(c->subjects, c->n + 1, o->n_rounds, LEAST_SECONDS);
+    add_reading(c, layer);
+    in_turn_time(c->subjects, c->n, o->n_rounds, LEAST_SECONDS);
     return TOOL_OK;
 }
 

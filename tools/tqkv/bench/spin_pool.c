@@ -7,11 +7,14 @@
 #include "spin_pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
 
 #include "tool.h"
+
+enum { SPINS = 20000 }; /* some tens of microseconds */
 
 typedef struct helper {
     spin_pool *pool;
@@ -31,6 +34,13 @@ struct spin_pool {
     void *task;
 };
 
+/* Where more threads run than there are cores, the one that is waited for needs this one. */
+static void spin(unsigned *n_spins)
+{
+    if (++*n_spins > SPINS)
+        sched_yield();
+}
+
 static void take_tasks(spin_pool *pool, size_t worker)
 {
     for (size_t i = atomic_fetch_add(&pool->next, 1); i < pool->n_tasks;
@@ -44,10 +54,9 @@ static void *helper_main(void *arg)
     spin_pool *pool = self->pool;
     unsigned seen = 0;
     for (;;) {
-        unsigned call;
-        do
-            call = atomic_load(&pool->call);
-        while (call == seen);
+        unsigned call, n_spins = 0;
+        while ((call = atomic_load(&pool->call)) == seen)
+            spin(&n_spins);
         seen = call;
         if (pool->is_ending)
             return NULL;
@@ -66,8 +75,8 @@ static void run(void *user, size_t n_tasks, tqkv_task_fn *fn, void *task)
     atomic_store(&pool->n_inside, pool->n_helpers);
     atomic_fetch_add(&pool->call, 1);
     take_tasks(pool, 0);
-    while (atomic_load(&pool->n_inside) > 0)
-        ;
+    for (unsigned n_spins = 0; atomic_load(&pool->n_inside) > 0;)
+        spin(&n_spins);
 }
 
 spin_pool *spin_pool_create(uint32_t n_threads)

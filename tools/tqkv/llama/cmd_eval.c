@@ -18,8 +18,9 @@ enum { N_CTX_MAX = 1 << 20, N_UBATCH_MAX = 8192 };
 typedef struct eval_options {
     const char *model, *plugin, *json;
     tool_list plans, texts, caches, contexts, ubatches;
-    uint32_t n_threads, n_pieces, limit_16, depth;
-    bool is_speed_only, is_verbose, has_stock_base, has_quick_fill;
+    tool_list depths, speed_threads;
+    uint32_t n_threads, n_pieces, limit_16;
+    bool is_speed_only, is_verbose, has_stock_base, has_prefill, has_quick_fill;
 } eval_options;
 
 static void print_help(void)
@@ -42,11 +43,13 @@ static void print_help(void)
         "                      written (default: 512)\n"
         "      --pieces N      pieces of each text (default: 1)\n"
         "      --limit-16 N    pieces of at most N tokens where fewer than 64 are fed at a time\n"
-        "      --depth N       also measure tokens/s: prefill of N tokens and decoding after them\n"
+        "      --depth LIST    also measure tokens/s, after so many tokens: 0,512,8192\n"
+        "      --prefill       of a prompt of 512 tokens too, not only of decoding\n"
+        "      --speed-threads LIST  with these numbers of threads (default: as -t)\n"
         "      --speed-only    measure nothing else\n"
-        "      --quick-fill    fill llama.cpp's quantised caches, which are slow to fill, by "
-        "copying\n"
-        "                      their first 1024 tokens; decoding is timed all the same\n"
+        "      --quick-fill    fill llama.cpp's caches by copying their first 1024 tokens; what "
+        "is\n"
+        "                      timed is the same\n"
         "  -t, --threads N     threads (default: all processors)\n"
         "      --json FILE     write the results as JSON; - is stdout\n"
         "      --plugin FILE   libggml-turboquant.so (default: beside tqkv, or TQKV_PLUGIN)\n"
@@ -79,7 +82,12 @@ static int parse_option(eval_options *o, int option, char **argv)
     case 'l':
         return tool_parse_count("--limit-16", optarg, 64, N_CTX_MAX, &o->limit_16);
     case 'd':
-        return tool_parse_count("--depth", optarg, 16, N_CTX_MAX, &o->depth);
+        return tool_list_add(&o->depths, "--depth", optarg);
+    case 'w':
+        return tool_list_add(&o->speed_threads, "--speed-threads", optarg);
+    case 'f':
+        o->has_prefill = true;
+        return TOOL_OK;
     case 's':
         o->is_speed_only = true;
         return TOOL_OK;
@@ -115,6 +123,7 @@ static int parse(eval_options *o, int argc, char **argv)
         {"ubatch", required_argument, NULL, 'u'},   {"pieces", required_argument, NULL, 'n'},
         {"limit-16", required_argument, NULL, 'l'}, {"depth", required_argument, NULL, 'd'},
         {"speed-only", no_argument, NULL, 's'},     {"quick-fill", no_argument, NULL, 'q'},
+        {"prefill", no_argument, NULL, 'f'},        {"speed-threads", required_argument, NULL, 'w'},
         {"threads", required_argument, NULL, 't'},  {"json", required_argument, NULL, 'j'},
         {"plugin", required_argument, NULL, 'g'},   {"stock-base", no_argument, NULL, 'b'},
         {"verbose", no_argument, NULL, 'v'},        {0}};
@@ -136,7 +145,7 @@ static int parse(eval_options *o, int argc, char **argv)
     for (int i = optind + 1; i < argc; i++)
         tool_list_push(&o->texts, argv[i]); /* --text a b c */
     o->model = argv[optind];
-    if (o->is_speed_only && !o->depth)
+    if (o->is_speed_only && !o->depths.n)
         return tool_usage("--speed-only needs --depth");
     return TOOL_OK;
 }
@@ -156,6 +165,34 @@ static void set_defaults(eval_options *o)
         o->n_pieces = 1;
     if (!o->n_threads)
         o->n_threads = tool_n_processors();
+}
+
+static int parse_numbers(const char *what, const tool_list *list, uint32_t least, uint32_t most,
+                         uint32_t *numbers, size_t *n)
+{
+    if (list->n > EVAL_DEPTHS_MAX)
+        return tool_usage("%s: more than %d numbers", what, EVAL_DEPTHS_MAX);
+    for (*n = 0; *n < list->n; ++*n) {
+        const int rc = tool_parse_count(what, list->items[*n], least, most, &numbers[*n]);
+        if (rc != TOOL_OK)
+            return rc;
+    }
+    return TOOL_OK;
+}
+
+static int make_speed_setting(const eval_options *o, eval_speed_setting *s)
+{
+    *s = (eval_speed_setting){.has_prefill = o->has_prefill, .has_quick_fill = o->has_quick_fill};
+    int rc = parse_numbers("--depth", &o->depths, 0, N_CTX_MAX, s->depths, &s->n_depths);
+    if (rc == TOOL_OK)
+        rc = parse_numbers("--speed-threads", &o->speed_threads, 1, TOOL_THREADS_MAX, s->n_threads,
+                           &s->n_thread_counts);
+    for (size_t i = 1; i < s->n_depths && rc == TOOL_OK; i++)
+        if (s->depths[i] <= s->depths[i - 1])
+            rc = tool_usage("--depth: %u after %u; depths ascend", s->depths[i], s->depths[i - 1]);
+    if (!s->n_thread_counts)
+        s->n_threads[s->n_thread_counts++] = o->n_threads;
+    return rc;
 }
 
 /* Products of -c and -ub. */
@@ -258,8 +295,24 @@ static int read_texts(eval_job *job, const eval_options *o, uint32_t n_needed)
     return TOOL_OK;
 }
 
+static int measure_speed(eval_job *job, FILE *out, const eval_speed_setting *setting, json_t *rows)
+{
+    const size_t n = setting->n_depths * setting->n_thread_counts * job->n_caches;
+    eval_speed *speeds = tool_alloc(n, sizeof(*speeds));
+    const int rc = eval_speed_run(job, setting, speeds);
+    if (rc == TOOL_OK) {
+        eval_print_speeds(out, speeds, n);
+        json_t *list = eval_speeds_json(speeds, n);
+        json_array_extend(rows, list);
+        json_decref(list);
+    }
+    free(speeds);
+    return rc;
+}
+
 static int measure(eval_job *job, const eval_options *o, const eval_setting *settings,
-                   size_t n_settings, json_t *results, json_t *speeds_json)
+                   size_t n_settings, const eval_speed_setting *speed_setting, json_t *results,
+                   json_t *speeds_json)
 {
     FILE *out = o->json && strcmp(o->json, "-") == 0 ? stderr : stdout;
     for (size_t i = 0; i < n_settings; i++) {
@@ -276,17 +329,7 @@ static int measure(eval_job *job, const eval_options *o, const eval_setting *set
         if (rc != TOOL_OK)
             return rc;
     }
-    if (o->depth) {
-        eval_speed speeds[EVAL_CACHES_MAX] = {0};
-        const int rc = eval_speed_run(job, o->depth, speeds);
-        if (rc != TOOL_OK)
-            return rc;
-        eval_print_speeds(out, job, speeds);
-        json_t *list = eval_speeds_json(job, speeds);
-        json_array_extend(speeds_json, list);
-        json_decref(list);
-    }
-    return TOOL_OK;
+    return speed_setting->n_depths ? measure_speed(job, out, speed_setting, speeds_json) : TOOL_OK;
 }
 
 /* Everything that can be wrong is found before the first token is fed. */
@@ -294,14 +337,15 @@ static int evaluate(eval_options *o)
 {
     eval_setting settings[EVAL_SETTINGS_MAX];
     size_t n_settings;
-    eval_job job = {.n_pieces = o->n_pieces,
-                    .has_stock_base = o->has_stock_base,
-                    .has_quick_fill = o->has_quick_fill};
+    eval_job job = {.n_pieces = o->n_pieces, .has_stock_base = o->has_stock_base};
+    eval_speed_setting speed;
     gguf_head *model = tool_alloc(1, sizeof(*model));
     char *plugin = NULL;
     json_t *results = json_array(), *speeds = json_array();
 
     int rc = make_settings(o, settings, &n_settings);
+    if (rc == TOOL_OK)
+        rc = make_speed_setting(o, &speed);
     if (rc == TOOL_OK && o->json)
         rc = output_file_check(o->json);
     if (rc == TOOL_OK)
@@ -321,7 +365,7 @@ static int evaluate(eval_options *o)
                                        .n_threads = o->n_threads,
                                        .is_verbose = o->is_verbose},
                        &job.h);
-    uint32_t n_needed = o->depth ? o->depth + 64 : 0;
+    uint32_t n_needed = rc == TOOL_OK ? eval_speed_tokens(&speed) : 0;
     for (size_t i = 0; i < n_settings; i++)
         n_needed =
             settings[i].n_ctx * o->n_pieces > n_needed ? settings[i].n_ctx * o->n_pieces : n_needed;
@@ -329,8 +373,8 @@ static int evaluate(eval_options *o)
         rc = read_texts(&job, o, n_needed);
     if (rc == TOOL_OK) {
         job.w = workers_create(o->n_threads);
-        job.n_steps = (int)n_settings + (o->depth ? 1 : 0);
-        rc = measure(&job, o, settings, n_settings, results, speeds);
+        job.n_steps = (int)n_settings + (speed.n_depths ? 1 : 0);
+        rc = measure(&job, o, settings, n_settings, &speed, results, speeds);
     }
     if (rc == TOOL_OK && o->json)
         rc = json_file_write(
@@ -362,6 +406,8 @@ int cmd_eval(int argc, char **argv)
     tool_list_free(&o.texts);
     tool_list_free(&o.caches);
     tool_list_free(&o.contexts);
+    tool_list_free(&o.depths);
+    tool_list_free(&o.speed_threads);
     tool_list_free(&o.ubatches);
     return rc;
 }

@@ -28,20 +28,26 @@ void eval_print_scores(FILE *out, const eval_job *job, const eval_setting *setti
     fflush(out);
 }
 
-void eval_print_speeds(FILE *out, const eval_job *job, const eval_speed *speeds)
+static void print_rate(FILE *out, const eval_rate *rate)
 {
-    fprintf(out,
-            "\nTokens/s with %u threads; decode at %u tokens of context, median of interleaved "
-            "rounds (least..most)\n",
-            host_n_threads(job->h), speeds[0].depth);
-    fprintf(out, "%-14s %9s  %s\n", "cache", "prefill", "decode");
-    for (size_t i = 0; i < job->n_caches; i++) {
+    char text[64] = "-";
+    if (rate->n_rounds)
+        snprintf(text, sizeof(text), "%.2f (%.2f..%.2f)", rate->median, rate->least, rate->most);
+    fprintf(out, "  %26s", text);
+}
+
+void eval_print_speeds(FILE *out, const eval_speed *speeds, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
         const eval_speed *s = &speeds[i];
-        char prefill[32] = "-";
-        if (s->prefill > 0)
-            snprintf(prefill, sizeof(prefill), "%.1f", s->prefill);
-        fprintf(out, "%-14s %9s  %7.2f (%.2f..%.2f)", job->caches[i].label, prefill, s->decode,
-                s->decode_least, s->decode_most);
+        if (!i || s->depth != s[-1].depth || s->n_threads != s[-1].n_threads)
+            fprintf(out,
+                    "\nTokens/s with %u threads after %u tokens, median of interleaved rounds "
+                    "(least..most)\n%-14s  %26s  %26s\n",
+                    s->n_threads, s->depth, "cache", "decode", "prefill of 512");
+        fprintf(out, "%-14s", s->cache);
+        print_rate(out, &s->decode);
+        print_rate(out, &s->prefill);
         if (s->held_freed > 0) {
             char held[TOOL_SIZE_CHARS], rss[TOOL_SIZE_CHARS];
             fprintf(out, "  claims %s of tokens, the process gave back %s",
@@ -109,21 +115,35 @@ json_t *eval_scores_json(const eval_job *job, const eval_setting *setting, const
     return list;
 }
 
-json_t *eval_speeds_json(const eval_job *job, const eval_speed *speeds)
+/* Adds NAME, NAME_least, NAME_most and NAME_rounds. */
+static void add_rate(json_t *row, const char *name, const eval_rate *rate)
+{
+    const struct {
+        const char *ending;
+        double value;
+    } parts[] = {{"", rate->median}, {"_least", rate->least}, {"_most", rate->most}};
+    char key[32];
+    for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
+        snprintf(key, sizeof(key), "%s%s", name, parts[i].ending);
+        json_object_set_new(row, key,
+                            rate->n_rounds ? json_real_short(parts[i].value, 5) : json_null());
+    }
+    snprintf(key, sizeof(key), "%s_rounds", name);
+    json_object_set_new(row, key, json_integer((json_int_t)rate->n_rounds));
+}
+
+json_t *eval_speeds_json(const eval_speed *speeds, size_t n)
 {
     json_t *list = json_array();
-    for (size_t i = 0; i < job->n_caches; i++) {
+    for (size_t i = 0; i < n; i++) {
         const eval_speed *s = &speeds[i];
-        json_array_append_new(
-            list,
-            json_pack(
-                "{s:s, s:i, s:i, s:o, s:o, s:o, s:o, s:I, s:I, s:I}", "cache", job->caches[i].label,
-                "depth", (int)s->depth, "n_threads", (int)host_n_threads(job->h), "prefill",
-                s->prefill > 0 ? json_real_short(s->prefill, 5) : json_null(), "decode",
-                json_real_short(s->decode, 5), "decode_least", json_real_short(s->decode_least, 5),
-                "decode_most", json_real_short(s->decode_most, 5), "held_bytes",
-                (json_int_t)s->held_bytes, "held_freed_bytes", (json_int_t)s->held_freed,
-                "rss_freed_bytes", (json_int_t)s->rss_freed));
+        json_t *row =
+            json_pack("{s:s, s:i, s:i, s:I, s:I}", "cache", s->cache, "depth", (int)s->depth,
+                      "n_threads", (int)s->n_threads, "held_freed_bytes", (json_int_t)s->held_freed,
+                      "rss_freed_bytes", (json_int_t)s->rss_freed);
+        add_rate(row, "decode", &s->decode);
+        add_rate(row, "prefill", &s->prefill);
+        json_array_append_new(list, row);
     }
     return list;
 }

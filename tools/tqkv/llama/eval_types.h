@@ -7,7 +7,7 @@
 #include "text_pieces.h"
 #include "workers.h"
 
-enum { EVAL_CACHES_MAX = 16, EVAL_SETTINGS_MAX = 16, EVAL_POSITIONS = 16 };
+enum { EVAL_CACHES_MAX = 16, EVAL_SETTINGS_MAX = 16, EVAL_POSITIONS = 16, EVAL_DEPTHS_MAX = 16 };
 
 typedef struct eval_cache {
     char label[64];
@@ -23,10 +23,9 @@ typedef struct eval_job {
     size_t n_caches;
     text_tokens *texts;
     size_t n_texts;
-    uint32_t n_pieces;   /* of each text */
-    bool has_quick_fill; /* quantised caches of llama.cpp are filled by copying */
-    const char *phase;   /* of the progress lines; NULL: named after the setting */
-    int step, n_steps;   /* for the progress lines */
+    uint32_t n_pieces; /* of each text */
+    const char *phase; /* of the progress lines; NULL: named after the setting */
+    int step, n_steps; /* for the progress lines */
 } eval_job;
 
 typedef struct eval_setting {
@@ -50,19 +49,33 @@ typedef struct eval_score {
     double held_bytes, f16_bytes;                /* of one full piece */
 } eval_score;
 
-/* One cache in the timed run. */
+typedef struct eval_speed_setting {
+    uint32_t depths[EVAL_DEPTHS_MAX], n_threads[EVAL_DEPTHS_MAX]; /* depths ascend */
+    size_t n_depths, n_thread_counts;
+    bool has_prefill;    /* time it too */
+    bool has_quick_fill; /* llama.cpp's caches are filled by copying what they hold */
+} eval_speed_setting;
+
+/* Tokens/s, over rounds. */
+typedef struct eval_rate {
+    double median, least, most;
+    size_t n_rounds; /* 0: not measured */
+} eval_rate;
+
+/* One cache at one depth with some threads. */
 typedef struct eval_speed {
-    uint32_t depth;
-    double prefill;                           /* tokens/s; 0: filled by copying, not timed */
-    double decode, decode_least, decode_most; /* tokens/s */
+    const char *cache; /* its label */
+    uint32_t depth, n_threads;
+    eval_rate decode, prefill;
     double held_freed, rss_freed; /* bytes when the cache is emptied: claimed, by the process */
-    double held_bytes;
 } eval_speed;
 
 /* scores: [n_caches], zeroed; deinit them whatever comes back. Returns an exit code. */
 int eval_score_run(eval_job *job, const eval_setting *setting, eval_score *scores);
 void eval_score_deinit(eval_score *score);
-/* speeds: [n_caches]. */
-int eval_speed_run(eval_job *job, uint32_t depth, eval_speed *speeds);
+/* Tokens of text that timing needs; 0 without depths. */
+uint32_t eval_speed_tokens(const eval_speed_setting *setting);
+/* speeds: [n_depths][n_thread_counts][n_caches], zeroed. */
+int eval_speed_run(eval_job *job, const eval_speed_setting *setting, eval_speed *speeds);
 
 #endif /* TQKV_EVAL_TYPES_H */

@@ -299,6 +299,16 @@ void host_ctx_clear(host_ctx *ctx)
     ctx->n_past = 0;
 }
 
+void host_ctx_set_threads(host_ctx *ctx, uint32_t n_threads)
+{
+    llama_set_n_threads(ctx->llama, (int32_t)n_threads, (int32_t)n_threads);
+}
+
+uint32_t host_ctx_n_tokens(const host_ctx *ctx)
+{
+    return (uint32_t)ctx->n_past;
+}
+
 void host_ctx_trim(host_ctx *ctx, uint32_t n)
 {
     llama_memory_seq_rm(llama_get_memory(ctx->llama), 0, (int32_t)n, -1);

@@ -61,8 +61,13 @@ typedef struct host_ctx_config {
 /* A context for one sequence. Returns an exit code; says why it failed. */
 int host_ctx_create(host *h, const host_ctx_config *config, host_ctx **out);
 void host_ctx_destroy(host_ctx *ctx);
+/* Threads of what is fed from now on; at first, those of the options. */
+void host_ctx_set_threads(host_ctx *ctx, uint32_t n_threads);
 /* Forgets all tokens. */
 void host_ctx_clear(host_ctx *ctx);
+
+/* Tokens held. */
+uint32_t host_ctx_n_tokens(const host_ctx *ctx);
 
 /* Forgets the tokens from n on. */
 void host_ctx_trim(host_ctx *ctx, uint32_t n);
@@ -74,7 +79,7 @@ void host_ctx_trim(host_ctx *ctx, uint32_t n);
 int host_ctx_feed(host_ctx *ctx, const int32_t *tokens, uint32_t n, uint32_t first, uint32_t step);
 /*
  * Appends copies of the tokens held until there are n_target, without computing them: keys are
- * turned to their new positions. For caches that are slow to fill, where only the size matters.
+ * turned to their new positions. n_target: a multiple of n. For speed, where only the size matters.
  * False: this cache cannot; it is as it was.
  */
 bool host_ctx_repeat(host_ctx *ctx, uint32_t n_target);
