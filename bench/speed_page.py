@@ -34,8 +34,9 @@ class Results:
         self.rows = {tuple(row[field] for field in fields): row for row in rows}
         self.digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
-    def depths(self, phase):
-        return sorted({key[3] for key in self.rows if key[1] == phase})
+    def depths(self, phase, model=None):
+        """Of one model, or of all."""
+        return sorted({key[3] for key in self.rows if key[1] == phase and model in (None, key[0])})
 
     def groups(self, phase):
         """Models and numbers of threads that have rows, in the order of MODELS."""
@@ -59,6 +60,10 @@ def rate_text(row):
     return f"{rate} ({row['ratio_f16']:.2f}; {row['ratio_low']:.2f}..{row['ratio_high']:.2f})"
 
 
+def threads_text(threads):
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
 def phase_table(results, phase):
     depths = results.depths(phase)
     lines = []
@@ -66,7 +71,7 @@ def phase_table(results, phase):
         for cache in [*CACHES, READING]:
             rows = [results.rows.get((model, phase, threads, depth, cache)) for depth in depths]
             if any(rows):
-                lines.append([f"{MODELS[model]}, {threads} thread{'s' * (threads > 1)}", cache, *map(rate_text, rows)])
+                lines.append([f"{MODELS[model]}, {threads_text(threads)}", cache, *map(rate_text, rows)])
     return table(["", "cache", *map(str, depths)], lines)
 
 
@@ -108,24 +113,25 @@ def draw_one(axis, results, model, phase):
                   [row["tokens_per_s_high"] - row["tokens_per_s"] for row in rows]]
         axis.errorbar([row["depth"] for row in rows], middle, yerr=spread, color=colour, marker=mark, markersize=4,
                       linewidth=1.2, elinewidth=0.8, capsize=2)
-    axis.set_title(f"{MODELS[model]}: {PHASES[phase]}, {threads} threads")
+    axis.set_title(f"{MODELS[model]}: {PHASES[phase]}, {threads_text(threads)}")
 
 
 def draw(plt, results):
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
     panels = [(model, phase) for model in MODELS for phase in PHASES
               if any(key[:2] == (model, phase) for key in results.rows)]
     n_lines = (len(panels) + 1) // 2
     figure, axes = plt.subplots(n_lines, 2, squeeze=False, figsize=(8.33, 0.6 + 2.4 * n_lines), layout="constrained")
     for axis, (model, phase) in zip(axes.flat, panels):
         draw_one(axis, results, model, phase)
-        depths = results.depths(phase)
+        depths = results.depths(phase, model)
         axis.set_xscale("symlog", base=2, linthresh=512)
         axis.set_yscale("log")
         axis.set_xticks(depths, list(map(str, depths)))
-        axis.xaxis.set_minor_locator(NullLocator())
-        for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_minor_locator(NullLocator())
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     figure.supxlabel("tokens in the cache")

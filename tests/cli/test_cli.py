@@ -51,6 +51,8 @@ def test_wrong_usage(tqkv, args):
     ["eval"], ["eval", "m.gguf"], ["eval", "m.gguf", "--text", "t", "-c", "0"],
     ["eval", "m.gguf", "--text", "t", "-c", "2048,,512"], ["eval", "m.gguf", "--text", "t", "-ub", "many"],
     ["eval", "m.gguf", "--text", "t", "-t", "0"], ["eval", "m.gguf", "--text", "t", "--speed-only"],
+    ["eval", "m.gguf", "--text", "t", "--depth", "512,0"], ["eval", "m.gguf", "--text", "t", "--depth", "deep"],
+    ["eval", "m.gguf", "--text", "t", "--speed-threads", "0"],
     ["calibrate"], ["calibrate", "a", "b"], ["calibrate", "m.gguf", "--bits", "0"],
     ["calibrate", "m.gguf", "--bits", "nan"], ["calibrate", "m.gguf", "--profile", "big"],
     ["calibrate", "m.gguf", "--profile", "5x,8x", "-o", "one.tqkv"], ["calibrate", "m.gguf", "--tokens", "-4"],
@@ -342,6 +344,21 @@ def test_eval_of_a_real_model(tqkv, real_model, tmp_path):
         check_parts(row)
         assert row["kl_ci95"] is None, "63 tokens are too few"
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_speed_of_a_real_model(tqkv, real_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i}: the harbour opens at {i % 24} o'clock.\n" for i in range(100)))
+    done = tqkv("eval", real_model, "--text", text, "--cache", "f16,ours-q8", "--speed-only", "--depth", "0,24",
+                "--speed-threads", "1,2", "--quick-fill", "--json", tmp_path / "out.json", timeout=300,
+                env={"OMP_WAIT_POLICY": "passive"})
+    assert done.returncode == OK, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["speed"]
+    assert [(row["depth"], row["n_threads"], row["cache"]) for row in rows] == [
+        (depth, threads, cache) for depth in (0, 24) for threads in (1, 2) for cache in ("f16", "ours-q8")]
+    for row in rows:
+        assert 0 < row["decode_least"] <= row["decode"] <= row["decode_most"]
+        assert row["prefill"] is None and row["prefill_rounds"] == 0
 
 
 def test_calibration_of_little_text(tqkv, real_model, tmp_path):
