@@ -191,11 +191,22 @@ static int create_contexts(timed *x, uint32_t n_ctx)
     return rc;
 }
 
+/* The first prompt of a context pays for memory that is touched for the first time. */
+static int warm_up(timed *x)
+{
+    int rc = TOOL_OK;
+    for (size_t i = 0; i < x->job->n_caches && rc == TOOL_OK; i++) {
+        rc = feed(x, i, UBATCH);
+        host_ctx_clear(x->contexts[i]);
+    }
+    return rc;
+}
+
 static int time_all(timed *x, eval_speed *speeds)
 {
     const eval_speed_setting *s = x->setting;
     const size_t n_caches = x->job->n_caches;
-    int rc = TOOL_OK;
+    int rc = s->has_prefill ? warm_up(x) : TOOL_OK;
     for (size_t d = 0; d < s->n_depths && rc == TOOL_OK; d++) {
         for (size_t i = 0; i < n_caches && rc == TOOL_OK; i++)
             rc = fill(x, i, s->depths[d]);
@@ -216,8 +227,9 @@ static double n_tokens_fed(const eval_job *job, const eval_speed_setting *s)
 {
     const double n_timed = DECODE_ROUNDS * (1.0 + DECODE_TOKENS) +
                            (s->has_prefill ? PREFILL_ROUNDS * (double)UBATCH : 0);
-    return (double)job->n_caches *
-           (s->depths[s->n_depths - 1] + (double)(s->n_depths * s->n_thread_counts) * n_timed);
+    const double n_warm = s->has_prefill ? UBATCH : 0;
+    return (double)job->n_caches * (n_warm + s->depths[s->n_depths - 1] +
+                                    (double)(s->n_depths * s->n_thread_counts) * n_timed);
 }
 
 int eval_speed_run(eval_job *job, const eval_speed_setting *setting, eval_speed *speeds)
