@@ -17,8 +17,8 @@ beyond it. Models are not filled beyond --model-depth: our caches have to read e
 each for 32768. All parts take less than an hour on two cores that do nothing else.
 
 A row: {"model", "threads", "depth", "phase", "cache", "tokens_per_s", "ratio_f16"}, with the spread of both over
-rounds in which all caches take turns, and "cpu", "compiler", "commit" and "command". Of the layer "phase" is "attention" or
-"prefill": tokens/s that attention in 32 such layers would leave if nothing else were computed.
+rounds in which all caches take turns, and "cpu", "compiler", "commit" and "command". Of the layer "phase" is
+"attention" or "prefill": tokens/s that attention in 32 such layers would leave if nothing else were computed.
 """
 
 import argparse
@@ -110,8 +110,8 @@ def layer_row(row, about):
     """Tokens per second that attention in all layers of the model leaves."""
     def rate(seconds):
         return float(f"{row['n_q'] / LAYERS / seconds:.5g}")
-    return {"model": LAYER, "threads": row["threads"], "depth": row["depth"], "phase": row["mode"], "cache": row["cache"],
-            "tokens_per_s": rate(row["seconds"]), "tokens_per_s_low": rate(row["seconds_high"]),
+    return {"model": LAYER, "threads": row["threads"], "depth": row["depth"], "phase": row["mode"],
+            "cache": row["cache"], "tokens_per_s": rate(row["seconds"]), "tokens_per_s_low": rate(row["seconds_high"]),
             "tokens_per_s_high": rate(row["seconds_low"]), "ratio_f16": row["ratio_f16"],
             "ratio_low": row["ratio_low"], "ratio_high": row["ratio_high"], "bits": row["bits"],
             "bytes_per_s": row["bytes_per_s"], "memory_bytes_per_s": row["memory_bytes_per_s"], **about}

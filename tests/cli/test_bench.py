@@ -13,8 +13,8 @@ SMALL = ["--heads", "4/2", "--dim", "32", "--rounds", "1", "--json", "-"]
 @pytest.fixture
 def bench(tqkv):
     def call(*args):
-        return subprocess.run([tqkv.program.with_name("tqkv-bench"), *args], capture_output=True, text=True, check=False,
-                              timeout=300, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
+        return subprocess.run([tqkv.program.with_name("tqkv-bench"), *args], capture_output=True, text=True,
+                              check=False, timeout=300, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
     return call
 
 
