@@ -10,12 +10,12 @@ PRESET  ?= dev
 ARGS    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llama build demo test test-full bench format clean
+.PHONY: help setup llama build demo test test-arm64 test-full bench format clean
 
 help: ## this list
 	@echo "turboquant: compresses the KV cache of language models"
 	@echo
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1@\2/' | column -t -s @
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1@\2/' | column -t -s @
 	@echo
 	@echo "  Variables: PRESET=dev|release|asan|tsan  LLAMA=pinned|none  ARGS='...'"
 	@echo "  Downloads and the llama.cpp build are kept in $(CACHE)"
@@ -47,8 +47,21 @@ test: build ## build and run all tests, real models under real llama.cpp include
 	failed=0; \
 	ctest --preset asan -j $(JOBS) || failed=1; \
 	ctest --preset $(PRESET) -j $(JOBS) $(ARGS) || failed=1; \
+	$(MAKE) --no-print-directory test-arm64 || failed=1; \
 	TQKV_BUILD_DIR=build/$(PRESET) $(PYTHON) -m pytest || failed=1; \
 	exit $$failed
+
+# Two CPUs: one with the dot products of ARMv8.2, and one without, for the kernels that it takes.
+test-arm64: setup ## build for aarch64 and run the C tests by qemu (four minutes on two cores)
+	@set -e; \
+	if ! command -v qemu-aarch64 >/dev/null || ! command -v aarch64-linux-gnu-gcc >/dev/null; then \
+	    echo "test-arm64: left out, needs qemu-user and gcc-aarch64-linux-gnu"; exit 0; \
+	fi; \
+	root=$$(python3 scripts/fetch.py cmocka-arm64); \
+	cmake --preset arm64 -DTQKV_ARM64_ROOT="$$root" --log-level=WARNING; \
+	cmake --build --preset arm64 -j $(JOBS); \
+	ctest --preset arm64 -j $(JOBS); \
+	ctest --preset arm64-base -j $(JOBS)
 
 test-full: ## the same at 8192 tokens, with the thread sanitizer as well (two hours)
 	TQKV_TEST_FULL=1 $(MAKE) test

@@ -25,7 +25,6 @@ import ssl
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -172,24 +171,33 @@ def download_from_index(item, target):
     say(f"{item['file']}: {done_bytes >> 20} MiB in {time.monotonic() - started:.0f} s")
 
 
+def run_apt(command):
+    got = subprocess.run(command, capture_output=True, text=True, check=False)
+    if got.returncode != 0:
+        raise OSError(f"{' '.join(map(str, command))}: {got.stderr.strip()}")
+    return got.stdout
+
+
+def try_download_from_apt(item, target):
+    """
+    Needs no root, but package lists. An archive keeps the packages of all architectures side by
+    side, so those of another one are found without its lists.
+    """
+    facts = run_apt(["apt-get", "-q", "--print-uris", "download", f"{item['package']}={item['version']}"])
+    url = urllib.parse.urljoin(facts.split("'")[1], item["file"])
+    run_apt(["/usr/lib/apt/apt-helper", "-q", "download-file", url, target])
+
+
 def download_from_apt(item, target):
-    """apt-get download needs no root, but it does need package lists."""
-    command = ["apt-get", "-q", "download", f"{item['package']}={item['version']}"]
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        os.chmod(folder, 0o755)
-        for attempt in range(2):
-            got = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.PIPE, text=True, check=False)
-            if got.returncode == 0:
-                break
-            if attempt == 0 and os.geteuid() == 0:
-                say("package lists are missing or old: apt-get update")
-                subprocess.run(["apt-get", "-q", "update"], stdout=subprocess.DEVNULL, check=False)
-            else:
-                sys.exit(f"fetch: {' '.join(command)}: {got.stderr.strip()}")
-        found = list(pathlib.Path(folder).glob("*.deb"))
-        shutil.move(found[0], target)
-    say(f"{item['file']}: {target.stat().st_size >> 20} MiB")
+    try:
+        try_download_from_apt(item, target)
+    except OSError:
+        if os.geteuid() != 0:
+            raise
+        say("package lists are missing or old: apt-get update")
+        run_apt(["apt-get", "-q", "update"])
+        try_download_from_apt(item, target)
+    say(f"{item['file']}: {target.stat().st_size >> 10} KiB")
 
 
 def fetch_file(item):
@@ -245,7 +253,17 @@ def unpack_join(pin, files, result):
     part.rename(result)
 
 
-UNPACK = {"tree": unpack_tree, "join": unpack_join, "texts": texts.unpack}
+def unpack_debs(_pin, files, result):
+    """Rule "debs": Debian packages, unpacked into one root folder."""
+    scratch = result.with_name(f"{result.name}.part{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    for path in files:
+        subprocess.run(["dpkg-deb", "-x", path, scratch], check=True)
+    shutil.rmtree(result, ignore_errors=True)
+    scratch.rename(result)
+
+
+UNPACK = {"tree": unpack_tree, "join": unpack_join, "debs": unpack_debs, "texts": texts.unpack}
 
 
 def result_path(name):

@@ -8,6 +8,9 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 cache=${TQKV_CACHE:-$HOME/.cache/turboquant}
 packages="gcc g++ make cmake ninja-build pkg-config binutils bsdextrautils python3 python3-venv python3-pip
     libcmocka-dev libjansson-dev"
+if [ "$(uname -m)" = x86_64 ]; then # kernels of aarch64 are tested by qemu
+    packages="$packages gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
+fi
 
 missing_packages() {
     if ! command -v dpkg-query >/dev/null; then

@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
 import tarfile
 import zipfile
 
@@ -71,6 +72,30 @@ def test_join_puts_parts_in_order_and_keeps_only_the_result(index):
     assert list((fetch.cache_dir() / "download").iterdir()) == []
     stamped = path.stat().st_mtime_ns
     assert fetch.fetch("m") == path and path.stat().st_mtime_ns == stamped
+
+
+def deb(folder, name, files):
+    """A Debian package as bytes."""
+    root = folder / name
+    (root / "DEBIAN").mkdir(parents=True)
+    (root / "DEBIAN" / "control").write_text(
+        f"Package: {name}\nVersion: 1\nArchitecture: arm64\nMaintainer: nobody\nDescription: none\n")
+    for path, data in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
+    subprocess.run(["dpkg-deb", "--build", root, folder / "made.deb"], check=True, stdout=subprocess.DEVNULL)
+    return (folder / "made.deb").read_bytes()
+
+
+def test_debs_share_one_root(index, tmp_path):
+    if not shutil.which("dpkg-deb"):
+        pytest.skip("no dpkg-deb")
+    files = [index("a", "a.deb", deb(tmp_path, "a", {"usr/lib/liba.so": b"1"})),
+             index("b", "b.deb", deb(tmp_path, "b", {"usr/include/b.h": b"2"}))]
+    set_pins({"d": {"what": "", "rule": "debs", "files": files}})
+    path = fetch.fetch("d")
+    assert (path / "usr/lib/liba.so").read_bytes() == b"1"
+    assert (path / "usr/include/b.h").read_bytes() == b"2"
 
 
 def test_tree_unpacks_one_folder(index):
