@@ -34,3 +34,23 @@ bool tqkvk_cpu_has_avx512(void)
     return false;
 }
 #endif
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+bool tqkvk_cpu_has_dotprod(void)
+{
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+}
+#elif defined(__aarch64__) && defined(__APPLE__)
+/* The first Mac of this architecture had them. */
+bool tqkvk_cpu_has_dotprod(void)
+{
+    return true;
+}
+#else
+bool tqkvk_cpu_has_dotprod(void)
+{
+    return false;
+}
+#endif

@@ -9,5 +9,7 @@
 bool tqkvk_cpu_has_avx2(void);
 /* AVX-512 F, BW, DQ, VL and VNNI besides. */
 bool tqkvk_cpu_has_avx512(void);
+/* The dot products of ARMv8.2. NEON itself is part of every aarch64. */
+bool tqkvk_cpu_has_dotprod(void);
 
 #endif /* TQKVK_CPU_H */

@@ -69,6 +69,44 @@ static const tqkvk_table table_avx512 = {
 };
 #endif
 
+#if TQKV_HAVE_ARM
+static const tqkvk_table table_neon = {
+    .name = "neon",
+    .transform = tqkvk_transform_f32_neon,
+    .encode_row = tqkvk_encode_row_f32_ref,
+    .unpack_rows = tqkvk_unpack_rows_f32_neon,
+    .unpack_block = tqkvk_unpack_block_f32_neon,
+    .half_to_float = tqkvk_half_to_float_neon,
+    .float_to_half = tqkvk_float_to_half_neon,
+    .dot_tile = tqkvk_dot_tile_f32_neon,
+    .softmax_step = tqkvk_softmax_step_f32_neon,
+    .accumulate_tile = tqkvk_accumulate_tile_f32_neon,
+    .round_query = tqkvk_round_query_i8_neon,
+    .score_blocks = tqkvk_score_blocks_i8_neon,
+    .scale_scores = tqkvk_scale_scores_f32_neon,
+    .round_weights = tqkvk_round_weights_i16_neon,
+    .weigh_blocks = tqkvk_weigh_blocks_i8_neon,
+};
+
+static const tqkvk_table table_neon_dotprod = {
+    .name = "neon-dotprod",
+    .transform = tqkvk_transform_f32_neon,
+    .encode_row = tqkvk_encode_row_f32_ref,
+    .unpack_rows = tqkvk_unpack_rows_f32_neon,
+    .unpack_block = tqkvk_unpack_block_f32_neon,
+    .half_to_float = tqkvk_half_to_float_neon,
+    .float_to_half = tqkvk_float_to_half_neon,
+    .dot_tile = tqkvk_dot_tile_f32_neon,
+    .softmax_step = tqkvk_softmax_step_f32_neon,
+    .accumulate_tile = tqkvk_accumulate_tile_f32_neon,
+    .round_query = tqkvk_round_query_i8_neon,
+    .score_blocks = tqkvk_score_blocks_i8_dotprod,
+    .scale_scores = tqkvk_scale_scores_f32_neon,
+    .round_weights = tqkvk_round_weights_i16_neon,
+    .weigh_blocks = tqkvk_weigh_blocks_i8_dotprod,
+};
+#endif
+
 /* What this CPU runs, lowest first. */
 static size_t list_tables(const tqkvk_table *out[TABLES_MAX])
 {
@@ -79,6 +117,11 @@ static size_t list_tables(const tqkvk_table *out[TABLES_MAX])
         out[n++] = &table_avx2;
     if (tqkvk_cpu_has_avx512())
         out[n++] = &table_avx512;
+#endif
+#if TQKV_HAVE_ARM
+    out[n++] = &table_neon;
+    if (tqkvk_cpu_has_dotprod())
+        out[n++] = &table_neon_dotprod;
 #endif
     return n;
 }

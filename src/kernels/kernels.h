@@ -86,7 +86,7 @@ typedef void tqkvk_accumulate_tile_fn(const float *p, size_t p_stride, size_t n_
 #define TQKVK_Q_MAX 63 /* a u8 level times an s8 query, twice, fits in 16 bits */
 #define TQKVK_LOW_PARTS 126
 #define TQKVK_WEIGHT_MAX 16383 /* two halves of 7 bits, signed or not */
-#define TQKVK_TINY 0x1p-100f /* what is smaller is rounded to 0 */
+#define TQKVK_TINY 0x1p-100f   /* what is smaller is rounded to 0 */
 #define TQKVK_TILE_TOKENS 64
 
 /* Sixteen channels of a query. Each unit has a factor of its own: units differ in size. */
@@ -162,7 +162,10 @@ typedef struct tqkvk_table {
     tqkvk_weigh_blocks_fn *weigh_blocks;
 } tqkvk_table;
 
-/* The best table of this CPU, lowered by TQKV_ISA=ref|avx2|avx512; chosen once. Threads: any. */
+/*
+ * The best table of this CPU, lowered by TQKV_ISA=ref|avx2|avx512 or ref|neon|neon-dotprod; chosen
+ * once. Threads: any.
+ */
 const tqkvk_table *tqkvk_get(void);
 /* Every table that runs on this CPU, lowest first; *n out. For tests. */
 const tqkvk_table *const *tqkvk_all(size_t *n);

@@ -40,4 +40,24 @@ tqkvk_score_blocks_fn tqkvk_score_blocks_i8_avx512;
 tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx512;
 #endif
 
+#if TQKV_HAVE_ARM
+tqkvk_transform_fn tqkvk_transform_f32_neon;
+tqkvk_encode_row_fn tqkvk_encode_row_f32_neon;
+tqkvk_unpack_rows_fn tqkvk_unpack_rows_f32_neon;
+tqkvk_unpack_block_fn tqkvk_unpack_block_f32_neon;
+tqkvk_half_to_float_fn tqkvk_half_to_float_neon;
+tqkvk_float_to_half_fn tqkvk_float_to_half_neon;
+tqkvk_dot_tile_fn tqkvk_dot_tile_f32_neon;
+tqkvk_softmax_step_fn tqkvk_softmax_step_f32_neon;
+tqkvk_accumulate_tile_fn tqkvk_accumulate_tile_f32_neon;
+tqkvk_round_query_fn tqkvk_round_query_i8_neon;
+tqkvk_score_blocks_fn tqkvk_score_blocks_i8_neon;
+tqkvk_scale_scores_fn tqkvk_scale_scores_f32_neon;
+tqkvk_round_weights_fn tqkvk_round_weights_i16_neon;
+tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_neon;
+/* With the dot products of ARMv8.2 (FEAT_DotProd). */
+tqkvk_score_blocks_fn tqkvk_score_blocks_i8_dotprod;
+tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_dotprod;
+#endif
+
 #endif /* TQKVK_TABLES_H */
