@@ -17,16 +17,11 @@
 #include <string.h>
 
 #include "kernels/levels.h"
+#include "kernels/scale_search.h"
 #include "kernels/tables.h"
 
 #define DIM_MAX (TQKV_UNITS_MAX * TQKV_UNIT_CHANNELS)
 #define LANES TQKV_UNIT_CHANNELS
-#define Y_MAX 4096.0f
-#define CANDIDATES_MAX 16
-
-typedef struct row_range {
-    int energy, peak;
-} row_range;
 
 typedef struct coded_row {
     _Alignas(32) float value[DIM_MAX];
@@ -163,7 +158,7 @@ static inline float sum_lanes(__m256 lo, __m256 hi)
 static void find_errors(const tqkvi_layout *layout, const float *weight, const float *size,
                         const uint8_t *candidates, size_t n_pairs, float *errors)
 {
-    __m256 sums[2 * CANDIDATES_MAX];
+    __m256 sums[2 * TQKVK_CANDIDATES_MAX];
     for (size_t i = 0; i < 4 * n_pairs; i++)
         sums[i] = _mm256_setzero_ps();
 
@@ -214,19 +209,10 @@ static inline int count_in_octave(const float *thresholds, int n, float value, i
     return _mm_popcnt_u32(mask);
 }
 
-static inline int clamp_index(int i)
-{
-    return i < 1 ? 1 : i > 255 ? 255 : i;
-}
-
-/*
- * Thresholds repeat from octave to octave, eight of energy (2 ^ (1/16), 2 ^ (3/16), ...) and
- * sixteen of peaks, and 128 of each lie below 1: count by exponent, then within the octave.
- */
-static row_range find_range(const tqkvi_layout *layout, const float *size)
+static tqkvk_row_range find_range(const tqkvi_layout *layout, const float *size)
 {
     __m256 sum_lo = _mm256_setzero_ps(), sum_hi = _mm256_setzero_ps(), top = _mm256_setzero_ps();
-    int n_coded = 0, exponent;
+    int n_coded = 0;
 
     for (uint32_t u = 0; u < layout->n_units; u++, size += LANES) {
         if (layout->bits[u] == 0)
@@ -244,11 +230,11 @@ static row_range find_range(const tqkvi_layout *layout, const float *size)
     peak = _mm_max_ss(peak, _mm_movehdup_ps(peak));
 
     const float mean = sum_lanes(sum_lo, sum_hi) / (float)n_coded;
-    const int n_energy = count_in_octave(&tqkvk_energy_thresholds[129], 8, mean, &exponent);
-    const int energy = clamp_index(8 * exponent + 128 + n_energy);
+    int energy_exponent, peak_exponent;
+    const int n_energy = count_in_octave(&tqkvk_energy_thresholds[129], 8, mean, &energy_exponent);
     const int n_peak =
-        count_in_octave(&tqkvk_peak_thresholds[129], 16, _mm_cvtss_f32(peak), &exponent);
-    return (row_range){.energy = energy, .peak = clamp_index(16 * exponent + 128 + n_peak)};
+        count_in_octave(&tqkvk_peak_thresholds[129], 16, _mm_cvtss_f32(peak), &peak_exponent);
+    return tqkvk_range_of(energy_exponent, n_energy, peak_exponent, n_peak);
 }
 
 /* value: [16] out. */
@@ -277,37 +263,6 @@ static void code_row(const tqkvi_layout *layout, const float *size, int scale, c
         if (bits != 0)
             out->magnitude[u] = code_unit(bits, scale, size + u * LANES, out->value + u * LANES);
     }
-}
-
-static inline bool is_stable(row_range again, int scale)
-{
-    return (again.energy - 3 <= scale && scale <= again.energy + 7) || scale == again.peak;
-}
-
-/* Ascending; the last one again when their number is odd. */
-static size_t list_candidates(row_range range, uint8_t out[CANDIDATES_MAX])
-{
-    size_t n = 0;
-    const int peak_end = range.peak + 1, energy_end = range.energy + 8;
-    int c = range.peak - 1;
-
-    for (; c <= peak_end && c < range.energy - 4; c++) {
-        if (c >= 1)
-            out[n++] = (uint8_t)c;
-    }
-    for (c = range.energy - 4; c <= energy_end; c++) {
-        if (c >= 1 && c <= 255)
-            out[n++] = (uint8_t)c;
-    }
-    for (c = range.peak - 1; c <= peak_end; c++) {
-        if (c > energy_end && c <= 255)
-            out[n++] = (uint8_t)c;
-    }
-    if (n % 2 != 0) {
-        out[n] = out[n - 1];
-        n++;
-    }
-    return n;
 }
 
 static inline void store_plane4(uint8_t *plane, __m128i code)
@@ -413,45 +368,37 @@ static bool same_values(const tqkvi_layout *layout, const coded_row *a, const co
 static void take_magnitudes(const float *y, size_t dim, float *size)
 {
     const __m256 sign = _mm256_set1_ps(-0.0f);
-    const __m256 limit = _mm256_set1_ps(Y_MAX);
+    const __m256 limit = _mm256_set1_ps(TQKVK_Y_MAX);
     for (size_t d = 0; d < dim; d += 8)
         _mm256_store_ps(size + d,
                         _mm256_min_ps(_mm256_andnot_ps(sign, _mm256_load_ps(y + d)), limit));
-}
-
-/* Of the errors left the least one, the first of equals; it is taken out. */
-static size_t take_least(float *errors, bool *taken, size_t n)
-{
-    size_t best = n;
-    for (size_t i = 0; i < n; i++) {
-        if (!taken[i] && (best == n || errors[i] < errors[best]))
-            best = i;
-    }
-    taken[best] = true;
-    return best;
 }
 
 uint8_t tqkvk_encode_row_f32_avx2(const tqkvi_layout *layout, const float *weight, const float *y,
                                   uint8_t *codes)
 {
     _Alignas(32) float size[DIM_MAX];
-    uint8_t candidates[CANDIDATES_MAX];
-    float errors[CANDIDATES_MAX];
-    bool taken[CANDIDATES_MAX] = {false};
+    uint8_t candidates[TQKVK_CANDIDATES_MAX];
+    float errors[TQKVK_CANDIDATES_MAX];
+    bool taken[TQKVK_CANDIDATES_MAX] = {false};
     coded_row row, lower;
-    row_range again;
+    tqkvk_row_range again;
     int scale;
 
     if (layout->row_bytes == 0)
         return 1;
     take_magnitudes(y, (size_t)layout->n_units * LANES, size);
-    const size_t n = list_candidates(find_range(layout, size), candidates);
+    size_t n = tqkvk_list_candidates(find_range(layout, size), candidates);
+    if (n % 2 != 0) { /* the last one again: they go in pairs */
+        candidates[n] = candidates[n - 1];
+        n++;
+    }
     find_errors(layout, weight, size, candidates, n / 2, errors);
     do { /* the first one is nearly always stable, and some candidate is */
-        scale = candidates[take_least(errors, taken, n)];
+        scale = candidates[tqkvk_take_least(errors, taken, n)];
         code_row(layout, size, scale, &row);
         again = find_range(layout, row.value);
-    } while (!is_stable(again, scale));
+    } while (!tqkvk_is_stable(again, scale));
 
     const coded_row *best = &row;
     if (scale > again.peak && (scale - again.peak) % 16 == 0) {
