@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Scores of blocks: 16 instructions multiply a unit of 16 tokens with a query; base NEON takes 44. */
+/* Scores of blocks: 16 instructions multiply a unit of 16 tokens with a query. Base NEON takes 44. */
 #include "kernels/arm/score_blocks_neon.h"
 #include "kernels/arm/unit_dot_dotprod.h"
 #include "kernels/tables.h"
