@@ -17,8 +17,8 @@
 #define TQKVK_INLINE static inline __attribute__((always_inline))
 
 /*
- * How many bits of the first plane need to be right: all 8 but its own are thrown away where a
- * second plane is laid over them.
+ * Bits to keep of the codes in a first plane. Where a second plane will be laid over what is not
+ * the first one's own, all 8: that needs no mask.
  */
 TQKVK_INLINE int tqkvk_keep(int bits)
 {
