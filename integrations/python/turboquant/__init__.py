@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""libturboquant for Python: plans, codecs, stores and calibration over numpy arrays.
+
+The names of include/turboquant/*.h without their prefix. Failures raise TurboQuantError.
+"""
+from .calibration import Calibration
+from .codec import Codec
+from .library import TurboQuantError, version
+from .plan import Builtin, Plan, PlanLayer, Rope, RopeStyle, Side
+from .store import Batch, Store
+from .workers import Workers
+
+__all__ = ["Batch", "Builtin", "Calibration", "Codec", "Plan", "PlanLayer", "Rope", "RopeStyle", "Side", "Store",
+           "TurboQuantError", "Workers", "version"]
