@@ -12,3 +12,11 @@ from .workers import Workers
 
 __all__ = ["Batch", "Builtin", "Calibration", "Codec", "Plan", "PlanLayer", "Rope", "RopeStyle", "Side", "Store",
            "TurboQuantError", "Workers", "version"]
+
+
+def __getattr__(name):
+    """turboquant.calibrate and turboquant.TurboQuantCache, where turboquant_transformers is installed."""
+    if name in ("calibrate", "TurboQuantCache"):
+        import turboquant_transformers
+        return getattr(turboquant_transformers, name)
+    raise AttributeError(f"module 'turboquant' has no attribute '{name}'")
