@@ -11,6 +11,7 @@ import turboquant
 from turboquant import abi, library
 from turboquant.plan import Side
 
+pytestmark = pytest.mark.usefixtures("built_library")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROPE = turboquant.Rope(turboquant.RopeStyle.HALVES, np.array([1, 0.5, 0.25, 0.125], np.float32))
 SHAPE = turboquant.PlanLayer(n_heads=4, n_kv_heads=2, k_dim=32, v_dim=16, rope=ROPE)

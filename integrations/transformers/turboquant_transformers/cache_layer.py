@@ -130,15 +130,19 @@ class TurboQuantLayer(CacheLayerMixin):
         return torch.from_numpy(out).to(query.device, query.dtype)
 
     def _cell_masks(self, mask, first_new, piece, n_streams):
-        """For each stream [piece][n_cells] f16 in the order of cells, or None where causal says the same."""
-        first, end = self._first_seen(first_new), first_new + piece.stop
-        if mask is None and first == 0 and end <= (self.shape.window or end):
-            return [None] * n_streams
+        """
+        For each stream [piece][n_cells] f16 in the order of cells, or None where causal says the same.
+
+        Causal counts the tokens of the whole batch, so it cannot serve several streams.
+        """
+        first, end, window = self._first_seen(first_new), first_new + piece.stop, self.shape.window or self.length
+        if mask is None and n_streams == 1 and end <= window:
+            return [None]
         queries = np.arange(first_new + piece.start, end)[:, None]
         # Of a window only what this piece sees: older tokens share cells with new ones.
         tokens = np.arange(max(first, self._first_seen(first_new + piece.start)), end)
         if mask is None:
-            seen = (tokens <= queries) & (tokens > queries - self.shape.window)
+            seen = (tokens <= queries) & (tokens > queries - window)
             columns = np.where(seen, np.float16(0), np.float16(-np.inf))[None]
         else:
             columns = mask[:, 0, piece, tokens[0] - first:end - first].cpu().numpy()

@@ -16,6 +16,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from turboquant.abi import UNIT_CHANNELS
+
 PROBE_POSITIONS = (0, 1, 5, 23, 101, 499)
 
 
@@ -66,6 +68,9 @@ def _describe(model):
         is_latent = bool(len(_turning(index, v, frequencies)[1]))
         if is_latent:
             k, v = v, k
+        if k.shape[2] % UNIT_CHANNELS or v.shape[2] % UNIT_CHANNELS:
+            raise ValueError(f"layer {index}: heads of {k.shape[2]} (K) and {v.shape[2]} (V) channels; "
+                             f"turboquant takes multiples of {UNIT_CHANNELS}")
         pairs, inv_freq = _turning(index, k, frequencies)
         layers.append(HostLayer(config.num_attention_heads, k.shape[1], k.shape[2], v.shape[2], window, pairs,
                                 inv_freq, is_latent))

@@ -17,7 +17,7 @@ class Shared:
     def __init__(self, config, max_tokens):
         self.config, self.max_tokens = config, max_tokens
         self.batch = Batch()
-        self.workers = Workers(torch.get_num_threads())
+        self.workers = Workers(torch.get_num_threads()) if torch.get_num_threads() > 1 else None
         self.position_ids = self.attention_mask = None  # of the forward pass that is running
 
     def attends_over_codes(self):
@@ -45,8 +45,8 @@ class TurboQuantCache(Cache):
     """
 
     def __init__(self, model, plan, max_tokens=None):
-        self.shared = Shared(text_config(model), max_tokens or longest_text(model))
         plans = plans_for(describe(model), plan)
+        self.shared = Shared(text_config(model), max_tokens or longest_text(model))
         super().__init__(layers=[TurboQuantLayer(index, plan, self.shared) for index, plan in enumerate(plans)])
         _install_hook(model.base_model)
 

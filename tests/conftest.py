@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Points the Python packages at the library of the build under test (TQKV_BUILD_DIR)."""
+"""What tests of several folders share."""
 import os
 import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def built_library():
+    """Points the Python packages at the library of the build under test (TQKV_BUILD_DIR)."""
     folder = os.environ.get("TQKV_BUILD_DIR")
     if not folder or not (ROOT / folder / "lib" / "libturboquant.so").exists():
         pytest.skip("no library; make test builds it")
