@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # Makes a bare Debian 12 ready to build and test: Debian packages, then a Python environment with
-# the versions pinned in requirements.txt. Does nothing, fast, when all is there.
+# the versions pinned in requirements.txt and tests/transformers/requirements-transformers.txt. Does nothing,
+# fast, when all is there.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -41,12 +42,15 @@ if [ -n "$missing" ]; then
     }
 fi
 
-wanted=$(sha256sum "$root/requirements.txt" | cut -d ' ' -f 1)
+models="$root/tests/transformers/requirements-transformers.txt"
+wanted=$(cat "$root/requirements.txt" "$models" | sha256sum | cut -d ' ' -f 1)
 if [ "$(cat "$cache/venv/turboquant.done" 2>/dev/null || true)" != "$wanted" ]; then
     echo "setup: making the Python environment in $cache/venv" >&2
     mkdir -p "$cache"
     rm -rf "$cache/venv"
     python3 -m venv "$cache/venv"
-    "$cache/venv/bin/python" -m pip install -q --disable-pip-version-check -r "$root/requirements.txt"
+    pip="$cache/venv/bin/python -m pip install -q --disable-pip-version-check"
+    $pip "$(grep '^torch==' "$models")" # alone, so that the index says which build: plain or for a GPU
+    $pip -r "$root/requirements.txt" -r "$models"
     echo "$wanted" >"$cache/venv/turboquant.done"
 fi
