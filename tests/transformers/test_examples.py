@@ -2,6 +2,7 @@
 """The example runs as its README says, in a process of its own."""
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -36,3 +37,24 @@ def test_example_calibrates_and_generates(built_library, build_model, tmp_path):
     assert got.returncode == 0, got.stderr[-2000:]
     assert "bits per value" in got.stdout and "turboquant: sensitivity: 4 of 4" in got.stderr
     assert (tmp_path / "model.tqkv").exists()
+
+
+def test_pip_installs_library_and_packages(tmp_path):
+    """What pip puts into a folder of its own runs without the build under test."""
+    if not shutil.which("cmake"):
+        pytest.skip("no cmake")
+    sources = tmp_path / "source"  # pip builds in the tree that it is given
+    for name in ("CMakeLists.txt", "cmake", "include", "src", "integrations/python", "integrations/transformers"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / name, sources / name)
+    target = tmp_path / "packages"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target,
+                    sources / "integrations" / "python", sources / "integrations" / "transformers"], check=True)
+    metadata = next(target.glob("turboquant_transformers-*/METADATA")).read_text()
+    assert f"Requires-Dist: turboquant @ {(sources / 'integrations' / 'python').as_uri()}" in metadata
+    code = "import turboquant; print(turboquant.TurboQuantCache.__name__, turboquant.library.find())"
+    environment = {name: value for name, value in os.environ.items() if name != "TQKV_LIBRARY"}
+    got = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, check=True, capture_output=True,
+                         env=environment | {"PYTHONPATH": str(target)})
+    assert got.stdout.split() == ["TurboQuantCache", str(target / "turboquant" / "libturboquant.so")]

@@ -132,3 +132,24 @@ def test_attention_without_a_cache(build_model, random_tokens):
             expected = build_model(name)(input_ids=tokens, use_cache=False).logits
             got = build_model(name, "turboquant")(input_ids=tokens, use_cache=False).logits
         assert relative(got, expected) < F16_STEP
+
+
+def test_threads_change_nothing(build_model, random_tokens):
+    model, tokens, logits = build_model("gemma3", "turboquant"), random_tokens(1, 300), []
+    for n_threads in (1, 3):
+        torch.set_num_threads(n_threads)
+        cache = TurboQuantCache(model, "q8")
+        torch.set_num_threads(1)  # of torch itself: its sums depend on them
+        assert bool(cache.shared.workers) == (n_threads > 1)
+        logits.append(feed(model, cache, tokens, (200, 1, 99)))
+    assert torch.equal(*logits)
+
+
+def test_models_in_training_are_described_too(build_model):
+    model = build_model("llama")
+    model.train()
+    try:
+        TurboQuantCache(model, "q8")
+        assert model.training
+    finally:
+        model.eval()

@@ -181,7 +181,7 @@ class TurboQuantLayer(CacheLayerMixin):
         """How many of the newest tokens are there to be read."""
         n_tiers = self.plan.plan.n_tiers
         has_codes = self.shape.token_bytes[n_tiers - 1] > 2 * self.shape.n_kv_heads  # more than scales
-        return self.n_cells if has_codes else min(self.n_cells, sum(self.shape.tier_tokens[:n_tiers - 1]))
+        return self.n_cells if has_codes or not self.is_sliding else min(self.n_cells, sum(self.shape.tier_tokens[:n_tiers - 1]))
 
     def _grow(self, n):
         self.length += n

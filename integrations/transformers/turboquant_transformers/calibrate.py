@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from turboquant import Calibration, Plan, RopeStyle, Workers
+from turboquant import Calibration, Plan, RopeStyle, Side
 
 from . import held_out, sensitivity
 from .cache_layer import resident_tokens
 from .host_layers import describe, longest_text
+from .kv_cache import torch_workers
 from .observer import observe_piece
 from .pieces import hold_back, read_text
 from .plan_fit import plan_shape
@@ -58,7 +59,7 @@ def calibrate(model, tokenizer, texts, path, profile="5x", *, n_tokens=16384, n_
     style = RopeStyle.PAIRS if model.config.model_type in PAIRED_IN_GGUF else RopeStyle.HALVES
     maps = [RowMap.of(layer, style) for layer in layers]
     calib = Calibration(os.path.basename(model.config.name_or_path) or type(model).__name__,
-                        model.config.model_type, len(layers), Workers(torch.get_num_threads()))
+                        model.config.model_type, len(layers), torch_workers())
     _observe(model, calib, layers, maps, style, text, n_tokens, progress)
     calib.prepare()
     sensitivity.measure(model, calib, layers, maps, text, n_probes, probe_bits, progress)
@@ -93,8 +94,8 @@ def _observe(model, calib, layers, maps, style, text, n_tokens, progress):
             met.add(index)
             calib.set_layer(index, plan_shape(layer, style), _output_projection(module, layer),
                             resident_tokens(layer.window) if layer.window else 0)
-        q = rows_of.to_plan(0, query[0, :, :, -layer.k_dim:])  # with latents the turned channels, which come last
-        k, v = (rows_of.to_plan(side, states[0]) for side, states in enumerate(rows_of.sides(keys, values)))
+        q = rows_of.to_plan(Side.K, query[0, :, :, -layer.k_dim:])  # with latents the turned channels, which come last
+        k, v = (rows_of.to_plan(side, states[0]) for side, states in zip(Side, rows_of.sides(keys, values)))
         calib.observe(index, q, k, v, positions, scaling, softcap)
 
     device = model.get_input_embeddings().weight.device
@@ -123,13 +124,12 @@ def _output_projection(module, layer):
 
 
 def _solve(model, calib, name, asked, context, held_back, limit, progress):
-    """The plan for `asked` bits, or for more where it loses too much on tokens [n] that were held back."""
-    plan, bits = calib.solve(name, asked, context), asked
+    """The plan for `asked` bits, or for more where it loses too much on the text that was held back."""
     if held_back is None or not limit:
-        return CalibrationResult(plan, None, limit)
+        return CalibrationResult(calib.solve(name, asked, context), None, limit)
     n = min(len(held_back.tokens), longest_text(model))
     tokens = held_back.piece(0, n).to(model.get_input_embeddings().weight.device)
-    n_checks, result = 0, None
+    bits, n_checks, result = asked, 0, None
     while bits is not None:
         plan = calib.solve(name, bits, context)
         if result and plan.bits_total <= result.plan.bits_total:

@@ -90,9 +90,12 @@ def _probe(model, config):
     n = len(PROBE_POSITIONS)
     device = model.get_input_embeddings().weight.device
     tokens = torch.full((1, n), config.vocab_size // 2, device=device)
+    was_training = model.training
+    model.eval()
     with torch.no_grad():
         model.base_model(input_ids=tokens, position_ids=torch.tensor([PROBE_POSITIONS], device=device),
                          use_cache=True, **{cache_argument(model): cache})
+    model.train(was_training)
     return ([layer.keys[0].transpose(0, 1).float().cpu().numpy() for layer in cache.layers],
             [layer.values[0].transpose(0, 1).float().cpu().numpy() for layer in cache.layers])
 

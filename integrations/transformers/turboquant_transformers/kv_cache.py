@@ -11,13 +11,19 @@ from .host_layers import describe, longest_text, text_config
 from .plan_fit import plans_for
 
 
+def torch_workers():
+    """As many threads as torch uses; None: one after another."""
+    n = torch.get_num_threads()
+    return Workers(n) if n > 1 else None
+
+
 class Shared:
     """What the layers of one cache have in common."""
 
     def __init__(self, config, max_tokens):
         self.config, self.max_tokens = config, max_tokens
         self.batch = Batch()
-        self.workers = Workers(torch.get_num_threads()) if torch.get_num_threads() > 1 else None
+        self.workers = torch_workers()
         self.position_ids = self.attention_mask = None  # of the forward pass that is running
 
     def attends_over_codes(self):
@@ -38,7 +44,7 @@ class TurboQuantCache(Cache):
     """
     A compressed cache for one model.
 
-    model: a decoder of transformers; kept by a hook that tells the cache positions and padding.
+    model: a decoder of transformers. It gets a hook that tells its caches positions and padding.
     plan: path of a `.tqkv` of that model, a turboquant.Plan, or "f16" or "q8" for storage without calibration.
     max_tokens: of one sequence; memory is used only as tokens come. Default: the model's own limit.
     Errors: ValueError with a sentence where the plan is not of this model or a layer cannot be compressed.
