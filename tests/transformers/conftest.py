@@ -36,7 +36,6 @@ MODELS = {
     "deepseek_v2": ("DeepseekV2", "DeepseekV2Config", LATENT),
     "deepseek_v3": ("DeepseekV3", "DeepseekV3Config", LATENT),
 }
-LATENT_MODELS = ("deepseek_v2", "deepseek_v3")
 
 
 @functools.cache
