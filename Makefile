@@ -36,6 +36,7 @@ demo: setup ## run a real model with and without compression and compare
 	@$(PYTHON) scripts/demo.py $(ARGS)
 
 test: build ## build and run all tests, real models under real llama.cpp included (40 minutes on two cores)
+	@scripts/setup.sh test
 	@set -e; \
 	if [ "$(LLAMA)" != none ]; then \
 	    for name in smollm2 qwen gemma texts; do python3 scripts/fetch.py $$name >/dev/null; done; \

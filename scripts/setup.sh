@@ -1,8 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Makes a bare Debian 12 ready to build and test: Debian packages, then a Python environment with
-# the versions pinned in requirements.txt and tests/transformers/requirements-transformers.txt. Does nothing,
-# fast, when all is there.
+# setup.sh [test]: makes a bare Debian 12 ready to build: Debian packages, then a Python environment with
+# the versions pinned in requirements.txt; with `test` also the host of integrations/transformers. Does
+# nothing, fast, when all is there.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -42,15 +42,21 @@ if [ -n "$missing" ]; then
     }
 fi
 
-models="$root/tests/transformers/requirements-transformers.txt"
-wanted=$(cat "$root/requirements.txt" "$models" | sha256sum | cut -d ' ' -f 1)
-if [ "$(cat "$cache/venv/turboquant.done" 2>/dev/null || true)" != "$wanted" ]; then
-    echo "setup: making the Python environment in $cache/venv" >&2
-    mkdir -p "$cache"
-    rm -rf "$cache/venv"
-    python3 -m venv "$cache/venv"
-    pip="$cache/venv/bin/python -m pip install -q --disable-pip-version-check"
-    $pip "$(grep '^torch==' "$models")" # alone, so that the index says which build: plain or for a GPU
-    $pip -r "$root/requirements.txt" -r "$models"
-    echo "$wanted" >"$cache/venv/turboquant.done"
-fi
+# Installs requirements once for each state of the file; the stamp is the file's hash.
+install_once() {
+    stamp="$cache/venv/$(basename "$1").done"
+    wanted=$(sha256sum <"$1" | cut -d ' ' -f 1)
+    if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
+        echo "setup: installing $(basename "$1") in $cache/venv" >&2
+        mkdir -p "$cache"
+        test -x "$cache/venv/bin/python" || python3 -m venv "$cache/venv"
+        pip="$cache/venv/bin/python -m pip install -q --disable-pip-version-check"
+        torch=$(grep '^torch==' "$1" || true)
+        test -z "$torch" || $pip "$torch" # alone, so that the index says which build: plain or for a GPU
+        $pip -r "$1"
+        echo "$wanted" >"$stamp"
+    fi
+}
+
+install_once "$root/requirements.txt"
+test "${1-}" != test || install_once "$root/tests/transformers/requirements-transformers.txt"
