@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The compressed K and V of one layer in pages on a CUDA device, for engines that own their pages:
+ * store new tokens, attend while decoding, unpack for prefill. Only in libturboquant-cuda, which
+ * holds all of libturboquant too. Needs no CUDA header: a stream is its handle as a pointer.
+ *
+ * Rules of every launch (store, decode, unpack, merge):
+ *  1. It is asynchronous on the stream it is given. It allocates nothing, waits for nothing and
+ *     reads no device memory on the host, so it can be captured into a graph.
+ *  2. Pointers named "device" are device memory; args themselves are read before the call returns.
+ *  3. Errors: TQKV_ERR_INVALID_ARG (a NULL, a size), TQKV_ERR_UNSUPPORTED (this device, or a launch
+ *     that the driver refused; nothing was started).
+ *  4. Threads: any, one call at a time per stream and workspace.
+ *
+ * Pages. A page holds page_tokens consecutive positions of one sequence, all of one tier, as blocks
+ * of 16 tokens of docs/FORMAT.md section 3, one after another. Each tier has a pool of its own, as
+ * pages of different tiers differ in size. The base of K is the first position of its frame.
+ */
+#ifndef TURBOQUANT_CUDA_H
+#define TURBOQUANT_CUDA_H
+
+#include "plan.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define TQKV_CUDA_Q_MAX 8        /* query tokens of a sequence in one decode */
+#define TQKV_CUDA_TILE_TOKENS 64 /* tokens [64 i, 64 i + 64) of a sequence share one tier */
+
+/* One layer of a plan, made ready for a device. Host memory only; never changes: share it. */
+typedef struct tqkv_cuda_layer tqkv_cuda_layer;
+
+/* Type of q, k, v and outputs. */
+typedef enum tqkv_cuda_type { TQKV_CUDA_F32 = 0, TQKV_CUDA_F16 = 1, TQKV_CUDA_BF16 = 2 } tqkv_cuda_type;
+
+/*
+ * plan: borrowed. rope: NULL takes the plan's. mem: NULL for malloc.
+ * Errors: TQKV_ERR_INVALID_ARG, TQKV_ERR_NO_MEMORY, TQKV_ERR_UNSUPPORTED (heads other than 64, 128
+ * or 256 channels, K and V of different sizes, heads of plain f16, frames of a number of tokens that
+ * TQKV_CUDA_TILE_TOKENS does not divide).
+ */
+TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_layer_create(const tqkv_plan *plan, uint32_t layer,
+                                                           const tqkv_rope *rope, const tqkv_allocator *mem,
+                                                           tqkv_cuda_layer **out);
+/* Accepts NULL. */
+TQKV_API void tqkv_cuda_layer_destroy(tqkv_cuda_layer *layer);
+
+/*
+ * What every launch needs in device memory: the caller copies these bytes to a 256-aligned device
+ * address and passes that as `image`. Lives as long as the layer.
+ */
+TQKV_API const void *tqkv_cuda_layer_image(const tqkv_cuda_layer *layer, size_t *n_bytes);
+
+/* Bytes of a page of a tier; 0 for a bad argument. page_tokens: a multiple of 16. */
+TQKV_API size_t tqkv_cuda_page_bytes(const tqkv_cuda_layer *layer, uint32_t tier, uint32_t page_tokens);
+
+/*
+ * Pages of n_seqs sequences.
+ * pool: [tiers] device, 16-aligned: page p of a tier is at p * page_bytes.
+ * page_tokens: 16, 32 or a multiple of 64.
+ * block_table: device [n_seqs][table_stride]: page that holds tokens [i * page_tokens, ...).
+ * tiers: device [n_seqs][tiers_stride]: tier of tokens [64 i, ...), or NULL: all in the last tier.
+ */
+typedef struct tqkv_cuda_pages {
+    void *pool[TQKV_TIERS_MAX];
+    const int32_t *block_table;
+    const uint8_t *tiers;
+    uint32_t page_tokens, table_stride, tiers_stride;
+} tqkv_cuda_pages;
+
+/*
+ * Encodes K and V of n_tokens tokens into their cells; the bytes are those of tqkv_codec_encode.
+ * k, v: device [n_tokens][n_kv_heads][dim] of `type`; strides of a token in elements. K has RoPE.
+ * positions: device [n_tokens]. slots: device [n_tokens] int64: page * page_tokens + cell in the
+ * page; -1 leaves the token out. Two tokens of a call have different slots.
+ * pool: device, of the tier.
+ */
+typedef struct tqkv_cuda_store_args {
+    const void *k, *v;
+    size_t k_token_stride, v_token_stride;
+    const int32_t *positions;
+    const int64_t *slots;
+    void *pool;
+    uint32_t n_tokens, tier, page_tokens;
+    tqkv_cuda_type type;
+} tqkv_cuda_store_args;
+
+TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer, const void *image,
+                                                    const tqkv_cuda_store_args *args, void *stream);
+
+/*
+ * Attention of the last q_len tokens of each sequence over its pages; query i of a sequence sees
+ * tokens 0 .. seq_len - q_len + i. A query that sees nothing gets zeros and lse -inf.
+ * q, out: device [n_seqs][q_len][n_heads][dim] of `type`, contiguous, 16-aligned.
+ * lse: device [n_seqs][q_len][n_heads] f32, natural log of the sum of exp; or NULL.
+ * seq_lens: device [n_seqs], 0 .. max_tokens. max_tokens bounds the work that is launched.
+ * scale: of q.k. |error| of out is about 1e-4 of |out| beside float64 on the decoded rows.
+ * workspace: device, 256-aligned, tqkv_cuda_decode_bytes of the same sizes (or larger ones) on this
+ * device. It is zero before the first call; each call leaves it fit for the next.
+ */
+typedef struct tqkv_cuda_decode_args {
+    tqkv_cuda_pages pages;
+    const void *q;
+    void *out;
+    float *lse;
+    const int32_t *seq_lens;
+    void *workspace;
+    uint32_t n_seqs, q_len, max_tokens;
+    float scale;
+    tqkv_cuda_type type;
+} tqkv_cuda_decode_args;
+
+/* 0 for sizes that decode would refuse. Needs a current device. */
+TQKV_API size_t tqkv_cuda_decode_bytes(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t q_len,
+                                       uint32_t max_tokens);
+TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
+                                                     const tqkv_cuda_decode_args *args, void *stream);
+
+/*
+ * Decodes tokens [first, first + n_tokens) of one sequence, for attention kernels that read plain
+ * K and V (prefill of a later chunk: unpack a slab, attend, merge).
+ * k, v: device [n_tokens][n_kv_heads][dim] of `type`, contiguous, 16-aligned; K with RoPE again.
+ * first: a multiple of 64. sequence: row of the block table.
+ */
+typedef struct tqkv_cuda_unpack_args {
+    tqkv_cuda_pages pages;
+    void *k, *v;
+    uint32_t sequence, first, n_tokens;
+    tqkv_cuda_type type;
+} tqkv_cuda_unpack_args;
+
+TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_unpack(const tqkv_cuda_layer *layer, const void *image,
+                                                     const tqkv_cuda_unpack_args *args, void *stream);
+
+/*
+ * Merges attention over two disjoint sets of tokens: out_a and lse_a become those of the union.
+ * out_a, out_b: device [n_rows][dim] of `type`; lse_a, lse_b: device [n_rows] f32 (-inf: saw nothing).
+ */
+TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_merge(void *out_a, float *lse_a, const void *out_b,
+                                                    const float *lse_b, size_t n_rows, uint32_t dim,
+                                                    tqkv_cuda_type type, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* TURBOQUANT_CUDA_H */

@@ -1,0 +1,92 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Products of the matrix of a KV head (image.h) with columns in shared memory: queries of a frame,
+ * sums of values. Matrix and columns are sums of two f16 each; the product leaves out low times low
+ * and is good to about 2^-21 of its largest term.
+ */
+#ifndef TQKVC_COLUMNS_CUH
+#define TQKVC_COLUMNS_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/image.h"
+#include "cuda/mma.cuh"
+
+/* N columns of D values. The pad of 8 puts the eight columns that a warp reads into different banks. */
+template <int D, int N> struct tqkvc_columns {
+    __half high[N][D + 8], low[N][D + 8];
+
+    __device__ __forceinline__ void set(uint32_t column, uint32_t i, float v)
+    {
+        high[column][i] = __float2half_rn(v);
+        low[column][i] = __float2half_rn(v - __half2float(high[column][i]));
+    }
+};
+
+/* Rows 16 m .. 16 m + 15 of matrix times all columns: c[n] is the product with columns 8 n .. 8 n + 7. */
+template <int D, int N>
+static __device__ __forceinline__ void multiply_columns(const uint4 *__restrict__ matrix, uint32_t m,
+                                                        const tqkvc_columns<D, N> &columns, uint32_t lane,
+                                                        float (&c)[N / 8][4])
+{
+    const uint4 *operand = matrix + (size_t)m * (D / 16) * 64 + lane;
+    const uint32_t g = lane / 4, t = lane % 4;
+
+    for (int n = 0; n < N / 8; n++)
+        for (int i = 0; i < 4; i++)
+            c[n][i] = 0.0f;
+#pragma unroll 4
+    for (uint32_t k = 0; k < D / 16; k++) {
+        const uint4 high = __ldg(operand + k * 64), low = __ldg(operand + k * 64 + 32);
+        for (uint32_t n = 0; n < N / 8; n++) {
+            const uint32_t *b_high = reinterpret_cast<const uint32_t *>(&columns.high[8 * n + g][16 * k + 2 * t]);
+            const uint32_t *b_low = reinterpret_cast<const uint32_t *>(&columns.low[8 * n + g][16 * k + 2 * t]);
+            multiply_f16(c[n], low, b_high[0], b_high[4]);
+            multiply_f16(c[n], high, b_low[0], b_low[4]);
+            multiply_f16(c[n], high, b_high[0], b_high[4]);
+        }
+    }
+}
+
+static __device__ __forceinline__ float load_value(const void *p, size_t i, tqkv_cuda_type type)
+{
+    if (type == TQKV_CUDA_F32)
+        return static_cast<const float *>(p)[i];
+    if (type == TQKV_CUDA_F16)
+        return __half2float(static_cast<const __half *>(p)[i]);
+    return __bfloat162float(static_cast<const __nv_bfloat16 *>(p)[i]);
+}
+
+static __device__ __forceinline__ void store_value(void *p, size_t i, tqkv_cuda_type type, float v)
+{
+    if (type == TQKV_CUDA_F32)
+        static_cast<float *>(p)[i] = v;
+    else if (type == TQKV_CUDA_F16)
+        static_cast<__half *>(p)[i] = __float2half_rn(v);
+    else
+        static_cast<__nv_bfloat16 *>(p)[i] = __float2bfloat16_rn(v);
+}
+
+/* Which two channels RoPE turns together as pair i of D / 2, and whether it turns them at all. */
+struct tqkvc_pair {
+    uint32_t a, b;
+    bool turns;
+};
+
+static __device__ __forceinline__ tqkvc_pair find_pair(const tqkvc_shape &shape, uint32_t i)
+{
+    const uint32_t n = shape.n_rot / 2;
+    if (i >= n)
+        return {shape.n_rot + 2 * (i - n), shape.n_rot + 2 * (i - n) + 1, false};
+    return shape.rope_style == TQKV_ROPE_PAIRS ? tqkvc_pair{2 * i, 2 * i + 1, true} : tqkvc_pair{i, i + n, true};
+}
+
+/* Sine and cosine good enough for outputs: about 1e-6, any position. */
+static __device__ __forceinline__ void turn_fast(float inv_freq, int32_t position, float &sine, float &cosine)
+{
+    const double turns = (double)position * (double)inv_freq * 0.15915494309189535;
+    sincospif(2.0f * (float)(turns - rint(turns)), &sine, &cosine);
+}
+
+#endif /* TQKVC_COLUMNS_CUH */

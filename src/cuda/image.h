@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The image of a layer: everything that kernels read besides pages, made on the host by image.c.
+ * Common subset of C and CUDA C++.
+ *
+ *     | tables | layouts [tier][KV head] | inv_freq | sides: mean, weight, transform, matrix, row scale |
+ *
+ * `matrix` is what a query (K) or a sum of values (V) is multiplied by, cut into the 16 x 16
+ * operands of a tensor core multiply, as the sum of two f16 matrices (22 bits):
+ *
+ *     K   q'[j] = sum_i inverse[j][i] q[i]          V   x[i] = sum_j inverse[j][i] y[j]
+ */
+#ifndef TQKVC_IMAGE_H
+#define TQKVC_IMAGE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "turboquant/cuda.h"
+
+#define TQKVC_UNITS_MAX 16 /* heads of up to 256 channels */
+#define TQKVC_WIDTHS 9     /* tables are indexed by width, 0..8 */
+#define TQKVC_BLOCK_TOKENS 16
+#define TQKVC_TILE_BLOCKS (TQKV_CUDA_TILE_TOKENS / TQKVC_BLOCK_TOKENS)
+
+/*
+ * Levels of a width for look-ups of 8 bytes (lookup.cuh): codes of a row of eight share two words.
+ * Widths 1..3 have the levels themselves. In 4..6 the tables of negative levels come first, each
+ * level minus 1; then those of positive ones.
+ */
+typedef struct tqkvc_width {
+    uint32_t words[16];
+    float step, inv_step2, inv_peak;
+    uint32_t n_magnitudes;
+    uint8_t magnitude[128]; /* levels without sign, ascending */
+    uint8_t nearest[256];   /* index of the nearest magnitude to t half levels, 0..254 */
+} tqkvc_width;
+
+typedef struct tqkvc_tables {
+    tqkvc_width widths[TQKVC_WIDTHS];
+    float scale_values[256], scale_inverses[256], energy_thresholds[256], peak_thresholds[256];
+} tqkvc_tables;
+
+/* Sections of one KV head in a block of one tier: K at `offset`, V behind it. */
+typedef struct tqkvc_layout {
+    uint32_t offset;
+    uint32_t bytes[2];
+    uint32_t reserved;
+    uint64_t widths[2]; /* four bits a unit, unit 0 lowest */
+} tqkvc_layout;
+
+/* Where the parts of an image are, in bytes; by side where there are two. */
+typedef struct tqkvc_parts {
+    uint32_t layouts, inv_freq;
+    uint32_t mean[2];      /* f32 [KV head][dim] */
+    uint32_t weight[2];    /* f32 [KV head][units], divided by the largest */
+    uint32_t zero_mean[2]; /* u32 [KV head]: the mean is 0 in every channel */
+    uint32_t transform[2]; /* f32 [KV head][dim][dim] */
+    uint32_t matrix[2];    /* u32 [KV head][dim / 16][dim / 16][high, low][32 lanes][4] */
+    uint32_t row_scale[2]; /* f32 [KV head][dim]: row i of the matrix was divided by it */
+} tqkvc_parts;
+
+/* What launches need on the host, and kernels get by value. */
+typedef struct tqkvc_shape {
+    uint32_t dim, n_heads, n_kv_heads, n_tiers, frame_tokens;
+    uint32_t rope_style, n_rot;
+    uint32_t block_bytes[TQKV_TIERS_MAX];
+    uint32_t section_bytes_max[TQKV_TIERS_MAX]; /* K and V of one KV head */
+    tqkvc_parts parts;
+} tqkvc_shape;
+
+/* tqkv_cuda_layer is this object. */
+struct tqkv_cuda_layer {
+    tqkv_allocator mem;
+    tqkvc_shape shape;
+    uint8_t *image;
+    size_t image_bytes;
+};
+
+#endif /* TQKVC_IMAGE_H */

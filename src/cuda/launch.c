@@ -1,0 +1,208 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The public launches of cuda.h: check, choose a configuration, hand over to the device code. */
+#include "cuda/launch.h"
+
+#include <stdbool.h>
+
+#include <cuda_runtime_api.h>
+
+#define SHARED_BYTES_MAX (227u * 1024u) /* of a block on sm_90; smaller devices say so themselves */
+#define SHARED_BYTES_RESERVED 1024u     /* beside what a block asks for */
+#define RING_STAGES 3                   /* tiles in flight or at work in a warp, of the last tier */
+#define BLOCKS_WANTED 3                 /* blocks for each that runs at a time, so that the end is ragged little */
+#define LOG2_E 1.44269504f
+#define SEQUENCES_MAX 65535u /* of a grid's third dimension */
+
+static bool type_is_good(tqkv_cuda_type type)
+{
+    return type == TQKV_CUDA_F32 || type == TQKV_CUDA_F16 || type == TQKV_CUDA_BF16;
+}
+
+static bool pages_are_good(const tqkvc_shape *shape, const tqkv_cuda_pages *pages)
+{
+    const uint32_t n = pages->page_tokens;
+
+    if (!pages->block_table || (n != 16 && n != 32 && (n == 0 || n % TQKV_CUDA_TILE_TOKENS != 0)))
+        return false;
+    for (uint32_t tier = pages->tiers ? 0 : shape->n_tiers - 1; tier < shape->n_tiers; tier++)
+        if (!pages->pool[tier])
+            return false;
+    return true;
+}
+
+static uint32_t div_up(uint32_t a, uint32_t b)
+{
+    return a / b + (a % b != 0);
+}
+
+static uint32_t page_bytes(const tqkvc_shape *shape, uint32_t tier, uint32_t page_tokens)
+{
+    return shape->block_bytes[tier] * (page_tokens / TQKVC_BLOCK_TOKENS);
+}
+
+/* How decode is cut for given sizes: the same for the workspace and the launch. */
+typedef struct decode_plan {
+    uint32_t n_rows, rows_per_tile, n_row_tiles, n_frames, frame_tokens, ring_bytes, n_splits;
+    size_t coded_bytes, mean_bytes, parts_bytes, arrivals_bytes;
+} decode_plan;
+
+static uint32_t device_attribute(enum cudaDeviceAttr attribute)
+{
+    int device = 0, value = 0;
+
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return 0;
+    }
+    return (uint32_t)value;
+}
+
+/* Room for RING_STAGES tiles of the last tier, and for one tile of every other. */
+static uint32_t choose_ring(const tqkvc_shape *shape)
+{
+    uint32_t bytes = RING_STAGES * TQKVC_TILE_BLOCKS * shape->section_bytes_max[shape->n_tiers - 1];
+
+    for (uint32_t tier = 0; tier < shape->n_tiers; tier++) {
+        const uint32_t tile = TQKVC_TILE_BLOCKS * shape->section_bytes_max[tier];
+        bytes = tile > bytes ? tile : bytes;
+    }
+    const uint32_t columns = 2 * 8 * (shape->dim + 8) * 2; /* that the end puts there */
+    return bytes * TQKVC_WARPS > columns ? bytes : div_up(columns, TQKVC_WARPS * 16) * 16;
+}
+
+static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan, uint32_t n_seqs, uint32_t max_tokens)
+{
+    const uint32_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
+    const uint32_t sm_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    const size_t bytes = tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->ring_bytes) + SHARED_BYTES_RESERVED;
+    uint32_t per_sm = (uint32_t)(sm_bytes / bytes);
+    const uint32_t by_registers = plan->rows_per_tile == 4 ? 4 : 3;
+
+    per_sm = per_sm < 1 ? 1 : per_sm > by_registers ? by_registers : per_sm;
+    const uint32_t slots = n_sm * per_sm, n = n_seqs * shape->n_kv_heads * plan->n_row_tiles;
+    const uint32_t n_tiles = div_up(max_tokens, TQKV_CUDA_TILE_TOKENS);
+    uint32_t splits = n <= slots ? slots / n : div_up(BLOCKS_WANTED * slots, n);
+    const uint32_t most = div_up(n_tiles, TQKVC_WARPS); /* a tile for each warp */
+
+    splits = splits > most ? most : splits;
+    splits = splits > TQKVC_SPLITS_MAX ? TQKVC_SPLITS_MAX : splits;
+    return splits < 1 ? 1 : splits;
+}
+
+static size_t aligned(size_t bytes)
+{
+    return (bytes + 255) / 256 * 256;
+}
+
+static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t q_len, uint32_t max_tokens, decode_plan *plan)
+{
+    const tqkvc_shape *shape = &layer->shape;
+
+    if (n_seqs == 0 || n_seqs > SEQUENCES_MAX || q_len == 0 || q_len > TQKV_CUDA_Q_MAX || max_tokens == 0 || max_tokens > 1u << 30)
+        return false;
+    *plan = (decode_plan){.n_rows = q_len * (shape->n_heads / shape->n_kv_heads)};
+    plan->rows_per_tile = plan->n_rows <= 4 ? 4 : 8;
+    plan->n_row_tiles = div_up(plan->n_rows, plan->rows_per_tile);
+    /* Without RoPE every base is the same. */
+    plan->frame_tokens = shape->n_rot == 0 ? 1u << 30 : shape->frame_tokens;
+    plan->n_frames = div_up(max_tokens, plan->frame_tokens);
+    plan->ring_bytes = choose_ring(shape);
+    plan->n_splits = choose_splits(shape, plan, n_seqs, max_tokens);
+
+    const size_t heads = (size_t)n_seqs * shape->n_kv_heads, rows = heads * plan->n_frames * plan->n_rows;
+    const size_t part_floats = (size_t)(shape->dim + 3) * plan->rows_per_tile;
+    plan->coded_bytes = aligned(rows * shape->dim * sizeof(float));
+    plan->mean_bytes = aligned(rows * sizeof(float));
+    plan->parts_bytes = aligned(heads * plan->n_row_tiles * plan->n_splits * part_floats * sizeof(float));
+    plan->arrivals_bytes = aligned(heads * plan->n_row_tiles * sizeof(uint32_t));
+    return tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->ring_bytes) <= SHARED_BYTES_MAX;
+}
+
+size_t tqkv_cuda_decode_bytes(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t q_len, uint32_t max_tokens)
+{
+    decode_plan plan;
+
+    if (!layer || !plan_decode(layer, n_seqs, q_len, max_tokens, &plan))
+        return 0;
+    return plan.arrivals_bytes + plan.coded_bytes + plan.mean_bytes + plan.parts_bytes;
+}
+
+tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image, const tqkv_cuda_decode_args *args, void *stream)
+{
+    decode_plan plan;
+
+    if (!layer || !image || !args || !args->q || !args->out || !args->seq_lens || !args->workspace ||
+        !type_is_good(args->type) || !pages_are_good(&layer->shape, &args->pages) ||
+        !plan_decode(layer, args->n_seqs, args->q_len, args->max_tokens, &plan))
+        return TQKV_ERR_INVALID_ARG;
+
+    /* Counters first: where they are does not depend on the sizes of a call. */
+    uint8_t *next = args->workspace;
+    tqkvc_decode p = {.frames = {.shape = layer->shape,
+                                 .image = image,
+                                 .q = args->q,
+                                 .seq_lens = args->seq_lens,
+                                 .n_seqs = args->n_seqs,
+                                 .q_len = args->q_len,
+                                 .n_rows = plan.n_rows,
+                                 .n_frames = plan.n_frames,
+                                 .frame_tokens = plan.frame_tokens,
+                                 .type = args->type},
+                      .pages = args->pages,
+                      .out = args->out,
+                      .lse = args->lse,
+                      .n_splits = plan.n_splits,
+                      .rows_per_tile = plan.rows_per_tile,
+                      .ring_bytes = plan.ring_bytes,
+                      .scale_log2 = args->scale * LOG2_E};
+    p.arrivals = (uint32_t *)(void *)next;
+    next += plan.arrivals_bytes;
+    p.frames.coded = (float *)(void *)next;
+    next += plan.coded_bytes;
+    p.frames.q_mean = (float *)(void *)next;
+    next += plan.mean_bytes;
+    p.parts = (float *)(void *)next;
+    for (uint32_t tier = 0; tier < layer->shape.n_tiers; tier++)
+        p.page_bytes[tier] = page_bytes(&layer->shape, tier, args->pages.page_tokens);
+
+    const tqkv_status status = tqkvc_launch_frames(&p.frames, stream);
+    return status == TQKV_OK ? tqkvc_launch_decode(&p, stream) : status;
+}
+
+tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer, const void *image, const tqkv_cuda_store_args *args, void *stream)
+{
+    if (!layer || !image || !args || args->tier >= layer->shape.n_tiers || args->page_tokens == 0 ||
+        args->page_tokens % TQKVC_BLOCK_TOKENS != 0 || !type_is_good(args->type))
+        return TQKV_ERR_INVALID_ARG;
+    if (args->n_tokens == 0)
+        return TQKV_OK;
+    const size_t row = (size_t)layer->shape.n_kv_heads * layer->shape.dim;
+    if (!args->k || !args->v || !args->positions || !args->slots || !args->pool || args->k_token_stride < row || args->v_token_stride < row)
+        return TQKV_ERR_INVALID_ARG;
+    const tqkvc_store p = {.shape = layer->shape,
+                           .image = image,
+                           .args = *args,
+                           .page_bytes = page_bytes(&layer->shape, args->tier, args->page_tokens)};
+    return tqkvc_launch_store(&p, stream);
+}
+
+tqkv_status tqkv_cuda_unpack(const tqkv_cuda_layer *layer, const void *image, const tqkv_cuda_unpack_args *args, void *stream)
+{
+    if (!layer || !image || !args || !args->k || !args->v || args->first % TQKV_CUDA_TILE_TOKENS != 0 ||
+        !type_is_good(args->type) || !pages_are_good(&layer->shape, &args->pages))
+        return TQKV_ERR_INVALID_ARG;
+    if (args->n_tokens == 0)
+        return TQKV_OK;
+    tqkvc_unpack p = {.shape = layer->shape, .image = image, .args = *args};
+    for (uint32_t tier = 0; tier < layer->shape.n_tiers; tier++)
+        p.page_bytes[tier] = page_bytes(&layer->shape, tier, args->pages.page_tokens);
+    return tqkvc_launch_unpack(&p, stream);
+}
+
+tqkv_status tqkv_cuda_merge(void *out_a, float *lse_a, const void *out_b, const float *lse_b, size_t n_rows, uint32_t dim,
+                            tqkv_cuda_type type, void *stream)
+{
+    if (!out_a || !lse_a || !out_b || !lse_b || dim == 0 || !type_is_good(type) || n_rows > (size_t)1 << 33)
+        return TQKV_ERR_INVALID_ARG;
+    return n_rows == 0 ? TQKV_OK : tqkvc_launch_merge(out_a, lse_a, out_b, lse_b, n_rows, dim, type, stream);
+}

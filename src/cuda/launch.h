@@ -1,0 +1,70 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Launchers of the kernels, one per file of device code, and what they take. launch.c checks the
+ * public arguments and fills these in. Common subset of C and CUDA C++.
+ */
+#ifndef TQKVC_LAUNCH_H
+#define TQKVC_LAUNCH_H
+
+#include "cuda/image.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define TQKVC_SPLITS_MAX 64 /* parts of the tokens of a sequence */
+#define TQKVC_WARPS 4       /* of a thread block of decode */
+
+/* Queries of frames: what decode multiplies with codes. Rows of a KV head: query token * group + head. */
+typedef struct tqkvc_frames {
+    tqkvc_shape shape;
+    const uint8_t *image;
+    const void *q;            /* [n_seqs][q_len][n_heads][dim] */
+    const int32_t *seq_lens;  /* [n_seqs] */
+    float *coded;             /* [n_seqs][n_kv_heads][n_frames][n_rows][dim] out: q' */
+    float *q_mean;            /* [n_seqs][n_kv_heads][n_frames][n_rows] out: turned q times mean of K */
+    uint32_t n_seqs, q_len, n_rows, n_frames, frame_tokens;
+    tqkv_cuda_type type;
+} tqkvc_frames;
+
+typedef struct tqkvc_decode {
+    tqkvc_frames frames;
+    tqkv_cuda_pages pages;
+    uint32_t page_bytes[TQKV_TIERS_MAX];
+    void *out;
+    float *lse;
+    float *parts;       /* [n_seqs][n_kv_heads][row tiles][n_splits][part floats] */
+    uint32_t *arrivals; /* [n_seqs][n_kv_heads][row tiles], zero between calls */
+    uint32_t n_splits, rows_per_tile; /* 4 or 8 */
+    uint32_t ring_bytes;              /* of one warp */
+    float scale_log2;                 /* scale * log2(e) */
+} tqkvc_decode;
+
+typedef struct tqkvc_store {
+    tqkvc_shape shape;
+    const uint8_t *image;
+    tqkv_cuda_store_args args;
+    uint32_t page_bytes;
+} tqkvc_store;
+
+typedef struct tqkvc_unpack {
+    tqkvc_shape shape;
+    const uint8_t *image;
+    tqkv_cuda_unpack_args args;
+    uint32_t page_bytes[TQKV_TIERS_MAX];
+} tqkvc_unpack;
+
+tqkv_status tqkvc_launch_frames(const tqkvc_frames *frames, void *stream);
+/* Behind tqkvc_launch_frames in the same stream. */
+tqkv_status tqkvc_launch_decode(const tqkvc_decode *decode, void *stream);
+/* Bytes of shared memory of a block of decode. */
+size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t ring_bytes);
+tqkv_status tqkvc_launch_store(const tqkvc_store *store, void *stream);
+tqkv_status tqkvc_launch_unpack(const tqkvc_unpack *unpack, void *stream);
+tqkv_status tqkvc_launch_merge(void *out_a, float *lse_a, const void *out_b, const float *lse_b,
+                               size_t n_rows, uint32_t dim, tqkv_cuda_type type, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* TQKVC_LAUNCH_H */

@@ -1,0 +1,636 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The kernels of src/cuda: stored bytes against the CPU codec, attention against float64 on decoded
+ * rows, unpacked rows against the CPU decoder. Outputs are poisoned first.
+ *
+ *     test_cuda [--seed N] [--short]      --short: one case of each template, for memory checkers
+ */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+#include <cuda_runtime_api.h>
+
+#include "base/half.h"
+#include "codec/layer_codec.h"
+#include "format/block_rows.h"
+#include "test_plan_make.h"
+#include "turboquant/cuda.h"
+
+#define POISON 0xff /* NaN in every type, and no code that a test expects */
+#define N_TIERS 3
+#define CELL_ROWS_MAX (2 * 16)
+
+static uint64_t seed = 20261125;
+static int is_short;
+
+static void check(cudaError_t error)
+{
+    if (error != cudaSuccess)
+        fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(error));
+    assert_int_equal(error, cudaSuccess);
+}
+
+static void *device_bytes(const void *from, size_t n)
+{
+    void *p;
+    check(cudaMalloc(&p, n + 1));
+    if (from)
+        check(cudaMemcpy(p, from, n, cudaMemcpyHostToDevice));
+    else
+        check(cudaMemset(p, POISON, n));
+    return p;
+}
+
+static void to_host(void *to, const void *from, size_t n)
+{
+    check(cudaDeviceSynchronize());
+    check(cudaMemcpy(to, from, n, cudaMemcpyDeviceToHost));
+}
+
+/* ---- a layer ---- */
+
+typedef struct layer {
+    tqkv_plan *plan;
+    tqkv_codec *codec;
+    tqkv_cuda_layer *cuda;
+    void *image;
+    uint32_t dim, n_heads, n_kv_heads;
+} layer;
+
+static layer make_layer(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads, uint32_t style)
+{
+    layer l = {.dim = dim, .n_heads = n_heads, .n_kv_heads = n_kv_heads};
+    tqkv_plan_layer shape = test_shape(n_heads, n_kv_heads, dim, dim);
+    size_t n;
+
+    shape.rope.style = style;
+    if (style == TQKV_ROPE_PAIRS)
+        shape.rope.n_rot = dim / 2;
+    if (style == TQKV_ROPE_NONE)
+        shape.rope = (tqkv_rope){.style = TQKV_ROPE_NONE};
+    assert_int_equal(test_plan_make(NULL, test_random_u32(random), &shape, 1, N_TIERS, &l.plan), TQKV_OK);
+    assert_int_equal(tqkv_codec_create(l.plan, 0, NULL, NULL, &l.codec), TQKV_OK);
+    assert_int_equal(tqkv_cuda_layer_create(l.plan, 0, NULL, NULL, &l.cuda), TQKV_OK);
+    const void *image = tqkv_cuda_layer_image(l.cuda, &n);
+    l.image = device_bytes(image, n);
+    return l;
+}
+
+static void free_layer(layer *l)
+{
+    check(cudaFree(l->image));
+    tqkv_cuda_layer_destroy(l->cuda);
+    tqkv_codec_destroy(l->codec);
+    tqkv_plan_destroy(l->plan);
+}
+
+/* Where the section of a head and side is in a block, and how long a block is. */
+static uint32_t section_offset(const layer *l, uint32_t tier, uint32_t g, tqkv_side side)
+{
+    uint32_t offset = 0;
+    for (uint32_t i = 0; i < g; i++)
+        for (uint32_t s = 0; s < 2; s++)
+            offset += 16 * (1 + tqkvi_codec_layout(l->codec, (tqkv_side)s, i, tier)->row_bytes);
+    return offset + (side == TQKV_SIDE_V ? 16 * (1 + tqkvi_codec_layout(l->codec, TQKV_SIDE_K, g, tier)->row_bytes) : 0);
+}
+
+static uint32_t block_bytes(const layer *l, uint32_t tier)
+{
+    return section_offset(l, tier, l->n_kv_heads, TQKV_SIDE_K);
+}
+
+static int32_t base_of(const layer *l, tqkv_side side, int32_t position)
+{
+    return side == TQKV_SIDE_K ? tqkvi_frame_base(position, l->plan->frame_tokens) : 0;
+}
+
+/* One row into a block on the host. */
+static void put_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t position, const float *x, uint8_t *block, uint32_t slot)
+{
+    uint8_t codes[TQKVI_ROW_BYTES_MAX], scale;
+    uint8_t *section = block + section_offset(l, tier, g, side);
+    assert_int_equal(tqkv_codec_encode(l->codec, g, side, tier, base_of(l, side, position), x, l->dim, 1, &scale, codes, NULL), TQKV_OK);
+    section[slot] = scale;
+    tqkvi_block_put_row(tqkvi_codec_layout(l->codec, side, g, tier), side, section + 16, slot, codes);
+}
+
+static void get_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t position, const uint8_t *block, uint32_t slot, float *x)
+{
+    uint8_t codes[TQKVI_ROW_BYTES_MAX];
+    const uint8_t *section = block + section_offset(l, tier, g, side);
+    tqkvi_block_get_row(tqkvi_codec_layout(l->codec, side, g, tier), side, section + 16, slot, codes);
+    assert_int_equal(tqkv_codec_decode(l->codec, g, side, tier, base_of(l, side, position), section + slot, codes, 1, x, l->dim), TQKV_OK);
+}
+
+/* ---- values of a type ---- */
+
+static size_t type_bytes(tqkv_cuda_type type)
+{
+    return type == TQKV_CUDA_F32 ? 4 : 2;
+}
+
+static float bf16_to_float(uint16_t v)
+{
+    const uint32_t bits = (uint32_t)v << 16;
+    float f;
+    memcpy(&f, &bits, sizeof(f));
+    return f;
+}
+
+static uint16_t float_to_bf16(float f)
+{
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof(bits));
+    if (isnan(f))
+        return 0x7fc0;
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+/* Rounds x to the type in place and returns the array of that type. */
+static void *as_type(float *x, size_t n, tqkv_cuda_type type)
+{
+    uint16_t *halves = malloc(n * 4);
+    assert_non_null(halves);
+    if (type == TQKV_CUDA_F32) {
+        memcpy(halves, x, n * 4);
+        return halves;
+    }
+    for (size_t i = 0; i < n; i++) {
+        halves[i] = type == TQKV_CUDA_F16 ? tqkvi_float_to_half(x[i]) : float_to_bf16(x[i]);
+        x[i] = type == TQKV_CUDA_F16 ? tqkvi_half_to_float(halves[i]) : bf16_to_float(halves[i]);
+    }
+    return halves;
+}
+
+static float *from_type(const void *p, size_t n, tqkv_cuda_type type)
+{
+    float *x = malloc(n * 4);
+    assert_non_null(x);
+    for (size_t i = 0; i < n; i++)
+        x[i] = type == TQKV_CUDA_F32   ? ((const float *)p)[i]
+               : type == TQKV_CUDA_F16 ? tqkvi_half_to_float(((const uint16_t *)p)[i])
+                                       : bf16_to_float(((const uint16_t *)p)[i]);
+    return x;
+}
+
+static float *random_rows(test_random *random, size_t n_rows, uint32_t dim, float size)
+{
+    float *x = malloc(n_rows * dim * sizeof(float));
+    assert_non_null(x);
+    for (size_t i = 0; i < n_rows * dim; i++)
+        x[i] = size * test_random_normal(random);
+    return x;
+}
+
+/* Rows that codecs stumble over. */
+static void spoil_row(test_random *random, float *row, uint32_t dim)
+{
+    const uint32_t kind = test_random_u32(random) % 12, d = test_random_u32(random) % dim;
+    for (uint32_t i = 0; i < dim && kind < 3; i++)
+        row[i] = kind == 0 ? 0.0f : kind == 1 ? row[i] * 1e4f : row[i] * 1e-4f;
+    if (kind == 3)
+        row[d] = NAN;
+    if (kind == 4)
+        row[d] = INFINITY;
+    if (kind == 5)
+        row[d] = 3000.0f;
+}
+
+/* ---- store ---- */
+
+static void check_store(test_random *random, const layer *l, uint32_t tier, uint32_t n_tokens, tqkv_cuda_type type)
+{
+    const uint32_t page_tokens = 16u << test_random_u32(random) % 4, n_pages = 2 * n_tokens / page_tokens + 2;
+    const size_t row = (size_t)l->n_kv_heads * l->dim, page = tqkv_cuda_page_bytes(l->cuda, tier, page_tokens), bytes = n_pages * page;
+    float *x[2] = {random_rows(random, n_tokens, (uint32_t)row, 1.0f), random_rows(random, n_tokens, (uint32_t)row, 1.0f)};
+    uint8_t *want = malloc(bytes), *got = malloc(bytes);
+    int64_t *slots = malloc(n_tokens * sizeof(*slots));
+    int32_t *positions = malloc(n_tokens * sizeof(*positions));
+    void *device[2];
+
+    assert_true(want && got && slots && positions);
+    memset(want, POISON, bytes);
+    for (uint32_t i = 0; i < n_tokens; i++) {
+        slots[i] = i % 7 == 3 ? -1 : (int64_t)((i * 2 + 1) % (n_pages * page_tokens));
+        positions[i] = (int32_t)(test_random_u32(random) % 131072);
+        for (uint32_t g = 0; g < l->n_kv_heads; g++)
+            for (int side = 0; side < 2; side++)
+                spoil_row(random, x[side] + i * row + g * l->dim, l->dim);
+    }
+    for (int side = 0; side < 2; side++) {
+        void *typed = as_type(x[side], n_tokens * row, type);
+        device[side] = device_bytes(typed, n_tokens * row * type_bytes(type));
+        free(typed);
+        for (uint32_t i = 0; i < n_tokens; i++)
+            for (uint32_t g = 0; g < l->n_kv_heads && slots[i] >= 0; g++)
+                put_row(l, tier, g, (tqkv_side)side, positions[i], x[side] + i * row + g * l->dim,
+                        want + (size_t)(slots[i] / 16) * block_bytes(l, tier), (uint32_t)(slots[i] % 16));
+    }
+    const tqkv_cuda_store_args args = {.k = device[0], .v = device[1], .k_token_stride = row, .v_token_stride = row,
+                                       .positions = device_bytes(positions, n_tokens * 4), .slots = device_bytes(slots, n_tokens * 8),
+                                       .pool = device_bytes(NULL, bytes), .n_tokens = n_tokens, .tier = tier,
+                                       .page_tokens = page_tokens, .type = type};
+    assert_int_equal(tqkv_cuda_store(l->cuda, l->image, &args, NULL), TQKV_OK);
+    to_host(got, args.pool, bytes);
+    size_t n_different = 0;
+    for (size_t i = 0; i < bytes; i++)
+        n_different += got[i] != want[i];
+    if (n_different)
+        fprintf(stderr, "store: dim %u tier %u tokens %u type %d: %zu of %zu bytes differ\n", l->dim, tier, n_tokens, (int)type, n_different, bytes);
+    assert_int_equal(n_different, 0);
+    check(cudaFree((void *)(uintptr_t)args.positions));
+    check(cudaFree((void *)(uintptr_t)args.slots));
+    check(cudaFree(args.pool));
+    for (int side = 0; side < 2; side++) {
+        check(cudaFree(device[side]));
+        free(x[side]);
+    }
+    free(want);
+    free(got);
+    free(slots);
+    free(positions);
+}
+
+static void test_store(void **state)
+{
+    static const uint32_t dims[] = {64, 128, 256};
+    (void)state;
+    test_random random = {seed};
+    for (int i = 0; i < 3; i++) {
+        layer l = make_layer(&random, dims[i], 4, 2, (uint32_t)i);
+        check_store(&random, &l, 1, 1, TQKV_CUDA_F32);
+        check_store(&random, &l, 0, 17, TQKV_CUDA_F16);
+        check_store(&random, &l, 2, is_short ? 520 : 1000, TQKV_CUDA_BF16);
+        for (uint32_t n = 2; n < 12 && !is_short; n++)
+            check_store(&random, &l, n % N_TIERS, n * n, TQKV_CUDA_F32);
+        free_layer(&l);
+    }
+}
+
+/* ---- sequences in pages ---- */
+
+typedef struct sequences {
+    uint32_t n, max_tokens, page_tokens, table_stride, tiers_stride, n_pages;
+    int32_t *lengths, *table;
+    uint8_t *tiers, *pool[N_TIERS];
+    tqkv_cuda_pages device;
+    int32_t *device_lengths;
+} sequences;
+
+static uint8_t *block_of(const layer *l, const sequences *s, uint32_t seq, uint32_t token)
+{
+    const uint32_t tier = s->tiers[seq * s->tiers_stride + token / 64];
+    const int32_t page = s->table[seq * s->table_stride + token / s->page_tokens];
+    return s->pool[tier] + (size_t)page * tqkv_cuda_page_bytes(l->cuda, tier, s->page_tokens) +
+           (size_t)(token % s->page_tokens / 16) * block_bytes(l, tier);
+}
+
+/* Pages in random order, tiers in runs as ageing makes them; tokens that are not there stay poison. */
+static sequences make_sequences(test_random *random, const layer *l, const int32_t *lengths, uint32_t n, uint32_t page_tokens, bool tiers)
+{
+    sequences s = {.n = n, .page_tokens = page_tokens};
+    float *x = random_rows(random, 1, l->dim, 1.0f);
+
+    for (uint32_t i = 0; i < n; i++)
+        s.max_tokens = (uint32_t)lengths[i] > s.max_tokens ? (uint32_t)lengths[i] : s.max_tokens;
+    s.max_tokens += s.max_tokens == 0;
+    s.table_stride = s.max_tokens / page_tokens + 2;
+    s.tiers_stride = s.max_tokens / 64 + 2;
+    s.n_pages = n * s.table_stride;
+    s.lengths = malloc(n * 4);
+    s.table = malloc(s.n_pages * 4);
+    s.tiers = calloc(n, s.tiers_stride);
+    assert_true(s.lengths && s.table && s.tiers && x);
+    memcpy(s.lengths, lengths, n * 4);
+    for (uint32_t i = 0; i < s.n_pages; i++)
+        s.table[i] = (int32_t)((i * 7919u + 13u) % s.n_pages);
+    for (uint32_t i = 0; s.n_pages % 7919u == 0 && i < s.n_pages; i++)
+        s.table[i] = (int32_t)i;
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t t = 0; t < s.tiers_stride; t++)
+            s.tiers[i * s.tiers_stride + t] = !tiers ? N_TIERS - 1 : t == 0 || 64 * t + 100 > (uint32_t)lengths[i] ? 0 : 64 * t + 300 > (uint32_t)lengths[i] ? 1 : 2;
+    for (uint32_t tier = 0; tier < N_TIERS; tier++) {
+        const size_t bytes = s.n_pages * tqkv_cuda_page_bytes(l->cuda, tier, page_tokens);
+        s.pool[tier] = malloc(bytes);
+        assert_non_null(s.pool[tier]);
+        memset(s.pool[tier], POISON, bytes);
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        for (uint32_t t = 0; t < (uint32_t)lengths[i]; t++) {
+            for (uint32_t g = 0; g < l->n_kv_heads; g++) {
+                for (int side = 0; side < 2; side++) {
+                    for (uint32_t d = 0; d < l->dim; d++)
+                        x[d] = test_random_normal(random) + (d == 3 ? 2.0f : 0.0f);
+                    if (test_random_u32(random) % 50 == 0)
+                        memset(x, 0, l->dim * sizeof(*x));
+                    put_row(l, s.tiers[i * s.tiers_stride + t / 64], g, (tqkv_side)side, (int32_t)t, x, block_of(l, &s, i, t), t % 16);
+                }
+            }
+        }
+    }
+    s.device = (tqkv_cuda_pages){.block_table = device_bytes(s.table, s.n_pages * 4), .page_tokens = page_tokens, .table_stride = s.table_stride, .tiers_stride = s.tiers_stride};
+    if (tiers)
+        s.device.tiers = device_bytes(s.tiers, n * s.tiers_stride);
+    for (uint32_t tier = 0; tier < N_TIERS; tier++)
+        s.device.pool[tier] = device_bytes(s.pool[tier], s.n_pages * tqkv_cuda_page_bytes(l->cuda, tier, page_tokens));
+    s.device_lengths = device_bytes(s.lengths, n * 4);
+    free(x);
+    return s;
+}
+
+static void free_sequences(sequences *s)
+{
+    for (uint32_t tier = 0; tier < N_TIERS; tier++) {
+        check(cudaFree(s->device.pool[tier]));
+        free(s->pool[tier]);
+    }
+    check(cudaFree((void *)(uintptr_t)s->device.block_table));
+    check(cudaFree((void *)(uintptr_t)s->device.tiers));
+    check(cudaFree(s->device_lengths));
+    free(s->lengths);
+    free(s->table);
+    free(s->tiers);
+}
+
+/* ---- decode ---- */
+
+/* float64 attention of one row over tokens [0, n) of a KV head. out: [dim]. Returns the lse. */
+static double attend(const layer *l, const float *k, const float *v, uint32_t n, const float *q, double scale, double *out)
+{
+    double top = -INFINITY, sum = 0;
+    double *s = malloc((n + 1) * sizeof(*s));
+
+    memset(out, 0, l->dim * sizeof(*out));
+    for (uint32_t t = 0; t < n; t++) {
+        s[t] = 0;
+        for (uint32_t d = 0; d < l->dim; d++)
+            s[t] += (double)q[d] * (double)k[(size_t)t * l->dim + d];
+        s[t] *= scale;
+        top = s[t] > top ? s[t] : top;
+    }
+    for (uint32_t t = 0; t < n; t++) {
+        const double p = exp(s[t] - top);
+        sum += p;
+        for (uint32_t d = 0; d < l->dim; d++)
+            out[d] += p * (double)v[(size_t)t * l->dim + d];
+    }
+    for (uint32_t d = 0; d < l->dim && n > 0; d++)
+        out[d] /= sum;
+    free(s);
+    return n > 0 ? top + log(sum) : -INFINITY;
+}
+
+/* Checks rows of one sequence and KV head. Returns the largest relative error. */
+static double check_head(const layer *l, const sequences *s, uint32_t seq, uint32_t g, uint32_t q_len, const float *q, const float *out, const float *lse, double scale)
+{
+    const uint32_t n = (uint32_t)s->lengths[seq], group = l->n_heads / l->n_kv_heads;
+    float *rows[2] = {malloc(((size_t)n + 1) * l->dim * 4), malloc(((size_t)n + 1) * l->dim * 4)};
+    double want[256], worst = 0;
+
+    for (uint32_t t = 0; t < n; t++)
+        for (int side = 0; side < 2; side++)
+            get_row(l, s->tiers[seq * s->tiers_stride + t / 64], g, (tqkv_side)side, (int32_t)t, block_of(l, s, seq, t), t % 16, rows[side] + (size_t)t * l->dim);
+    for (uint32_t i = 0; i < q_len; i++) {
+        for (uint32_t h = g * group; h < (g + 1) * group; h++) {
+            const size_t at = (size_t)(seq * q_len + i) * l->n_heads + h;
+            const int64_t seen = (int64_t)n - q_len + i + 1;
+            const double log_sum = attend(l, rows[0], rows[1], seen > 0 ? (uint32_t)seen : 0, q + at * l->dim, scale, want);
+            double error = 0, norm = 0;
+            for (uint32_t d = 0; d < l->dim; d++) {
+                const double difference = (double)out[at * l->dim + d] - want[d];
+                error += difference * difference;
+                norm += want[d] * want[d];
+            }
+            if (seen <= 0) {
+                assert_true(error == 0 && isinf(lse[at]) && lse[at] < 0);
+                continue;
+            }
+            error = norm > 0 ? sqrt(error / norm) : error;
+            worst = !(error <= worst) ? error : worst;
+            if (!(fabs((double)lse[at] - log_sum) <= 1e-3))
+                fprintf(stderr, "lse %g, not %g\n", (double)lse[at], log_sum);
+            assert_true(fabs((double)lse[at] - log_sum) <= 1e-3);
+        }
+    }
+    free(rows[0]);
+    free(rows[1]);
+    return worst;
+}
+
+static void check_decode(test_random *random, const layer *l, const sequences *s, uint32_t q_len, tqkv_cuda_type type, double tolerance)
+{
+    const size_t n = (size_t)s->n * q_len * l->n_heads;
+    const double scale = 1.0 / sqrt((double)l->dim);
+    float *q = random_rows(random, n, l->dim, 1.5f), *lse = malloc(n * 4);
+    void *typed = as_type(q, n * l->dim, type), *got = malloc(n * l->dim * 4);
+    const size_t bytes = tqkv_cuda_decode_bytes(l->cuda, s->n, q_len, s->max_tokens);
+    double worst = 0;
+
+    assert_true(bytes > 0);
+    tqkv_cuda_decode_args args = {.pages = s->device, .q = device_bytes(typed, n * l->dim * type_bytes(type)),
+                                  .out = device_bytes(NULL, n * l->dim * 4), .lse = device_bytes(NULL, n * 4), .seq_lens = s->device_lengths,
+                                  .workspace = device_bytes(NULL, bytes), .n_seqs = s->n, .q_len = q_len, .max_tokens = s->max_tokens,
+                                  .scale = (float)scale, .type = type};
+    check(cudaMemset(args.workspace, 0, bytes));
+    for (int again = 0; again < 2; again++) { /* the second time as the first left the workspace */
+        check(cudaMemset(args.out, POISON, n * l->dim * 4));
+        assert_int_equal(tqkv_cuda_decode(l->cuda, l->image, &args, NULL), TQKV_OK);
+    }
+    to_host(got, args.out, n * l->dim * type_bytes(type));
+    to_host(lse, args.lse, n * 4);
+    float *out = from_type(got, n * l->dim, type);
+    for (uint32_t seq = 0; seq < s->n; seq++) {
+        for (uint32_t g = 0; g < l->n_kv_heads; g++) {
+            const double error = check_head(l, s, seq, g, q_len, q, out, lse, scale);
+            worst = !(error <= worst) ? error : worst;
+        }
+    }
+    printf("decode dim %u heads %u/%u q_len %u sequences %u max %u pages %u type %d: error %.2e\n", l->dim, l->n_heads, l->n_kv_heads, q_len, s->n, s->max_tokens, s->page_tokens, (int)type, worst);
+    assert_true(worst <= tolerance);
+    check(cudaFree((void *)(uintptr_t)args.q));
+    check(cudaFree(args.out));
+    check(cudaFree(args.lse));
+    check(cudaFree(args.workspace));
+    free(q);
+    free(lse);
+    free(typed);
+    free(got);
+    free(out);
+}
+
+static void test_decode(void **state)
+{
+    static const struct decode_case {
+        uint32_t dim, n_heads, n_kv_heads, style, page_tokens, q_len, tiers;
+        tqkv_cuda_type type;
+    } cases[] = {
+        {128, 8, 2, TQKV_ROPE_HALVES, 64, 1, 1, TQKV_CUDA_F32},  {128, 16, 2, TQKV_ROPE_PAIRS, 16, 1, 1, TQKV_CUDA_F32},
+        {64, 14, 2, TQKV_ROPE_HALVES, 32, 1, 1, TQKV_CUDA_F16},  {256, 4, 2, TQKV_ROPE_HALVES, 128, 1, 1, TQKV_CUDA_F32},
+        {256, 16, 2, TQKV_ROPE_NONE, 64, 3, 0, TQKV_CUDA_BF16},  {64, 2, 2, TQKV_ROPE_PAIRS, 64, 8, 1, TQKV_CUDA_F32},
+        {128, 16, 1, TQKV_ROPE_HALVES, 64, 2, 0, TQKV_CUDA_F32}, {64, 1, 1, TQKV_ROPE_NONE, 192, 2, 1, TQKV_CUDA_F32},
+    };
+    static const int32_t lengths[] = {0, 1, 2, 5, 15, 16, 17, 31, 63, 64, 65, 127, 129, 255, 256, 257, 320, 511, 700, 1023, 1025};
+    static const int32_t few[] = {0, 17, 300};
+
+    (void)state;
+    test_random random = {seed};
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        const struct decode_case *c = &cases[i];
+        layer l = make_layer(&random, c->dim, c->n_heads, c->n_kv_heads, c->style);
+        sequences s = make_sequences(&random, &l, is_short ? few : lengths, is_short ? 3 : sizeof(lengths) / sizeof(lengths[0]), c->page_tokens, c->tiers != 0);
+        check_decode(&random, &l, &s, c->q_len, c->type, c->type == TQKV_CUDA_F32 ? 5e-4 : c->type == TQKV_CUDA_F16 ? 1e-3 : 5e-3);
+        free_sequences(&s);
+        free_layer(&l);
+    }
+}
+
+/* Every width on its own, as layouts are drawn at random above. */
+static void test_long(void **state)
+{
+    (void)state;
+    test_random random = {seed + 1};
+    const int32_t lengths[] = {131072, 20000};
+    if (is_short)
+        skip();
+    layer l = make_layer(&random, 64, 4, 1, TQKV_ROPE_HALVES);
+    sequences s = make_sequences(&random, &l, lengths, 2, 64, true);
+    check_decode(&random, &l, &s, 1, TQKV_CUDA_F32, 1e-3);
+    free_sequences(&s);
+    free_layer(&l);
+}
+
+/* ---- unpack, merge ---- */
+
+static void test_unpack(void **state)
+{
+    static const uint32_t dims[] = {64, 128, 256};
+    const int32_t length = 300;
+
+    (void)state;
+    test_random random = {seed};
+    for (uint32_t i = 0; i < 3; i++) {
+        layer l = make_layer(&random, dims[i], 4, 2, i);
+        sequences s = make_sequences(&random, &l, &length, 1, 64, true);
+        const uint32_t first = 64, n = 211;
+        const size_t count = (size_t)n * l.n_kv_heads * l.dim;
+        tqkv_cuda_unpack_args args = {.pages = s.device, .k = device_bytes(NULL, count * 4), .v = device_bytes(NULL, count * 4), .first = first, .n_tokens = n, .type = TQKV_CUDA_F32};
+        float *got[2] = {malloc(count * 4), malloc(count * 4)}, want[256];
+        assert_int_equal(tqkv_cuda_unpack(l.cuda, l.image, &args, NULL), TQKV_OK);
+        to_host(got[0], args.k, count * 4);
+        to_host(got[1], args.v, count * 4);
+        for (uint32_t t = 0; t < n; t++) {
+            for (uint32_t g = 0; g < l.n_kv_heads; g++) {
+                for (int side = 0; side < 2; side++) {
+                    const float *row = got[side] + ((size_t)t * l.n_kv_heads + g) * l.dim;
+                    double error = 0, norm = 0;
+                    get_row(&l, s.tiers[(first + t) / 64], g, (tqkv_side)side, (int32_t)(first + t), block_of(&l, &s, 0, first + t), (first + t) % 16, want);
+                    for (uint32_t d = 0; d < l.dim; d++) {
+                        error += ((double)row[d] - (double)want[d]) * ((double)row[d] - (double)want[d]);
+                        norm += (double)want[d] * (double)want[d];
+                    }
+                    if (!(error <= norm * 1e-10))
+                        fprintf(stderr, "unpack: dim %u token %u head %u side %d: error %g\n", l.dim, first + t, g, side, sqrt(error / norm));
+                    assert_true(error <= norm * 1e-10);
+                }
+            }
+        }
+        check(cudaFree(args.k));
+        check(cudaFree(args.v));
+        free(got[0]);
+        free(got[1]);
+        free_sequences(&s);
+        free_layer(&l);
+    }
+}
+
+static void test_merge(void **state)
+{
+    enum { ROWS = 5, DIM = 64 };
+    test_random random = {seed};
+    float *a = random_rows(&random, ROWS, DIM, 1), *b = random_rows(&random, ROWS, DIM, 1), got[ROWS * DIM], lse[ROWS];
+    const float lse_a[ROWS] = {0, 3, -INFINITY, -INFINITY, 100}, lse_b[ROWS] = {0, -2, 1, -INFINITY, 101};
+    float *device[4] = {device_bytes(a, sizeof(got)), device_bytes(lse_a, sizeof(lse)), device_bytes(b, sizeof(got)), device_bytes(lse_b, sizeof(lse))};
+
+    (void)state;
+    assert_int_equal(tqkv_cuda_merge(device[0], device[1], device[2], device[3], ROWS, DIM, TQKV_CUDA_F32, NULL), TQKV_OK);
+    to_host(got, device[0], sizeof(got));
+    to_host(lse, device[1], sizeof(lse));
+    for (uint32_t r = 0; r < ROWS; r++) {
+        const double pa = exp((double)lse_a[r]), pb = exp((double)lse_b[r]), sum = pa + pb;
+        for (uint32_t d = 0; d < DIM; d++) {
+            const double want = sum > 0 ? ((double)a[r * DIM + d] * pa + (double)b[r * DIM + d] * pb) / sum : 0;
+            assert_true(fabs((double)got[r * DIM + d] - want) <= 1e-5 * (1 + fabs(want)));
+        }
+        if (sum > 0)
+            assert_true(fabs((double)lse[r] - log(sum)) <= 1e-4);
+        else
+            assert_true(isinf(lse[r]) && lse[r] < 0);
+    }
+    for (int i = 0; i < 4; i++)
+        check(cudaFree(device[i]));
+    free(a);
+    free(b);
+}
+
+/* ---- arguments, without a device ---- */
+
+static void test_arguments(void **state)
+{
+    test_random random = {seed};
+    tqkv_plan_layer shape = test_shape(4, 2, 128, 128);
+    tqkv_plan *plan;
+    tqkv_cuda_layer *layer_or_null;
+    size_t n;
+
+    (void)state;
+    (void)random;
+    assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_F16, &shape, &plan), TQKV_OK);
+    assert_int_equal(tqkv_cuda_layer_create(plan, 0, NULL, NULL, &layer_or_null), TQKV_ERR_UNSUPPORTED);
+    assert_int_equal(tqkv_cuda_layer_create(plan, 1, NULL, NULL, &layer_or_null), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_layer_create(NULL, 0, NULL, NULL, &layer_or_null), TQKV_ERR_INVALID_ARG);
+    tqkv_plan_destroy(plan);
+    assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_Q8, &shape, &plan), TQKV_OK);
+    assert_int_equal(tqkv_cuda_layer_create(plan, 0, NULL, NULL, &layer_or_null), TQKV_OK);
+    assert_non_null(tqkv_cuda_layer_image(layer_or_null, &n));
+    assert_true(n > 0);
+    assert_int_equal(tqkv_cuda_page_bytes(layer_or_null, 0, 64), 4 * 2 * 2 * 16 * (1 + 128));
+    assert_int_equal(tqkv_cuda_page_bytes(layer_or_null, 1, 64), 0);
+    assert_int_equal(tqkv_cuda_page_bytes(layer_or_null, 0, 17), 0);
+    assert_int_equal(tqkv_cuda_decode(layer_or_null, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_store(layer_or_null, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_unpack(layer_or_null, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_merge(NULL, NULL, NULL, NULL, 1, 64, TQKV_CUDA_F32, NULL), TQKV_ERR_INVALID_ARG);
+    tqkv_cuda_layer_destroy(layer_or_null);
+    tqkv_cuda_layer_destroy(NULL);
+    tqkv_plan_destroy(plan);
+}
+
+int main(int argc, char **argv)
+{
+    const struct CMUnitTest host_tests[] = {cmocka_unit_test(test_arguments)};
+    const struct CMUnitTest device_tests[] = {cmocka_unit_test(test_store), cmocka_unit_test(test_unpack), cmocka_unit_test(test_merge), cmocka_unit_test(test_decode), cmocka_unit_test(test_long)};
+    int n_devices = 0;
+
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--short"))
+            is_short = 1;
+        else if (!strcmp(argv[i], "--seed") && i + 1 < argc)
+            seed = strtoull(argv[++i], NULL, 10);
+    }
+    printf("seed %llu\n", (unsigned long long)seed);
+    const int failed = cmocka_run_group_tests(host_tests, NULL, NULL);
+    if (failed)
+        return failed;
+    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
+        printf("no CUDA device: device tests skipped\n");
+        return 77;
+    }
+    return cmocka_run_group_tests(device_tests, NULL, NULL);
+}
