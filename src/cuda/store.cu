@@ -83,7 +83,8 @@ __device__ bool load_row(const tqkvc_store &p, const place &at, uint32_t g, uint
     for (uint32_t i = d; i < D; i += 16)
         z[ROWS * i] = add(z[ROWS * i], -mean[i]);
     __syncwarp();
-    return any_of_half(any) && !any_of_half(bad);
+    const bool has_values = any_of_half(any), has_bad = any_of_half(bad); /* all lanes ask both */
+    return has_values && !has_bad;
 }
 
 /* y[row][unit] of lane d: sum over i of transform[i][16 unit + d] z[i][row], in ascending i. */
@@ -180,7 +181,8 @@ template <int D, int ROWS> __global__ void __launch_bounds__(THREADS) store_kern
             is_good = r == i ? good[i] : is_good;
             where = r == i ? at[i] : where;
         }
-        is_good = is_good && !any_of_half(bad);
+        const bool has_bad = any_of_half(bad);
+        is_good = is_good && !has_bad;
         int scale = 1;
         if (has_codes)
             scale = row.encode(magnitude, &zero);
