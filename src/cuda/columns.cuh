@@ -25,7 +25,7 @@ template <int D, int N> struct tqkvc_columns {
 };
 
 /* Rows 16 m .. 16 m + 15 of matrix times all columns: c[n] is the product with columns 8 n .. 8 n + 7. */
-template <int D, int N>
+template <int D, int N, int UNROLL = 8>
 static __device__ __forceinline__ void multiply_columns(const uint4 *__restrict__ matrix, uint32_t m,
                                                         const tqkvc_columns<D, N> &columns, uint32_t lane,
                                                         float (&c)[N / 8][4])
@@ -36,9 +36,10 @@ static __device__ __forceinline__ void multiply_columns(const uint4 *__restrict_
     for (int n = 0; n < N / 8; n++)
         for (int i = 0; i < 4; i++)
             c[n][i] = 0.0f;
-#pragma unroll 4
+#pragma unroll UNROLL
     for (uint32_t k = 0; k < D / 16; k++) {
         const uint4 high = __ldg(operand + k * 64), low = __ldg(operand + k * 64 + 32);
+#pragma unroll
         for (uint32_t n = 0; n < N / 8; n++) {
             const uint32_t *b_high = reinterpret_cast<const uint32_t *>(&columns.high[8 * n + g][16 * k + 2 * t]);
             const uint32_t *b_low = reinterpret_cast<const uint32_t *>(&columns.low[8 * n + g][16 * k + 2 * t]);
@@ -86,7 +87,7 @@ static __device__ __forceinline__ tqkvc_pair find_pair(const tqkvc_shape &shape,
 static __device__ __forceinline__ void turn_fast(float inv_freq, int32_t position, float &sine, float &cosine)
 {
     const double turns = (double)position * (double)inv_freq * 0.15915494309189535;
-    sincospif(2.0f * (float)(turns - rint(turns)), &sine, &cosine);
+    __sincosf(6.2831853f * (float)(turns - rint(turns)), &sine, &cosine); /* within +-pi: 2^-21 */
 }
 
 #endif /* TQKVC_COLUMNS_CUH */

@@ -3,12 +3,14 @@
  * Decode: attention of a few query rows over the pages of a sequence.
  *
  *     block   KV head x up to R query rows x part of the tokens ("split") of one sequence
- *     warp    a run of tiles of 64 tokens of it, with a ring of tiles of its own; no barrier inside
+ *     warp    a run of tiles of 64 tokens of it, with memory for one tile of its own; no barrier inside
  *     merge   the warps of a block in shared memory; the splits by the last block that arrives
  *     finish  sums of V times the inverse of the transform on tensor cores, mean, output
  *
- * Every byte of K and V is read once for up to R rows, by bulk copies of a section (K and V of a head
- * in a block, 2080 bytes at 4 bits and 128 channels); queries of frames add 2 % at frames of 256.
+ * Every byte of K and V is read once for up to R rows, by bulk copies of sections (1040 bytes at 4 bits
+ * and 128 channels). While a warp works on V of a tile, K of its next tile is on its way, and the
+ * reverse: 16 warps of 8 KB fill a multiprocessor of sm_90, and hide each other's latency. Two tiles a
+ * warp and 8 warps took twice the time (measured on an H100).
  */
 #include "cuda/columns.cuh"
 #include "cuda/decode_tile.cuh"
@@ -16,7 +18,6 @@
 
 namespace {
 
-constexpr uint32_t STAGES_MAX = 8;
 constexpr uint32_t ALL = 0xffffffffu;
 
 template <int D, int R> struct block_memory {
@@ -26,7 +27,7 @@ template <int D, int R> struct block_memory {
     float factors[TQKVC_SPLITS_MAX][R];
     float total[3][R];
     uint32_t is_last, pad[3];
-    uint64_t barriers[TQKVC_WARPS][STAGES_MAX];
+    uint64_t barriers[TQKVC_WARPS][2]; /* of K and of V */
     tqkvc_warp_memory<D, R> warps[TQKVC_WARPS];
 };
 
@@ -58,10 +59,11 @@ template <int D, int R> struct worker {
     const task &t;
     block_memory<D, R> &shared;
     tqkvc_warp_memory<D, R> &memory;
-    uint8_t *ring;
+    uint8_t *tile; /* sections of K, then of V */
     uint64_t *barriers;
     uint32_t lane;
-    uint32_t phases = 0; /* bit per stage */
+    uint32_t phase = 0;   /* of both barriers */
+    uint32_t all_see = 0; /* tokens that every row sees */
     tqkvc_row_state<R> rows;
 };
 
@@ -72,146 +74,203 @@ template <int D, int R> __device__ void start_rows(worker<D, R> &w)
     for (int h = 0; h < R / 4; h++) {
         const uint32_t row = w.t.row_tile * R + w.lane % 4 * (R / 4) + h;
         const int limit = (int)w.t.length - (int)w.p.frames.q_len + (int)(row / group) + 1;
-        w.rows.limit[h] = row < w.p.frames.n_rows ? max(limit, 0) : 0;
+        w.rows.limit[h] = row < w.p.frames.n_rows ? max(limit, 0) : w.t.length; /* others are not written */
         w.rows.top[h] = TQKVC_LOWEST;
         w.rows.sum[h] = w.rows.nonzero[h] = 0;
     }
+    uint32_t least = w.rows.limit[0];
+    for (int h = 1; h < R / 4; h++)
+        least = min(least, w.rows.limit[h]);
+    w.all_see = __reduce_min_sync(ALL, least);
     for (uint32_t i = w.lane; i < D * R; i += 32)
         (&w.memory.sums[0][0][0])[i] = 0;
 }
 
-/* Writes the bytes of value `whole` of channel j of row r to the column operands. */
+/* Four values of a row, as whole numbers, to the column operands; returns the sums of both bytes. */
 template <int D, int R>
-__device__ void put_query(tqkvc_warp_memory<D, R> &memory, uint32_t r, uint32_t j, int high, int low)
+__device__ int2 put_query(tqkvc_warp_memory<D, R> &memory, uint32_t r, uint32_t unit, uint32_t t, const float (&v)[4], float factor)
 {
-    const uint32_t byte = (j & 1) * 2 + (j % 16 >> 3), word = j % 8 / 2;
-    uint8_t *to_high, *to_low;
+    uint32_t high = 0, low = 0;
+    int2 sums = {0, 0};
 
-    if constexpr (R == 4) {
-        to_high = reinterpret_cast<uint8_t *>(&memory.q[0][j / 16][8 * r + word]);
-        to_low = reinterpret_cast<uint8_t *>(&memory.q[0][j / 16][8 * r + 4 + word]);
-    } else {
-        to_high = reinterpret_cast<uint8_t *>(&memory.q[0][j / 16][4 * r + word]);
-        to_low = reinterpret_cast<uint8_t *>(&memory.q[1][j / 16][4 * r + word]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int whole = __float2int_rn(v[i] * factor), upper = (whole + 128) >> 8, lower = whole - upper * 256;
+        high |= ((uint32_t)upper & 255u) << 8 * i;
+        low |= ((uint32_t)lower & 255u) << 8 * i;
+        sums.x += upper;
+        sums.y += lower;
     }
-    to_high[byte] = (uint8_t)high;
-    to_low[byte] = (uint8_t)low;
+    memory.q[0][unit][R == 4 ? 8 * r + t : 4 * r + t] = high;
+    memory.q[R == 4 ? 0 : 1][unit][R == 4 ? 8 * r + 4 + t : 4 * r + t] = low;
+    return sums;
 }
 
-/* Makes the queries of a frame for the widths of a tier: times the steps, as whole numbers. */
-template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t frame, uint64_t widths)
-{
-    constexpr int N = D / 32; /* channels of a lane */
-    const tqkvc_frames &f = w.p.frames;
-    const size_t place = ((size_t)(w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_frames + frame) * f.n_rows;
-    const uint32_t bits = unit_width(widths, w.lane * N / 16);
-    const float step = w.shared.steps[bits];
+/* Channels of a lane in a column operand (lookup.cuh) of n units, times the step of each. */
+template <int D> struct query_part {
+    static constexpr int N = (D + 127) / 128; /* words of a lane */
+    float v[N][4];
 
-    __syncwarp();
-    for (uint32_t r = 0; r < R; r++) {
-        const uint32_t row = w.t.row_tile * R + r;
-        float v[N], largest = 0;
-        for (int i = 0; i < N; i++) {
-            v[i] = row < f.n_rows ? __ldcg(f.coded + (place + row) * D + w.lane * N + i) * step : 0.0f;
-            largest = fmaxf(largest, fabsf(v[i]));
-        }
-        largest = __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(largest)));
-        const float factor = largest > 0 ? TQKVC_Q_MAX / largest : 0.0f;
-        int high_sum = 0, low_sum = 0;
-        for (int i = 0; i < N; i++) {
-            const int whole = __float2int_rn(v[i] * factor), high = (whole + 128) >> 8, low = whole - high * 256;
-            put_query<D, R>(w.memory, r, w.lane * N + i, high, low);
-            high_sum += tqkvc_is_shifted(bits) ? high : 0;
-            low_sum += tqkvc_is_shifted(bits) ? low : 0;
-        }
-        high_sum = __reduce_add_sync(ALL, high_sum);
-        low_sum = __reduce_add_sync(ALL, low_sum);
-        const float mean = row < f.n_rows ? __ldcg(f.q_mean + place + row) : 0.0f;
-        for (int h = 0; h < R / 4; h++) {
-            if (w.lane % 4 * (R / 4) + h == r) {
-                w.rows.q_factor[h] = largest / TQKVC_Q_MAX * w.p.scale_log2;
-                w.rows.q_mean[h] = mean * w.p.scale_log2;
-                w.rows.q_start[h][0] = high_sum;
-                w.rows.q_start[h][1] = low_sum;
-            }
-        }
-    }
-    __syncwarp();
-}
-
-/* Pages of eight tiles from `first` on, one block a lane. */
-template <int D, int R> __device__ int32_t load_pages(const worker<D, R> &w, uint32_t first)
-{
-    const uint32_t block = first * TQKVC_TILE_BLOCKS + w.lane;
-    if (block * TQKVC_BLOCK_TOKENS >= w.t.length)
-        return 0;
-    return __ldg(w.p.pages.block_table + (size_t)w.t.seq * w.p.pages.table_stride +
-                 block * TQKVC_BLOCK_TOKENS / w.p.pages.page_tokens);
-}
-
-/* Tiles [first, end) of one tier. */
-template <int D, int R> struct segment {
-    worker<D, R> &w;
-    uint32_t tier, end, n_stages, tile_bytes, slot_bytes;
-    const tqkvc_layout *layout;
-    uint32_t next; /* tile to copy */
-    uint32_t window; /* first tile of `pages` */
-    int32_t pages;
-
-    __device__ void copy_next(uint32_t stage)
+    __device__ __forceinline__ void load(const float *row, uint32_t lane)
     {
-        const uint32_t page_blocks = w.p.pages.page_tokens / TQKVC_BLOCK_TOKENS;
-        if (next >= window + 8) {
-            window = next;
-            pages = load_pages(w, window);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const uint32_t unit = min((32 * i + lane) / 4, (uint32_t)D / 16 - 1), t = lane % 4;
+            const float2 first = __ldcg(reinterpret_cast<const float2 *>(row + 16 * unit + 2 * t));
+            const float2 second = __ldcg(reinterpret_cast<const float2 *>(row + 16 * unit + 2 * t + 8));
+            v[i][0] = first.x;
+            v[i][1] = second.x;
+            v[i][2] = first.y;
+            v[i][3] = second.y;
         }
-        const uint32_t first_block = next * TQKVC_TILE_BLOCKS;
-        const uint32_t left = (w.t.length - first_block * TQKVC_BLOCK_TOKENS + TQKVC_BLOCK_TOKENS - 1) / TQKVC_BLOCK_TOKENS;
-        const uint32_t n = min(left, (uint32_t)TQKVC_TILE_BLOCKS);
-        const uint32_t i = min(w.lane, (uint32_t)TQKVC_TILE_BLOCKS - 1);
-        const int32_t page = __shfl_sync(ALL, pages, (next - window) * TQKVC_TILE_BLOCKS + i);
-        const uint8_t *source = static_cast<const uint8_t *>(w.p.pages.pool[tier]) +
-                                (size_t)page * w.p.page_bytes[tier] +
-                                (size_t)((first_block + i) % page_blocks) * w.p.frames.shape.block_bytes[tier] + layout->offset;
-        ring_copy(&w.barriers[stage], w.ring + stage * tile_bytes + i * slot_bytes, source, slot_bytes, n, w.lane);
-        next++;
     }
 };
 
+/* Makes row r of the queries from its part, for the widths of a tier: times the steps, as whole numbers. */
+template <int D, int R>
+__device__ void make_query(worker<D, R> &w, uint32_t r, query_part<D> &part, float mean, uint64_t widths)
+{
+    float largest = 0;
+    int2 sums = {0, 0};
+
+#pragma unroll
+    for (int i = 0; i < query_part<D>::N; i++) {
+        const float step = w.shared.steps[unit_width(widths, (32 * i + w.lane) / 4)];
+        for (int k = 0; k < 4; k++) {
+            part.v[i][k] *= step;
+            largest = fmaxf(largest, fabsf(part.v[i][k]));
+        }
+    }
+    largest = __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(largest)));
+    const float factor = largest > 0 ? TQKVC_Q_MAX / largest : 0.0f;
+#pragma unroll
+    for (int i = 0; i < query_part<D>::N; i++) {
+        const uint32_t unit = (32 * i + w.lane) / 4;
+        if (unit >= D / 16)
+            continue;
+        const int2 s = put_query<D, R>(w.memory, r, unit, w.lane % 4, part.v[i], factor);
+        const bool shifted = tqkvc_is_shifted((int)unit_width(widths, unit));
+        sums.x += shifted ? s.x : 0;
+        sums.y += shifted ? s.y : 0;
+    }
+    sums.x = __reduce_add_sync(ALL, sums.x);
+    sums.y = __reduce_add_sync(ALL, sums.y);
+    for (int h = 0; h < R / 4; h++) {
+        if (w.lane % 4 * (R / 4) + h == r) {
+            w.rows.q_factor[h] = largest / TQKVC_Q_MAX * w.p.scale_log2;
+            w.rows.q_mean[h] = mean * w.p.scale_log2;
+            w.rows.q_start[h][0] = sums.x;
+            w.rows.q_start[h][1] = sums.y;
+        }
+    }
+}
+
+/* The queries of a frame. Four rows are on their way at a time. */
+template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t frame, uint64_t widths)
+{
+    const tqkvc_frames &f = w.p.frames;
+    const size_t place = ((size_t)(w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_frames + frame) * f.n_rows;
+    const uint32_t first = w.t.row_tile * R, last = f.n_rows - 1; /* rows past the last one repeat it */
+    const float mean = __ldcg(f.q_mean + place + min(first + w.lane % R, last));
+
+    __syncwarp();
+#pragma unroll 1
+    for (uint32_t r = 0; r < R; r += 4) {
+        query_part<D> parts[4];
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++)
+            parts[i].load(f.coded + (place + min(first + r + i, last)) * D, w.lane);
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++)
+            make_query<D, R>(w, r + i, parts[i], __shfl_sync(ALL, mean, r + i), widths);
+    }
+    __syncwarp();
+}
+
+/* Blocks of one tier on their way into a warp's memory. */
+template <int D, int R> struct segment {
+    worker<D, R> &w;
+    const tqkvc_layout *layout;
+    uint32_t tier, end, each;            /* last block + 1, blocks of a tile: 1, 2 or 4 */
+    uint32_t bytes[2];                   /* of the sections of a block */
+    uint32_t window;                     /* block whose page lane 0 has in `pages` */
+    int32_t pages;
+    const uint8_t *source;               /* this lane's block of the next tile */
+    uint32_t n;                          /* blocks of it */
+
+    __device__ void load_pages(uint32_t first)
+    {
+        const uint32_t block = first + w.lane;
+        window = first;
+        pages = 0;
+        if (block < end)
+            pages = __ldg(w.p.pages.block_table + (size_t)w.t.seq * w.p.pages.table_stride +
+                          block * TQKVC_BLOCK_TOKENS / w.p.pages.page_tokens);
+    }
+
+    /* Copies one side of the tile at `block`; K first. */
+    __device__ void copy(uint32_t block, int side)
+    {
+        if (side == 0) {
+            const uint32_t page_blocks = w.p.pages.page_tokens / TQKVC_BLOCK_TOKENS;
+            if (block >= window + 32)
+                load_pages(block);
+            n = min(end - block, each);
+            const uint32_t mine = block + min(w.lane, n - 1);
+            const int32_t page = __shfl_sync(ALL, pages, mine - window);
+            source = static_cast<const uint8_t *>(w.p.pages.pool[tier]) + (size_t)page * w.p.page_bytes[tier] +
+                     (size_t)(mine % page_blocks) * w.p.frames.shape.block_bytes[tier] + layout->offset;
+        }
+        ring_copy(&w.barriers[side], w.tile + side * each * bytes[0] + w.lane * bytes[side], source + side * bytes[0],
+                  bytes[side], n, w.lane);
+    }
+};
+
+/* Tiles [first, end) of one tier. */
 template <int D, int R> __device__ void run_segment(worker<D, R> &w, uint32_t first, uint32_t end, uint32_t tier)
 {
     const tqkvc_shape &shape = w.p.frames.shape;
     const tqkvc_layout *layout =
         reinterpret_cast<const tqkvc_layout *>(w.p.frames.image + shape.parts.layouts) + tier * shape.n_kv_heads + w.t.g;
-    const uint32_t slot_bytes = layout->bytes[0] + layout->bytes[1], tile_bytes = slot_bytes * TQKVC_TILE_BLOCKS;
-    const uint32_t frame_tiles = w.p.frames.frame_tokens / TQKV_CUDA_TILE_TOKENS;
-    segment<D, R> s = {w, tier, end, min(w.p.ring_bytes / tile_bytes, STAGES_MAX), tile_bytes, slot_bytes, layout, first, first, load_pages(w, first)};
-    tqkvc_tile tile = {nullptr, slot_bytes, layout->bytes[0], 0, {layout->widths[0], layout->widths[1]}};
-    uint32_t stage = 0, frame = ~0u;
+    const uint32_t bytes[2] = {layout->bytes[0], layout->bytes[1]}, fit = w.p.tile_bytes / (bytes[0] + bytes[1]);
+    const uint32_t each = fit >= 4 ? 4 : fit >= 2 ? 2 : 1, frame_blocks = w.p.frames.frame_tokens / TQKVC_BLOCK_TOKENS;
+    const uint32_t n_blocks = (w.t.length + TQKVC_BLOCK_TOKENS - 1) / TQKVC_BLOCK_TOKENS;
+    segment<D, R> s = {w, layout, tier, min(end * TQKVC_TILE_BLOCKS, n_blocks), each, {bytes[0], bytes[1]}};
+    tqkvc_sections k = {w.tile, bytes[0], each, layout->widths[0]};
+    tqkvc_sections v = {w.tile + each * bytes[0], bytes[1], each, layout->widths[1]};
+    uint32_t frame = ~0u;
 
-    for (uint32_t i = 0; i < s.n_stages && s.next < end; i++)
-        s.copy_next(i);
+    s.load_pages(first * TQKVC_TILE_BLOCKS);
+    s.copy(first * TQKVC_TILE_BLOCKS, 0);
+    s.copy(first * TQKVC_TILE_BLOCKS, 1);
     wait_for_previous();
-    for (uint32_t i = first; i < end; i++) {
-        if (i / frame_tiles != frame) {
-            frame = i / frame_tiles;
-            load_queries<D, R>(w, frame, tile.widths[0]);
-        }
-        tile.blocks = w.ring + stage * tile_bytes;
-        tile.first_token = i * TQKV_CUDA_TILE_TOKENS;
-        ring_wait(&w.barriers[stage], w.phases >> stage & 1u);
-        w.phases ^= 1u << stage;
-
+#pragma unroll 1
+    for (uint32_t block = first * TQKVC_TILE_BLOCKS; block < s.end; block += each) {
+        const uint32_t token = block * TQKVC_BLOCK_TOKENS, next = block + each;
         tqkvc_product<R> products[TQKVC_TILE_BLOCKS];
         tqkvc_probabilities<R> weights;
-        score_tile<D, R>(tile, w.memory, w.shared.tables, w.rows, w.lane, products);
-        weigh_tile<R>(tile, products, w.lane, w.rows, weights);
-        add_values<D, R>(tile, weights, w.shared.tables, w.shared.steps, w.lane, w.memory);
+        uint32_t k_scales[TQKVC_TILE_BLOCKS / 2], v_scales[TQKVC_TILE_BLOCKS / 2];
 
+        k.n_blocks = v.n_blocks = min(each, s.end - block);
+        if (block / frame_blocks != frame) {
+            frame = block / frame_blocks;
+            load_queries<D, R>(w, frame, k.widths);
+        }
+        ring_wait(&w.barriers[0], w.phase);
+        k.load_scales(w.lane / 4, k_scales);
+        score_tile<D, R>(k, w.memory, w.shared.tables, w.rows, w.lane, products);
         __syncwarp();
-        if (s.next < end)
-            s.copy_next(stage);
-        stage = stage + 1 == s.n_stages ? 0 : stage + 1;
+        if (next < s.end)
+            s.copy(next, 0);
+        ring_wait(&w.barriers[1], w.phase);
+        w.phase ^= 1u;
+        v.load_scales(w.lane / 4, v_scales);
+        weigh_tile<R>(products, k_scales, v_scales, token, min(token + k.n_blocks * TQKVC_BLOCK_TOKENS, w.t.length), w.all_see,
+                      w.lane, w.rows, weights);
+        add_values<D, R>(v, weights, w.shared.tables, w.shared.steps, w.lane, w.memory);
+        __syncwarp();
+        if (next < s.end)
+            s.copy(next, 1);
     }
 }
 
@@ -274,28 +333,36 @@ template <int R> __device__ uint32_t element_channel(uint32_t i)
 }
 
 /*
- * Factors that bring n parts to one top, and the totals. get(part, what, row): top, sum, nonzero.
- * Threads below R.
+ * Factors that bring n parts to one top, and the totals. get(part, what, row): top, sum, nonzero. A
+ * warp takes every fourth row, a lane every 32nd part.
  */
 template <int R, typename GET>
 __device__ void find_factors(uint32_t n, GET &&get, float (*factors)[R], float (*total)[R])
 {
-    const uint32_t r = threadIdx.x;
-    float top = TQKVC_LOWEST, sum = 0, nonzero = 0;
+    const uint32_t lane = threadIdx.x % 32;
 
-    if (r >= R)
-        return;
-    for (uint32_t i = 0; i < n; i++)
-        top = fmaxf(top, get(i, 0, r));
-    for (uint32_t i = 0; i < n; i++) {
-        const float factor = exp2_fast(get(i, 0, r) - top);
-        factors[i][r] = factor;
-        sum += get(i, 1, r) * factor;
-        nonzero += get(i, 2, r) * factor;
+    for (uint32_t r = threadIdx.x / 32; r < R; r += TQKVC_WARPS) {
+        float top = TQKVC_LOWEST, sum = 0, nonzero = 0;
+        for (uint32_t i = lane; i < n; i += 32)
+            top = fmaxf(top, get(i, 0, r));
+        for (int d = 16; d > 0; d /= 2)
+            top = fmaxf(top, __shfl_xor_sync(ALL, top, d));
+        for (uint32_t i = lane; i < n; i += 32) {
+            const float factor = exp2_fast(get(i, 0, r) - top);
+            factors[i][r] = factor;
+            sum += get(i, 1, r) * factor;
+            nonzero += get(i, 2, r) * factor;
+        }
+        for (int d = 16; d > 0; d /= 2) {
+            sum += __shfl_xor_sync(ALL, sum, d);
+            nonzero += __shfl_xor_sync(ALL, nonzero, d);
+        }
+        if (lane == 0) {
+            total[0][r] = top;
+            total[1][r] = sum;
+            total[2][r] = nonzero;
+        }
     }
-    total[0][r] = top;
-    total[1][r] = sum;
-    total[2][r] = nonzero;
 }
 
 /* Sums of all warps to those of the first warp. */
@@ -339,18 +406,23 @@ template <int D, int R> __device__ bool merge_splits(const tqkvc_decode &p, cons
         return __ldcg(parts + (size_t)i * PART_FLOATS<D, R> + D * R + what * R + r);
     }, shared.factors, shared.total);
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < D * R; i += 32 * TQKVC_WARPS) {
-        float v = 0;
+    for (uint32_t i = 4 * threadIdx.x; i < D * R; i += 4 * 32 * TQKVC_WARPS) {
+        float v[4] = {};
 #pragma unroll 8
-        for (uint32_t s = 0; s < t.n_parts; s++)
-            v += __ldcg(parts + (size_t)s * PART_FLOATS<D, R> + i) * shared.factors[s][element_row<R>(i)];
-        sums[i] = v;
+        for (uint32_t s = 0; s < t.n_parts; s++) {
+            const float4 x = __ldcg(reinterpret_cast<const float4 *>(parts + (size_t)s * PART_FLOATS<D, R> + i));
+            v[0] += x.x * shared.factors[s][element_row<R>(i)];
+            v[1] += x.y * shared.factors[s][element_row<R>(i + 1)];
+            v[2] += x.z * shared.factors[s][element_row<R>(i + 2)];
+            v[3] += x.w * shared.factors[s][element_row<R>(i + 3)];
+        }
+        *reinterpret_cast<float4 *>(sums + i) = *reinterpret_cast<const float4 *>(v);
     }
     __syncthreads();
     return true;
 }
 
-/* out = (inverse of sums + mean nonzero) / sum. columns: where the rings were. */
+/* out = (inverse of sums + mean nonzero) / sum. columns: where the tiles were. */
 template <int D, int R>
 __device__ void finish(const tqkvc_decode &p, const task &t, block_memory<D, R> &shared, tqkvc_columns<D, 8> &columns)
 {
@@ -387,7 +459,7 @@ __device__ void finish(const tqkvc_decode &p, const task &t, block_memory<D, R> 
 }
 
 template <int D, int R>
-__global__ void __launch_bounds__(32 * TQKVC_WARPS) decode_kernel(const __grid_constant__ tqkvc_decode p)
+__global__ void __launch_bounds__(32 * TQKVC_WARPS, R == 4 ? 4 : 3) decode_kernel(const __grid_constant__ tqkvc_decode p)
 {
     extern __shared__ __align__(128) uint8_t dynamic[];
     block_memory<D, R> &shared = *reinterpret_cast<block_memory<D, R> *>(dynamic);
@@ -401,26 +473,26 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS) decode_kernel(const __grid_c
         (&shared.tables[0][0])[i] = tables->widths[i / 16].words[i % 16];
     if (threadIdx.x < 16)
         shared.steps[threadIdx.x] = threadIdx.x < TQKVC_WIDTHS ? tables->widths[threadIdx.x].step : 0.0f;
-    if (lane < STAGES_MAX)
+    if (lane < 2)
         ring_barrier_init(&shared.barriers[warp][lane]);
     __syncthreads();
 
-    uint8_t *rings = dynamic + sizeof(block_memory<D, R>);
-    worker<D, R> w = {p, t, shared, shared.warps[warp], rings + warp * p.ring_bytes, shared.barriers[warp], lane};
+    uint8_t *tiles = dynamic + sizeof(block_memory<D, R>);
+    worker<D, R> w = {p, t, shared, shared.warps[warp], tiles + warp * p.tile_bytes, shared.barriers[warp], lane};
     run_tiles(w);
     __syncthreads();
     merge_warps(shared);
     if (t.n_parts == 1 || merge_splits(p, t, shared))
-        finish(p, t, shared, *reinterpret_cast<tqkvc_columns<D, 8> *>(rings));
+        finish(p, t, shared, *reinterpret_cast<tqkvc_columns<D, 8> *>(tiles));
 }
 
 template <int D, int R> tqkv_status launch(const tqkvc_decode &p, cudaStream_t stream)
 {
-    const size_t bytes = tqkvc_decode_shared_bytes(D, R, p.ring_bytes);
+    const size_t bytes = tqkvc_decode_shared_bytes(D, R, p.tile_bytes);
     cudaLaunchAttribute beside = {};
     cudaLaunchConfig_t config = {};
 
-    static_assert(sizeof(block_memory<D, R>) % 16 == 0, "rings are 16-aligned");
+    static_assert(sizeof(block_memory<D, R>) % 16 == 0, "tiles are 16-aligned");
     if (cudaFuncSetAttribute(decode_kernel<D, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) != cudaSuccess) {
         (void)cudaGetLastError();
         return TQKV_ERR_UNSUPPORTED;
@@ -445,12 +517,12 @@ template <int D> size_t shared_bytes(uint32_t rows_per_tile)
 
 } // namespace
 
-extern "C" size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t ring_bytes)
+extern "C" size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t tile_bytes)
 {
     const size_t fixed = dim == 64    ? shared_bytes<64>(rows_per_tile)
                          : dim == 128 ? shared_bytes<128>(rows_per_tile)
                                       : shared_bytes<256>(rows_per_tile);
-    return fixed + TQKVC_WARPS * (size_t)ring_bytes;
+    return fixed + TQKVC_WARPS * (size_t)tile_bytes;
 }
 
 extern "C" tqkv_status tqkvc_launch_decode(const tqkvc_decode *decode, void *stream)

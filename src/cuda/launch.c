@@ -8,7 +8,6 @@
 
 #define SHARED_BYTES_MAX (227u * 1024u) /* of a block on sm_90; smaller devices say so themselves */
 #define SHARED_BYTES_RESERVED 1024u     /* beside what a block asks for */
-#define RING_STAGES 3                   /* tiles in flight or at work in a warp, of the last tier */
 #define BLOCKS_WANTED 3                 /* blocks for each that runs at a time, so that the end is ragged little */
 #define LOG2_E 1.44269504f
 #define SEQUENCES_MAX 65535u /* of a grid's third dimension */
@@ -42,7 +41,7 @@ static uint32_t page_bytes(const tqkvc_shape *shape, uint32_t tier, uint32_t pag
 
 /* How decode is cut for given sizes: the same for the workspace and the launch. */
 typedef struct decode_plan {
-    uint32_t n_rows, rows_per_tile, n_row_tiles, n_frames, frame_tokens, ring_bytes, n_splits;
+    uint32_t n_rows, rows_per_tile, n_row_tiles, n_frames, frame_tokens, tile_bytes, n_splits;
     size_t coded_bytes, mean_bytes, parts_bytes, arrivals_bytes;
 } decode_plan;
 
@@ -57,24 +56,32 @@ static uint32_t device_attribute(enum cudaDeviceAttr attribute)
     return (uint32_t)value;
 }
 
-/* Room for RING_STAGES tiles of the last tier, and for one tile of every other. */
-static uint32_t choose_ring(const tqkvc_shape *shape)
+/*
+ * A tile of the last tier, or as many of its blocks as leave room for the rest; at least one block of
+ * any tier. Tiers that have no room for four blocks take two or one at a time.
+ */
+static uint32_t choose_tile_bytes(const tqkvc_shape *shape, uint32_t rows_per_tile)
 {
-    uint32_t bytes = RING_STAGES * TQKVC_TILE_BLOCKS * shape->section_bytes_max[shape->n_tiers - 1];
+    const size_t fixed = tqkvc_decode_shared_bytes(shape->dim, rows_per_tile, 0);
+    const uint32_t room = (uint32_t)(SHARED_BYTES_MAX - fixed) / TQKVC_WARPS;
+    const uint32_t columns = 2 * 8 * (shape->dim + 8) * 2; /* that the end puts there */
+    uint32_t n_blocks = TQKVC_TILE_BLOCKS, bytes = div_up(columns, TQKVC_WARPS * 16) * 16;
 
+    while (n_blocks > 1 && n_blocks * shape->section_bytes_max[shape->n_tiers - 1] > room)
+        n_blocks /= 2;
     for (uint32_t tier = 0; tier < shape->n_tiers; tier++) {
-        const uint32_t tile = TQKVC_TILE_BLOCKS * shape->section_bytes_max[tier];
+        const uint32_t n = tier == shape->n_tiers - 1 ? n_blocks : 1;
+        const uint32_t tile = n * shape->section_bytes_max[tier];
         bytes = tile > bytes ? tile : bytes;
     }
-    const uint32_t columns = 2 * 8 * (shape->dim + 8) * 2; /* that the end puts there */
-    return bytes * TQKVC_WARPS > columns ? bytes : div_up(columns, TQKVC_WARPS * 16) * 16;
+    return bytes;
 }
 
 static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan, uint32_t n_seqs, uint32_t max_tokens)
 {
     const uint32_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
     const uint32_t sm_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    const size_t bytes = tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->ring_bytes) + SHARED_BYTES_RESERVED;
+    const size_t bytes = tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes) + SHARED_BYTES_RESERVED;
     uint32_t per_sm = (uint32_t)(sm_bytes / bytes);
     const uint32_t by_registers = plan->rows_per_tile == 4 ? 4 : 3;
 
@@ -106,7 +113,7 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
     /* Without RoPE every base is the same. */
     plan->frame_tokens = shape->n_rot == 0 ? 1u << 30 : shape->frame_tokens;
     plan->n_frames = div_up(max_tokens, plan->frame_tokens);
-    plan->ring_bytes = choose_ring(shape);
+    plan->tile_bytes = choose_tile_bytes(shape, plan->rows_per_tile);
     plan->n_splits = choose_splits(shape, plan, n_seqs, max_tokens);
 
     const size_t heads = (size_t)n_seqs * shape->n_kv_heads, rows = heads * plan->n_frames * plan->n_rows;
@@ -115,7 +122,7 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
     plan->mean_bytes = aligned(rows * sizeof(float));
     plan->parts_bytes = aligned(heads * plan->n_row_tiles * plan->n_splits * part_floats * sizeof(float));
     plan->arrivals_bytes = aligned(heads * plan->n_row_tiles * sizeof(uint32_t));
-    return tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->ring_bytes) <= SHARED_BYTES_MAX;
+    return tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes) <= SHARED_BYTES_MAX;
 }
 
 size_t tqkv_cuda_decode_bytes(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t q_len, uint32_t max_tokens)
@@ -153,7 +160,7 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image, co
                       .lse = args->lse,
                       .n_splits = plan.n_splits,
                       .rows_per_tile = plan.rows_per_tile,
-                      .ring_bytes = plan.ring_bytes,
+                      .tile_bytes = plan.tile_bytes,
                       .scale_log2 = args->scale * LOG2_E};
     p.arrivals = (uint32_t *)(void *)next;
     next += plan.arrivals_bytes;

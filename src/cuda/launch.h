@@ -36,7 +36,7 @@ typedef struct tqkvc_decode {
     float *parts;       /* [n_seqs][n_kv_heads][row tiles][n_splits][part floats] */
     uint32_t *arrivals; /* [n_seqs][n_kv_heads][row tiles], zero between calls */
     uint32_t n_splits, rows_per_tile; /* 4 or 8 */
-    uint32_t ring_bytes;              /* of one warp */
+    uint32_t tile_bytes;              /* of one warp */
     float scale_log2;                 /* scale * log2(e) */
 } tqkvc_decode;
 
@@ -58,7 +58,7 @@ tqkv_status tqkvc_launch_frames(const tqkvc_frames *frames, void *stream);
 /* Behind tqkvc_launch_frames in the same stream. */
 tqkv_status tqkvc_launch_decode(const tqkvc_decode *decode, void *stream);
 /* Bytes of shared memory of a block of decode. */
-size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t ring_bytes);
+size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t tile_bytes);
 tqkv_status tqkvc_launch_store(const tqkvc_store *store, void *stream);
 tqkv_status tqkvc_launch_unpack(const tqkvc_unpack *unpack, void *stream);
 tqkv_status tqkvc_launch_merge(void *out_a, float *lse_a, const void *out_b, const float *lse_b,

@@ -39,15 +39,16 @@ static constexpr __host__ __device__ bool tqkvc_is_shifted(int bits)
 }
 
 template <int BITS> struct tqkvc_table {
-    static constexpr int n_words = BITS <= 3 ? 2 : 1 << (BITS - 2); /* 8 bits: none is read */
-    uint32_t words[BITS == 8 ? 1 : n_words];
+    static constexpr int n_words = BITS <= 3 ? 2 : 1 << (BITS - 2); /* widths 0 and 8 read none */
+    __align__(8) uint32_t words[BITS == 8 ? 2 : n_words];
 
     /* shared: [16] words of this width, 16-aligned. */
     __device__ __forceinline__ void load(const uint32_t *shared)
     {
-        if constexpr (BITS != 8)
-            for (int i = 0; i < n_words; i++)
-                words[i] = shared[i];
+        if constexpr (BITS != 0 && BITS != 8)
+#pragma unroll
+            for (int i = 0; i < n_words; i += 2)
+                *reinterpret_cast<uint2 *>(words + i) = *reinterpret_cast<const uint2 *>(shared + i);
     }
 
     __device__ __forceinline__ uint32_t part(int i, uint32_t selectors) const
@@ -140,11 +141,11 @@ static __device__ __forceinline__ void k_levels(const uint8_t *unit, uint32_t g,
         } else if constexpr (BITS == 8) {
             for (int i = 0; i < 2; i++)
                 out.negative[i] = (spread_nibbles(c[i].low) | spread_nibbles(load_u16(word + 128 + 4 * i)) << 4) ^ 0x80808080u;
-            return;
         }
     }
-    for (int i = 0; i < 2; i++)
-        table.find(c[i], out.negative[i], out.positive[i]);
+    if constexpr (BITS != 8)
+        for (int i = 0; i < 2; i++)
+            table.find(c[i], out.negative[i], out.positive[i]);
 }
 
 static __device__ __forceinline__ uint32_t v_plane2(const uint8_t *plane, uint32_t g, uint32_t t)
@@ -205,7 +206,7 @@ template <int BITS> struct tqkvc_bits {
     static constexpr int value = BITS;
 };
 
-/* body(tqkvc_bits) for a width known at run time, the same in all lanes. Nothing for width 0. */
+/* body(tqkvc_bits) for a width known at run time, the same in all lanes. */
 template <typename BODY> static __device__ __forceinline__ void with_width(uint32_t bits, BODY &&body)
 {
     switch (bits) {
@@ -224,7 +225,7 @@ template <typename BODY> static __device__ __forceinline__ void with_width(uint3
     case 8:
         return body(tqkvc_bits<8>());
     default:
-        return;
+        return body(tqkvc_bits<0>());
     }
 }
 
