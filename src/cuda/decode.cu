@@ -39,10 +39,10 @@ struct task {
     uint32_t seq, g, row_tile, split, length, first_tile, end_tile, n_parts;
 };
 
-__device__ task find_task(const tqkvc_decode &p, uint32_t rows_per_tile)
+__device__ task find_task(const tqkvc_decode &p)
 {
-    const uint32_t n_row_tiles = (p.frames.n_rows + rows_per_tile - 1) / rows_per_tile;
-    task t = {.seq = blockIdx.z, .g = blockIdx.y / n_row_tiles, .row_tile = blockIdx.y % n_row_tiles, .split = blockIdx.x};
+    const uint32_t n = p.frames.n_row_tiles;
+    task t = {.seq = blockIdx.z, .g = blockIdx.y / n, .row_tile = blockIdx.y % n, .split = blockIdx.x};
     t.length = max(p.frames.seq_lens[t.seq], 0);
     const uint32_t n_tiles = (t.length + TQKV_CUDA_TILE_TOKENS - 1) / TQKV_CUDA_TILE_TOKENS;
     const uint32_t each = (n_tiles + p.n_splits - 1) / p.n_splits;
@@ -86,103 +86,29 @@ template <int D, int R> __device__ void start_rows(worker<D, R> &w)
         (&w.memory.sums[0][0][0])[i] = 0;
 }
 
-/* Four values of a row, as whole numbers, to the column operands; returns the sums of both bytes. */
-template <int D, int R>
-__device__ int2 put_query(tqkvc_warp_memory<D, R> &memory, uint32_t r, uint32_t unit, uint32_t t, const float (&v)[4], float factor)
+/* The queries of a frame, for a tier. */
+template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t frame, uint32_t tier)
 {
-    uint32_t high = 0, low = 0;
-    int2 sums = {0, 0};
-
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int whole = __float2int_rn(v[i] * factor), upper = (whole + 128) >> 8, lower = whole - upper * 256;
-        high |= ((uint32_t)upper & 255u) << 8 * i;
-        low |= ((uint32_t)lower & 255u) << 8 * i;
-        sums.x += upper;
-        sums.y += lower;
-    }
-    memory.q[0][unit][R == 4 ? 8 * r + t : 4 * r + t] = high;
-    memory.q[R == 4 ? 0 : 1][unit][R == 4 ? 8 * r + 4 + t : 4 * r + t] = low;
-    return sums;
-}
-
-/* Channels of a lane in a column operand (lookup.cuh) of n units, times the step of each. */
-template <int D> struct query_part {
-    static constexpr int N = (D + 127) / 128; /* words of a lane */
-    float v[N][4];
-
-    __device__ __forceinline__ void load(const float *row, uint32_t lane)
-    {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const uint32_t unit = min((32 * i + lane) / 4, (uint32_t)D / 16 - 1), t = lane % 4;
-            const float2 first = __ldcg(reinterpret_cast<const float2 *>(row + 16 * unit + 2 * t));
-            const float2 second = __ldcg(reinterpret_cast<const float2 *>(row + 16 * unit + 2 * t + 8));
-            v[i][0] = first.x;
-            v[i][1] = second.x;
-            v[i][2] = first.y;
-            v[i][3] = second.y;
-        }
-    }
-};
-
-/* Makes row r of the queries from its part, for the widths of a tier: times the steps, as whole numbers. */
-template <int D, int R>
-__device__ void make_query(worker<D, R> &w, uint32_t r, query_part<D> &part, float mean, uint64_t widths)
-{
-    float largest = 0;
-    int2 sums = {0, 0};
-
-#pragma unroll
-    for (int i = 0; i < query_part<D>::N; i++) {
-        const float step = w.shared.steps[unit_width(widths, (32 * i + w.lane) / 4)];
-        for (int k = 0; k < 4; k++) {
-            part.v[i][k] *= step;
-            largest = fmaxf(largest, fabsf(part.v[i][k]));
-        }
-    }
-    largest = __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(largest)));
-    const float factor = largest > 0 ? TQKVC_Q_MAX / largest : 0.0f;
-#pragma unroll
-    for (int i = 0; i < query_part<D>::N; i++) {
-        const uint32_t unit = (32 * i + w.lane) / 4;
-        if (unit >= D / 16)
-            continue;
-        const int2 s = put_query<D, R>(w.memory, r, unit, w.lane % 4, part.v[i], factor);
-        const bool shifted = tqkvc_is_shifted((int)unit_width(widths, unit));
-        sums.x += shifted ? s.x : 0;
-        sums.y += shifted ? s.y : 0;
-    }
-    sums.x = __reduce_add_sync(ALL, sums.x);
-    sums.y = __reduce_add_sync(ALL, sums.y);
-    for (int h = 0; h < R / 4; h++) {
-        if (w.lane % 4 * (R / 4) + h == r) {
-            w.rows.q_factor[h] = largest / TQKVC_Q_MAX * w.p.scale_log2;
-            w.rows.q_mean[h] = mean * w.p.scale_log2;
-            w.rows.q_start[h][0] = sums.x;
-            w.rows.q_start[h][1] = sums.y;
-        }
-    }
-}
-
-/* The queries of a frame. Four rows are on their way at a time. */
-template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t frame, uint64_t widths)
-{
+    constexpr uint32_t WORDS = sizeof(w.memory.q) / 16;
     const tqkvc_frames &f = w.p.frames;
-    const size_t place = ((size_t)(w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_frames + frame) * f.n_rows;
-    const uint32_t first = w.t.row_tile * R, last = f.n_rows - 1; /* rows past the last one repeat it */
-    const float mean = __ldcg(f.q_mean + place + min(first + w.lane % R, last));
+    const size_t place = ((size_t)(w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_frames + frame) * f.shape.n_tiers + tier;
+    const size_t at = place * f.n_row_tiles + w.t.row_tile;
+    const uint4 *operands = reinterpret_cast<const uint4 *>(f.operands) + at * WORDS;
+    const uint4 *rows = reinterpret_cast<const uint4 *>(f.rows) + at * R;
+    uint4 *q = reinterpret_cast<uint4 *>(&w.memory.q[0][0][0]);
 
     __syncwarp();
-#pragma unroll 1
-    for (uint32_t r = 0; r < R; r += 4) {
-        query_part<D> parts[4];
 #pragma unroll
-        for (uint32_t i = 0; i < 4; i++)
-            parts[i].load(f.coded + (place + min(first + r + i, last)) * D, w.lane);
-#pragma unroll
-        for (uint32_t i = 0; i < 4; i++)
-            make_query<D, R>(w, r + i, parts[i], __shfl_sync(ALL, mean, r + i), widths);
+    for (uint32_t i = 0; i < (WORDS + 31) / 32; i++)
+        if (32 * i + w.lane < WORDS)
+            q[32 * i + w.lane] = __ldcg(operands + 32 * i + w.lane);
+    for (uint32_t h = 0; h < R / 4; h++) {
+        const uint32_t r = w.lane % 4 * (R / 4) + h;
+        const uint4 row = w.t.row_tile * R + r < f.n_rows ? __ldcg(rows + r) : make_uint4(0, 0, 0, 0);
+        w.rows.q_factor[h] = __uint_as_float(row.x) * w.p.scale_log2;
+        w.rows.q_mean[h] = __uint_as_float(row.y) * w.p.scale_log2;
+        w.rows.q_start[h][0] = (int)row.z;
+        w.rows.q_start[h][1] = (int)row.w;
     }
     __syncwarp();
 }
@@ -194,18 +120,24 @@ template <int D, int R> struct segment {
     uint32_t tier, end, each;            /* last block + 1, blocks of a tile: 1, 2 or 4 */
     uint32_t bytes[2];                   /* of the sections of a block */
     uint32_t window;                     /* block whose page lane 0 has in `pages` */
-    int32_t pages;
+    int32_t pages, next_pages;           /* of this window of 32 blocks and the next */
     const uint8_t *source;               /* this lane's block of the next tile */
     uint32_t n;                          /* blocks of it */
 
-    __device__ void load_pages(uint32_t first)
+    __device__ int32_t load_pages(uint32_t first) const
     {
         const uint32_t block = first + w.lane;
+        if (block >= end)
+            return 0;
+        return __ldg(w.p.pages.block_table + (size_t)w.t.seq * w.p.pages.table_stride +
+                     block * TQKVC_BLOCK_TOKENS / w.p.pages.page_tokens);
+    }
+
+    __device__ void start(uint32_t first)
+    {
         window = first;
-        pages = 0;
-        if (block < end)
-            pages = __ldg(w.p.pages.block_table + (size_t)w.t.seq * w.p.pages.table_stride +
-                          block * TQKVC_BLOCK_TOKENS / w.p.pages.page_tokens);
+        pages = load_pages(first);
+        next_pages = load_pages(first + 32);
     }
 
     /* Copies one side of the tile at `block`; K first. */
@@ -213,8 +145,11 @@ template <int D, int R> struct segment {
     {
         if (side == 0) {
             const uint32_t page_blocks = w.p.pages.page_tokens / TQKVC_BLOCK_TOKENS;
-            if (block >= window + 32)
-                load_pages(block);
+            if (block >= window + 32) {
+                window += 32;
+                pages = next_pages;
+                next_pages = load_pages(window + 32);
+            }
             n = min(end - block, each);
             const uint32_t mine = block + min(w.lane, n - 1);
             const int32_t page = __shfl_sync(ALL, pages, mine - window);
@@ -240,7 +175,7 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, uint32_t fi
     tqkvc_sections v = {w.tile + each * bytes[0], bytes[1], each, layout->widths[1]};
     uint32_t frame = ~0u;
 
-    s.load_pages(first * TQKVC_TILE_BLOCKS);
+    s.start(first * TQKVC_TILE_BLOCKS);
     s.copy(first * TQKVC_TILE_BLOCKS, 0);
     s.copy(first * TQKVC_TILE_BLOCKS, 1);
     wait_for_previous();
@@ -254,7 +189,7 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, uint32_t fi
         k.n_blocks = v.n_blocks = min(each, s.end - block);
         if (block / frame_blocks != frame) {
             frame = block / frame_blocks;
-            load_queries<D, R>(w, frame, k.widths);
+            load_queries<D, R>(w, frame, tier);
         }
         ring_wait(&w.barriers[0], w.phase);
         k.load_scales(w.lane / 4, k_scales);
@@ -465,7 +400,7 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, R == 4 ? 4 : 3) decode_kerne
     block_memory<D, R> &shared = *reinterpret_cast<block_memory<D, R> *>(dynamic);
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const tqkvc_tables *tables = reinterpret_cast<const tqkvc_tables *>(p.frames.image);
-    const task t = find_task(p, R);
+    const task t = find_task(p);
 
     if (t.split >= t.n_parts)
         return;
@@ -499,7 +434,7 @@ template <int D, int R> tqkv_status launch(const tqkvc_decode &p, cudaStream_t s
     }
     beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     beside.val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = dim3(p.n_splits, p.frames.shape.n_kv_heads * ((p.frames.n_rows + R - 1) / R), p.frames.n_seqs);
+    config.gridDim = dim3(p.n_splits, p.frames.shape.n_kv_heads * p.frames.n_row_tiles, p.frames.n_seqs);
     config.blockDim = dim3(32 * TQKVC_WARPS);
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
@@ -528,7 +463,7 @@ extern "C" size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile
 extern "C" tqkv_status tqkvc_launch_decode(const tqkvc_decode *decode, void *stream)
 {
     const cudaStream_t s = static_cast<cudaStream_t>(stream);
-    const bool few = decode->rows_per_tile == 4;
+    const bool few = decode->frames.rows_per_tile == 4;
 
     switch (decode->frames.shape.dim) {
     case 64:

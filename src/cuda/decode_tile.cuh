@@ -17,8 +17,8 @@
 
 #include "cuda/launch.h"
 #include "cuda/lookup.cuh"
+#include "cuda/query.cuh"
 
-constexpr float TQKVC_Q_MAX = 32512.0f;  /* the high byte stays within +-127 */
 constexpr float TQKVC_P_MAX = 65535.0f;
 constexpr float TQKVC_LOWEST = -1e30f;   /* instead of -inf, of which differences are NaN */
 constexpr uint32_t TQKVC_MAGIC = 0x4b000000u; /* 2^23: adding it leaves a whole number in the low bits */
@@ -26,7 +26,7 @@ constexpr uint32_t TQKVC_MAGIC = 0x4b000000u; /* 2^23: adding it leaves a whole 
 /* Shared memory of a warp besides its tile. */
 template <int D, int R> struct tqkvc_warp_memory {
     float sums[D / 16][32][R / 2]; /* of V: [unit][lane][channel g or g + 8, row] */
-    uint32_t q[R / 4][D / 16][32]; /* column operands: R = 8 has high bytes, then low bytes */
+    __align__(16) uint32_t q[R / 4][D / 16][32]; /* column operands; see query.cuh */
 };
 
 template <int R> struct tqkvc_row_state {
@@ -56,11 +56,6 @@ struct tqkvc_sections {
             out[b / 2] = load_u16(first + offset(b) + 2 * g) | load_u16(first + offset(b + 1) + 2 * g) << 16;
     }
 };
-
-static __device__ __forceinline__ uint32_t unit_width(uint64_t widths, uint32_t unit)
-{
-    return (uint32_t)(widths >> (4 * unit)) & 15u;
-}
 
 /* body(tqkvc_bits, first unit, number of units) for each run of units of one width. */
 template <int N, typename BODY> static __device__ __forceinline__ void for_runs(uint64_t widths, BODY &&body)
@@ -199,12 +194,15 @@ static __device__ __forceinline__ void weigh_row(const tqkvc_product<R> (&produc
             const float e = exp2_fast(z[b][i] - top);
             const float share = e * exp2_fast(-v_log[b][i]);
             sum += share;
-            nonzero += on ? share : 0.0f;
+            if (CHECKED)
+                nonzero += on ? share : 0.0f;
             p[i] = __float_as_uint(fmaf(on ? e : 0.0f, TQKVC_P_MAX, __uint_as_float(TQKVC_MAGIC)));
             whole += p[i];
         }
         out.packed[b][h] = permute(p[0], p[1], 0x5410u);
     }
+    if (!CHECKED)
+        nonzero = sum;
     whole -= 2 * TQKVC_TILE_BLOCKS * TQKVC_MAGIC;
     for (int i = 4; i < 32; i *= 2)
         whole += __shfl_xor_sync(0xffffffffu, whole, i);

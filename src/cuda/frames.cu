@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Queries of frames: q' = inverse R(-base) q for every frame of a sequence, and (R(-base) q).mean.
+ * Queries of frames: q' = inverse R(-base) q for every frame of a sequence, as whole numbers.
  *
- * A block takes N = 8 or 32 columns, (frame, row) pairs of one sequence and KV head: turns them into shared
- * memory as two f16 each, then multiplies them with the matrix of the head on tensor cores. For 32
- * heads of 128 channels, 4096 tokens in frames of 256 are 512 columns, 17 MFLOP with both halves:
- * 2 % of the time of attention at 4 bits. It is a kernel of its own because 32 columns share a read
+ * A block takes N = 8 or 32 columns, (frame, row) pairs of one sequence and KV head: turns them into
+ * shared memory as two f16 each, multiplies them with the matrix of the head on tensor cores, and
+ * writes operands for the tiers of the frame. It is a kernel of its own because 32 columns share a read
  * of the matrix; decode starts beside it and reads its first tiles meanwhile. With few columns, 8 to a
  * block take less time.
  */
 #include "cuda/columns.cuh"
 #include "cuda/launch.h"
+#include "cuda/query.cuh"
 #include "cuda/ring.cuh"
 
 namespace {
@@ -29,76 +29,140 @@ __device__ float max_lanes(float v)
     return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(v))); /* v >= 0 */
 }
 
-/* Turns the query of one column and puts it there, divided by what is returned. */
+/* Turns of the pairs of a lane for one frame. */
+template <int D> struct turns {
+    uint32_t frame = ~0u;
+    float sine[D / 64], cosine[D / 64];
+
+    __device__ void set(const tqkvc_frames &p, uint32_t new_frame, uint32_t lane)
+    {
+        const float *inv_freq = reinterpret_cast<const float *>(p.image + p.shape.parts.inv_freq);
+        if (frame == new_frame)
+            return;
+        frame = new_frame;
+#pragma unroll
+        for (int i = 0; i < D / 64; i++) {
+            sine[i] = 0;
+            cosine[i] = 1;
+            if (32 * i + lane < p.shape.n_rot / 2)
+                turn_fast(inv_freq[32 * i + lane], (int32_t)(frame * p.frame_tokens), sine[i], cosine[i]);
+        }
+    }
+};
+
+/* Turns the query of one row and puts it into a column, divided by what is returned. */
 template <int D, int N>
-__device__ float load_column(const tqkvc_frames &p, uint32_t seq, uint32_t g, uint32_t frame, uint32_t row,
-                             uint32_t column, uint32_t lane, tqkvc_columns<D, N> &columns, float *q_mean)
+__device__ float load_column(const tqkvc_frames &p, uint32_t g, uint32_t row, const turns<D> &turn, uint32_t column,
+                             uint32_t lane, tqkvc_columns<D, N> &columns, float *q_mean)
 {
     const uint32_t group = p.shape.n_heads / p.shape.n_kv_heads;
-    const size_t q = ((size_t)(seq * p.q_len + row / group) * p.shape.n_heads + g * group + row % group) * D;
-    const float *inv_freq = reinterpret_cast<const float *>(p.image + p.shape.parts.inv_freq);
+    const size_t q = ((size_t)(blockIdx.z * p.q_len + row / group) * p.shape.n_heads + g * group + row % group) * D;
     const float *mean = reinterpret_cast<const float *>(p.image + p.shape.parts.mean[0]) + g * D;
     float a[D / 64], b[D / 64], dot = 0, largest = 0;
 
+#pragma unroll
     for (int i = 0; i < D / 64; i++) {
         const tqkvc_pair pair = find_pair(p.shape, 32 * i + lane);
         const float x = load_value(p.q, q + pair.a, p.type), y = load_value(p.q, q + pair.b, p.type);
-        float sine = 0, cosine = 1;
-        if (pair.turns)
-            turn_fast(inv_freq[32 * i + lane], (int32_t)(frame * p.frame_tokens), sine, cosine);
-        a[i] = x * cosine + y * sine; /* by -base */
-        b[i] = y * cosine - x * sine;
+        a[i] = x * turn.cosine[i] + y * turn.sine[i]; /* by -base */
+        b[i] = y * turn.cosine[i] - x * turn.sine[i];
         dot += a[i] * mean[pair.a] + b[i] * mean[pair.b];
         largest = fmaxf(largest, fmaxf(fabsf(a[i]), fabsf(b[i])));
     }
     *q_mean = sum_lanes(dot);
     largest = fmaxf(max_lanes(largest), 1e-30f);
+    const float inverse = 1.0f / largest;
+#pragma unroll
     for (int i = 0; i < D / 64; i++) {
         const tqkvc_pair pair = find_pair(p.shape, 32 * i + lane);
-        columns.set(column, pair.a, a[i] / largest);
-        columns.set(column, pair.b, b[i] / largest);
+        columns.set(column, pair.a, a[i] * inverse);
+        columns.set(column, pair.b, b[i] * inverse);
     }
     return largest;
+}
+
+/* Bit per tier that has tokens of the frame. */
+__device__ uint32_t tiers_of(const tqkvc_frames &p, uint32_t frame, uint32_t length, uint32_t lane)
+{
+    const uint32_t each = p.frame_tokens / TQKV_CUDA_TILE_TOKENS;
+    const uint32_t n = min((frame + 1) * each, (length + TQKV_CUDA_TILE_TOKENS - 1) / TQKV_CUDA_TILE_TOKENS);
+    uint32_t found = 0;
+
+    if (!p.tiers)
+        return 1u << (p.shape.n_tiers - 1);
+    for (uint32_t i = frame * each + lane; i < n; i += 32)
+        found |= 1u << p.tiers[(size_t)blockIdx.z * p.tiers_stride + i];
+    return __reduce_or_sync(0xffffffffu, found);
+}
+
+/* Operands of one column for the tiers of its frame. product: [D]. */
+template <int D>
+__device__ void write_column(const tqkvc_frames &p, uint32_t g, uint32_t frame, uint32_t row, uint32_t length, const float *product,
+                             float factor, float q_mean, uint32_t lane)
+{
+    const tqkvc_layout *layouts = reinterpret_cast<const tqkvc_layout *>(p.image + p.shape.parts.layouts);
+    const tqkvc_tables *tables = reinterpret_cast<const tqkvc_tables *>(p.image);
+    const size_t place = ((size_t)blockIdx.z * p.shape.n_kv_heads + g) * p.n_frames + frame;
+    const uint32_t tile = row / p.rows_per_tile, r = row % p.rows_per_tile;
+
+    for (uint32_t left = tiers_of(p, frame, length, lane); left != 0; left &= left - 1) {
+        const uint32_t tier = __ffs(left) - 1;
+        const size_t at = (place * p.shape.n_tiers + tier) * p.n_row_tiles + tile;
+        tqkvc_query_row out = make_query<D>(product, layouts[tier * p.shape.n_kv_heads + g].widths[0], *tables, p.rows_per_tile, r,
+                                            lane, p.operands + at * (p.rows_per_tile / 4) * D * 2);
+        out.factor *= factor;
+        out.mean = q_mean;
+        if (lane == 0)
+            p.rows[at * p.rows_per_tile + r] = out;
+    }
 }
 
 template <int D, int N>
 __global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_constant__ tqkvc_frames p)
 {
-    __shared__ tqkvc_columns<D, N> columns;
-    __shared__ float factor[N];
-    const uint32_t g = blockIdx.y, seq = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t length = max(p.seq_lens[seq], 0);
+    constexpr uint32_t EACH = N / N_WARPS; /* columns of a warp: neighbours, which mostly share a frame */
+    __shared__ union {
+        tqkvc_columns<D, N> columns;
+        float products[N][D + 4];
+    } memory;
+    const uint32_t g = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t length = max(p.seq_lens[blockIdx.z], 0);
     const uint32_t n_frames = (length + p.frame_tokens - 1) / p.frame_tokens;
-    const uint32_t n = min(n_frames, p.n_frames) * p.n_rows, first = blockIdx.x * N;
-    const size_t place = (size_t)(seq * p.shape.n_kv_heads + g) * p.n_frames * p.n_rows;
+    const uint32_t n = min(n_frames, p.n_frames) * p.n_rows, first = blockIdx.x * N + warp * EACH;
+    float factor[EACH], q_mean[EACH], c[(D / 16 + N_WARPS - 1) / N_WARPS][N / 8][4];
+    turns<D> turn;
 
     let_next_start();
-    if (first >= n)
+    if (blockIdx.x * N >= n)
         return;
-#pragma unroll 2
-    for (uint32_t i = warp; i < N; i += N_WARPS) {
+#pragma unroll
+    for (uint32_t i = 0; i < EACH; i++) {
         const uint32_t column = min(first + i, n - 1); /* columns past the last repeat it */
-        float q_mean;
-        const float largest =
-            load_column<D, N>(p, seq, g, column / p.n_rows, column % p.n_rows, i, lane, columns, &q_mean);
-        if (lane == 0) {
-            factor[i] = largest;
-            p.q_mean[place + column] = q_mean;
-        }
+        turn.set(p, column / p.n_rows, lane);
+        factor[i] = load_column<D, N>(p, g, column % p.n_rows, turn, warp * EACH + i, lane, memory.columns, &q_mean[i]);
     }
     __syncthreads();
 
     const uint4 *matrix = reinterpret_cast<const uint4 *>(p.image + p.shape.parts.matrix[0]) + (size_t)g * D * D / 4;
     const float *row_scale = reinterpret_cast<const float *>(p.image + p.shape.parts.row_scale[0]) + g * D;
-    for (uint32_t m = warp; m < D / 16; m += N_WARPS) {
-        float c[N / 8][4];
-        multiply_columns<D, N>(matrix, m, columns, lane, c);
-        for (uint32_t i = 0; i < N / 8 * 4; i++) {
-            const uint32_t column = i / 4 * 8 + lane % 4 * 2 + i % 2, j = m * 16 + lane / 4 + i % 4 / 2 * 8;
-            if (first + column < n)
-                p.coded[(place + first + column) * D + j] = c[i / 4][i % 4] * (row_scale[j] * factor[column]);
-        }
+#pragma unroll
+    for (uint32_t m = 0; m < D / 16 / N_WARPS; m++)
+        multiply_columns<D, N>(matrix, m * N_WARPS + warp, memory.columns, lane, c[m]);
+    __syncthreads();
+#pragma unroll
+    for (uint32_t m = 0; m < D / 16 / N_WARPS; m++) {
+        const uint32_t j = (m * N_WARPS + warp) * 16 + lane / 4;
+        const float scale[2] = {row_scale[j], row_scale[j + 8]};
+#pragma unroll
+        for (uint32_t i = 0; i < N / 8 * 4; i++)
+            memory.products[i / 4 * 8 + lane % 4 * 2 + i % 2][j + i % 4 / 2 * 8] = c[m][i / 4][i % 4] * scale[i % 4 / 2];
     }
+    __syncthreads();
+#pragma unroll
+    for (uint32_t i = 0; i < EACH; i++)
+        if (first + i < n)
+            write_column<D>(p, g, (first + i) / p.n_rows, (first + i) % p.n_rows, length, memory.products[warp * EACH + i], factor[i],
+                            q_mean[i], lane);
 }
 
 /* Blocks of 8 columns while those of 32 would not fill the device. */

@@ -42,7 +42,7 @@ static uint32_t page_bytes(const tqkvc_shape *shape, uint32_t tier, uint32_t pag
 /* How decode is cut for given sizes: the same for the workspace and the launch. */
 typedef struct decode_plan {
     uint32_t n_rows, rows_per_tile, n_row_tiles, n_frames, frame_tokens, tile_bytes, n_splits;
-    size_t coded_bytes, mean_bytes, parts_bytes, arrivals_bytes;
+    size_t operands_bytes, rows_bytes, parts_bytes, arrivals_bytes;
 } decode_plan;
 
 static uint32_t device_attribute(enum cudaDeviceAttr attribute)
@@ -116,10 +116,11 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
     plan->tile_bytes = choose_tile_bytes(shape, plan->rows_per_tile);
     plan->n_splits = choose_splits(shape, plan, n_seqs, max_tokens);
 
-    const size_t heads = (size_t)n_seqs * shape->n_kv_heads, rows = heads * plan->n_frames * plan->n_rows;
+    const size_t heads = (size_t)n_seqs * shape->n_kv_heads;
+    const size_t rows = heads * plan->n_frames * shape->n_tiers * plan->n_row_tiles * plan->rows_per_tile;
     const size_t part_floats = (size_t)(shape->dim + 3) * plan->rows_per_tile;
-    plan->coded_bytes = aligned(rows * shape->dim * sizeof(float));
-    plan->mean_bytes = aligned(rows * sizeof(float));
+    plan->operands_bytes = aligned(rows * shape->dim * sizeof(uint16_t));
+    plan->rows_bytes = aligned(rows * sizeof(tqkvc_query_row));
     plan->parts_bytes = aligned(heads * plan->n_row_tiles * plan->n_splits * part_floats * sizeof(float));
     plan->arrivals_bytes = aligned(heads * plan->n_row_tiles * sizeof(uint32_t));
     return tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes) <= SHARED_BYTES_MAX;
@@ -131,7 +132,7 @@ size_t tqkv_cuda_decode_bytes(const tqkv_cuda_layer *layer, uint32_t n_seqs, uin
 
     if (!layer || !plan_decode(layer, n_seqs, q_len, max_tokens, &plan))
         return 0;
-    return plan.arrivals_bytes + plan.coded_bytes + plan.mean_bytes + plan.parts_bytes;
+    return plan.arrivals_bytes + plan.operands_bytes + plan.rows_bytes + plan.parts_bytes;
 }
 
 tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image, const tqkv_cuda_decode_args *args, void *stream)
@@ -149,25 +150,28 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image, co
                                  .image = image,
                                  .q = args->q,
                                  .seq_lens = args->seq_lens,
+                                 .tiers = args->pages.tiers,
+                                 .tiers_stride = args->pages.tiers_stride,
                                  .n_seqs = args->n_seqs,
                                  .q_len = args->q_len,
                                  .n_rows = plan.n_rows,
                                  .n_frames = plan.n_frames,
                                  .frame_tokens = plan.frame_tokens,
+                                 .rows_per_tile = plan.rows_per_tile,
+                                 .n_row_tiles = plan.n_row_tiles,
                                  .type = args->type},
                       .pages = args->pages,
                       .out = args->out,
                       .lse = args->lse,
                       .n_splits = plan.n_splits,
-                      .rows_per_tile = plan.rows_per_tile,
                       .tile_bytes = plan.tile_bytes,
                       .scale_log2 = args->scale * LOG2_E};
     p.arrivals = (uint32_t *)(void *)next;
     next += plan.arrivals_bytes;
-    p.frames.coded = (float *)(void *)next;
-    next += plan.coded_bytes;
-    p.frames.q_mean = (float *)(void *)next;
-    next += plan.mean_bytes;
+    p.frames.operands = (uint32_t *)(void *)next;
+    next += plan.operands_bytes;
+    p.frames.rows = (tqkvc_query_row *)(void *)next;
+    next += plan.rows_bytes;
     p.parts = (float *)(void *)next;
     for (uint32_t tier = 0; tier < layer->shape.n_tiers; tier++)
         p.page_bytes[tier] = page_bytes(&layer->shape, tier, args->pages.page_tokens);

@@ -15,15 +15,28 @@ extern "C" {
 #define TQKVC_SPLITS_MAX 64 /* parts of the tokens of a sequence */
 #define TQKVC_WARPS 4       /* of a thread block of decode */
 
-/* Queries of frames: what decode multiplies with codes. Rows of a KV head: query token * group + head. */
+/* What a row of queries of a frame takes beside its operands. */
+typedef struct tqkvc_query_row {
+    float factor; /* of the whole numbers */
+    float mean;   /* turned q times mean of K */
+    int32_t high_sum, low_sum; /* of its bytes in units of shifted levels; see lookup.cuh */
+} tqkvc_query_row;
+
+/*
+ * Queries of frames: what decode multiplies with codes. Rows of a KV head (query token * group + head)
+ * are cut into tiles of 4 or 8. A frame has queries for each tier, as widths and so steps differ; only
+ * those of tiers that it has tokens in are made.
+ */
 typedef struct tqkvc_frames {
     tqkvc_shape shape;
     const uint8_t *image;
-    const void *q;            /* [n_seqs][q_len][n_heads][dim] */
-    const int32_t *seq_lens;  /* [n_seqs] */
-    float *coded;             /* [n_seqs][n_kv_heads][n_frames][n_rows][dim] out: q' */
-    float *q_mean;            /* [n_seqs][n_kv_heads][n_frames][n_rows] out: turned q times mean of K */
-    uint32_t n_seqs, q_len, n_rows, n_frames, frame_tokens;
+    const void *q;           /* [n_seqs][q_len][n_heads][dim] */
+    const int32_t *seq_lens; /* [n_seqs] */
+    const uint8_t *tiers;    /* as tqkv_cuda_pages */
+    uint32_t *operands;      /* [n_seqs][KV heads][n_frames][tiers][row tiles][rows / 4][dim / 16][32] out */
+    tqkvc_query_row *rows;   /* [n_seqs][KV heads][n_frames][tiers][row tiles][rows] out */
+    uint32_t tiers_stride, n_seqs, q_len, n_rows, n_frames, frame_tokens;
+    uint32_t rows_per_tile, n_row_tiles;
     tqkv_cuda_type type;
 } tqkvc_frames;
 
@@ -35,7 +48,7 @@ typedef struct tqkvc_decode {
     float *lse;
     float *parts;       /* [n_seqs][n_kv_heads][row tiles][n_splits][part floats] */
     uint32_t *arrivals; /* [n_seqs][n_kv_heads][row tiles], zero between calls */
-    uint32_t n_splits, rows_per_tile; /* 4 or 8 */
+    uint32_t n_splits;
     uint32_t tile_bytes;              /* of one warp */
     float scale_log2;                 /* scale * log2(e) */
 } tqkvc_decode;
