@@ -117,6 +117,10 @@ __device__ void write_column(const tqkvc_frames &p, uint32_t g, uint32_t frame, 
     }
 }
 
+/*
+ * Loops over columns are not unrolled: straight code of eight columns is read once by each warp, and
+ * fetching it took more time than running it.
+ */
 template <int D, int N>
 __global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_constant__ tqkvc_frames p)
 {
@@ -125,21 +129,27 @@ __global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_const
         tqkvc_columns<D, N> columns;
         float products[N][D + 4];
     } memory;
+    __shared__ float factors[N], q_means[N];
     const uint32_t g = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t length = max(p.seq_lens[blockIdx.z], 0);
     const uint32_t n_frames = (length + p.frame_tokens - 1) / p.frame_tokens;
-    const uint32_t n = min(n_frames, p.n_frames) * p.n_rows, first = blockIdx.x * N + warp * EACH;
-    float factor[EACH], q_mean[EACH], c[(D / 16 + N_WARPS - 1) / N_WARPS][N / 8][4];
+    const uint32_t n = min(n_frames, p.n_frames) * p.n_rows, first = blockIdx.x * N;
+    float c[D / 16 / N_WARPS][N / 8][4];
     turns<D> turn;
 
     let_next_start();
-    if (blockIdx.x * N >= n)
+    if (first >= n)
         return;
-#pragma unroll
-    for (uint32_t i = 0; i < EACH; i++) {
+#pragma unroll 1
+    for (uint32_t i = warp * EACH; i < (warp + 1) * EACH; i++) {
         const uint32_t column = min(first + i, n - 1); /* columns past the last repeat it */
         turn.set(p, column / p.n_rows, lane);
-        factor[i] = load_column<D, N>(p, g, column % p.n_rows, turn, warp * EACH + i, lane, memory.columns, &q_mean[i]);
+        float q_mean;
+        const float factor = load_column<D, N>(p, g, column % p.n_rows, turn, i, lane, memory.columns, &q_mean);
+        if (lane == 0) {
+            factors[i] = factor;
+            q_means[i] = q_mean;
+        }
     }
     __syncthreads();
 
@@ -147,7 +157,7 @@ __global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_const
     const float *row_scale = reinterpret_cast<const float *>(p.image + p.shape.parts.row_scale[0]) + g * D;
 #pragma unroll
     for (uint32_t m = 0; m < D / 16 / N_WARPS; m++)
-        multiply_columns<D, N>(matrix, m * N_WARPS + warp, memory.columns, lane, c[m]);
+        multiply_columns<D, N, N == 8 ? 8 : 2>(matrix, m * N_WARPS + warp, memory.columns, lane, c[m]);
     __syncthreads();
 #pragma unroll
     for (uint32_t m = 0; m < D / 16 / N_WARPS; m++) {
@@ -158,11 +168,9 @@ __global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_const
             memory.products[i / 4 * 8 + lane % 4 * 2 + i % 2][j + i % 4 / 2 * 8] = c[m][i / 4][i % 4] * scale[i % 4 / 2];
     }
     __syncthreads();
-#pragma unroll
-    for (uint32_t i = 0; i < EACH; i++)
-        if (first + i < n)
-            write_column<D>(p, g, (first + i) / p.n_rows, (first + i) % p.n_rows, length, memory.products[warp * EACH + i], factor[i],
-                            q_mean[i], lane);
+#pragma unroll 1
+    for (uint32_t i = warp * EACH; i < min((warp + 1) * EACH, n - first); i++)
+        write_column<D>(p, g, (first + i) / p.n_rows, (first + i) % p.n_rows, length, memory.products[i], factors[i], q_means[i], lane);
 }
 
 /* Blocks of 8 columns while those of 32 would not fill the device. */
