@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the CUDA kernels beside f16 attention on the same device and writes a table and JSON.
 
-    decode_bench.py --library build/cuda/lib/libturboquant-cuda.so [--json F] [--markdown F] [--shapes 0,2] [--flex]
+    decode_bench.py --library build/cuda/lib/libturboquant-cuda.so [--json F] [--markdown F] [--shapes 0,2] [--flex 0]
 
 KV of all launches of a timing cycle exceeds eight times L2, so that nothing is read from it. Launches
 are replayed as a graph; times are medians of 60 replays with the fastest and the slowest. Every output
@@ -123,6 +123,8 @@ class Compressed:
         """Random codes, about 2^30 at a time; scales near 1."""
         for part in self.pool.split(1 << 30):
             part.random_(0, 256)
+            if profile == "8 bits":
+                part.bitwise_or_(0x11)  # code 0 is never written
         blocks = self.pool.view(-1, block_bytes)
         at = 0
         for _ in range(self.shape[1]):
@@ -194,11 +196,18 @@ def read_kernel(x, out, n, BLOCK: tl.constexpr):
     tl.store(out + tl.program_id(0), tl.sum(total, 0))
 
 
+@triton.jit
+def copy_kernel(x, y, n, BLOCK: tl.constexpr):
+    for i in range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        tl.store(y + i + tl.arange(0, BLOCK), tl.load(x + i + tl.arange(0, BLOCK)))
+
+
 def ceilings():
-    """GB/s of a copy (read and written) and of reading alone."""
+    """GB/s of a copy (read and written; the faster of the driver's and a kernel's) and of reading alone."""
     n = 1 << 30
     x, y = torch.ones(n // 4, dtype=torch.int32, device="cuda"), torch.empty(n // 4, dtype=torch.int32, device="cuda")
-    copy = time_launches([lambda: y.copy_(x)])[0]
+    copy = min(time_launches([lambda: y.copy_(x)])[0],
+               time_launches([lambda: copy_kernel[(132 * 8,)](x, y, n // 4, 4096, num_warps=8)])[0])
     out = torch.empty(132 * 8, dtype=torch.int32, device="cuda")
     read = time_launches([lambda: read_kernel[(132 * 8,)](x, out, n // 4, 2048, num_warps=8)])[0]
     return 2 * n / copy / 1e3, n / read / 1e3
@@ -229,16 +238,25 @@ def smi(query):
     return got.stdout.strip()
 
 
+def write(result, options):
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    if options.markdown:
+        pathlib.Path(options.markdown).write_text(markdown(result))
+
+
 def measure(options):
     library = tqkv_cuda.Library(options.library)
     result = {"card": smi("name"), "driver": smi("driver_version"), "clocks before": smi("clocks.sm,clocks.mem"),
               "commit": options.commit, "command": " ".join(["bench/cuda/decode_bench.py"] + sys.argv[1:]),
-              "frame_tokens": options.frame, "rows": []}
+              "frame_tokens": options.frame, "rows": [], "store": []}
     copy, read = ceilings()
     result.update(copy_gbs=round(copy), read_gbs=round(read))
+    result["clocks after"] = result["clocks before"]
     print(f"{result['card']}: copy {copy:.0f} GB/s, read {read:.0f} GB/s")
-    for shape in [SHAPES[int(i)] for i in options.shapes.split(",") if i] or SHAPES:
-        best, medians = best_fp16(shape, options.flex) if not options.no_fp16 else (("none", (0, 0, 0)), {})
+    for index in [int(i) for i in options.shapes.split(",") if i] or range(len(SHAPES)):
+        shape = SHAPES[index]
+        best, medians = best_fp16(shape, str(index) in options.flex.split(",")) if not options.no_fp16 else (("none", (0, 0, 0)), {})
         torch.cuda.empty_cache()
         print(f"{shape_name(shape)}: best f16 {best[1][0]:.1f} us ({best[0]})")
         for profile in PROFILES:
@@ -255,13 +273,13 @@ def measure(options):
                   f"{row['speedup']:.2f}x  {row['pct_copy']:.0f} % of copy  error {error:.1e}")
             del case
             torch.cuda.empty_cache()
-    result["store"] = []
+        write(result, options)
     for n_tokens in (1, 64, 4096):
         times, moved = time_store(library, n_tokens)
         result["store"].append({"tokens": n_tokens, "us": round(times[0], 2), "pct_copy": round(100 * moved / times[0] / 1e3 / copy, 1)})
         print(f"store {n_tokens} tokens: {times[0]:.1f} us, {moved / times[0] / 1e3:.0f} GB/s")
     result["clocks after"] = smi("clocks.sm,clocks.mem")
-    return result
+    write(result, options)
 
 
 def markdown(result):
@@ -285,15 +303,11 @@ def main():
     parser.add_argument("--markdown")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--frame", type=int, default=256, help="tokens of a frame")
-    parser.add_argument("--flex", action="store_true", help="flex attention too; it compiles for a minute a shape")
+    parser.add_argument("--flex", default="", help="shapes with flex attention too; it compiles for long")
     parser.add_argument("--shapes", default="", help="numbers of shapes, such as 0,2,3; all without")
     parser.add_argument("--no-fp16", action="store_true", help="no baselines")
     options = parser.parse_args()
-    result = measure(options)
-    if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
-    if options.markdown:
-        pathlib.Path(options.markdown).write_text(markdown(result))
+    measure(options)
 
 
 if __name__ == "__main__":
