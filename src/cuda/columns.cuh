@@ -83,11 +83,16 @@ static __device__ __forceinline__ tqkvc_pair find_pair(const tqkvc_shape &shape,
     return shape.rope_style == TQKV_ROPE_PAIRS ? tqkvc_pair{2 * i, 2 * i + 1, true} : tqkvc_pair{i, i + n, true};
 }
 
-/* Sine and cosine good enough for outputs: about 1e-6, any position. */
-static __device__ __forceinline__ void turn_fast(float inv_freq, int32_t position, float &sine, float &cosine)
+static __device__ __forceinline__ double turns_per_position(float inv_freq)
 {
-    const double turns = (double)position * (double)inv_freq * 0.15915494309189535;
-    __sincosf(6.2831853f * (float)(turns - rint(turns)), &sine, &cosine); /* within +-pi: 2^-21 */
+    return (double)inv_freq * 0.15915494309189535;
+}
+
+/* Sine and cosine good enough for outputs: about 1e-6, any position. turns: of a position. */
+static __device__ __forceinline__ void turn_fast(double turns, int32_t position, float &sine, float &cosine)
+{
+    const double angle = (double)position * turns;
+    __sincosf(6.2831853f * (float)(angle - rint(angle)), &sine, &cosine); /* within +-pi: 2^-21 */
 }
 
 #endif /* TQKVC_COLUMNS_CUH */

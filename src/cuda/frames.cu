@@ -29,44 +29,46 @@ __device__ float max_lanes(float v)
     return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(v))); /* v >= 0 */
 }
 
-/* Turns of the pairs of a lane for one frame. */
-template <int D> struct turns {
-    uint32_t frame = ~0u;
-    float sine[D / 64], cosine[D / 64];
+/* One row of queries before it is turned, and what its channels are turned by and multiplied with. */
+template <int D> struct query_source {
+    uint32_t row = ~0u;
+    float a[D / 64], b[D / 64], mean_a[D / 64], mean_b[D / 64];
+    double turns[D / 64]; /* of a pair a position, in whole turns */
 
-    __device__ void set(const tqkvc_frames &p, uint32_t new_frame, uint32_t lane)
+    __device__ void load(const tqkvc_frames &p, uint32_t g, uint32_t new_row, uint32_t lane)
     {
+        const uint32_t group = p.shape.n_heads / p.shape.n_kv_heads;
+        const size_t q = ((size_t)(blockIdx.z * p.q_len + new_row / group) * p.shape.n_heads + g * group + new_row % group) * D;
+        const float *mean = reinterpret_cast<const float *>(p.image + p.shape.parts.mean[0]) + g * D;
         const float *inv_freq = reinterpret_cast<const float *>(p.image + p.shape.parts.inv_freq);
-        if (frame == new_frame)
-            return;
-        frame = new_frame;
+
+        row = new_row;
 #pragma unroll
         for (int i = 0; i < D / 64; i++) {
-            sine[i] = 0;
-            cosine[i] = 1;
-            if (32 * i + lane < p.shape.n_rot / 2)
-                turn_fast(inv_freq[32 * i + lane], (int32_t)(frame * p.frame_tokens), sine[i], cosine[i]);
+            const tqkvc_pair pair = find_pair(p.shape, 32 * i + lane);
+            a[i] = load_value(p.q, q + pair.a, p.type);
+            b[i] = load_value(p.q, q + pair.b, p.type);
+            mean_a[i] = mean[pair.a];
+            mean_b[i] = mean[pair.b];
+            turns[i] = pair.turns ? turns_per_position(inv_freq[32 * i + lane]) : 0.0;
         }
     }
 };
 
-/* Turns the query of one row and puts it into a column, divided by what is returned. */
+/* Turns the row by -base and puts it into a column, divided by what is returned. */
 template <int D, int N>
-__device__ float load_column(const tqkvc_frames &p, uint32_t g, uint32_t row, const turns<D> &turn, uint32_t column,
-                             uint32_t lane, tqkvc_columns<D, N> &columns, float *q_mean)
+__device__ float load_column(const tqkvc_shape &shape, const query_source<D> &source, uint32_t base, uint32_t column, uint32_t lane,
+                             tqkvc_columns<D, N> &columns, float *q_mean)
 {
-    const uint32_t group = p.shape.n_heads / p.shape.n_kv_heads;
-    const size_t q = ((size_t)(blockIdx.z * p.q_len + row / group) * p.shape.n_heads + g * group + row % group) * D;
-    const float *mean = reinterpret_cast<const float *>(p.image + p.shape.parts.mean[0]) + g * D;
     float a[D / 64], b[D / 64], dot = 0, largest = 0;
 
 #pragma unroll
     for (int i = 0; i < D / 64; i++) {
-        const tqkvc_pair pair = find_pair(p.shape, 32 * i + lane);
-        const float x = load_value(p.q, q + pair.a, p.type), y = load_value(p.q, q + pair.b, p.type);
-        a[i] = x * turn.cosine[i] + y * turn.sine[i]; /* by -base */
-        b[i] = y * turn.cosine[i] - x * turn.sine[i];
-        dot += a[i] * mean[pair.a] + b[i] * mean[pair.b];
+        float sine, cosine;
+        turn_fast(source.turns[i], (int32_t)base, sine, cosine);
+        a[i] = source.a[i] * cosine + source.b[i] * sine;
+        b[i] = source.b[i] * cosine - source.a[i] * sine;
+        dot += a[i] * source.mean_a[i] + b[i] * source.mean_b[i];
         largest = fmaxf(largest, fmaxf(fabsf(a[i]), fabsf(b[i])));
     }
     *q_mean = sum_lanes(dot);
@@ -74,7 +76,7 @@ __device__ float load_column(const tqkvc_frames &p, uint32_t g, uint32_t row, co
     const float inverse = 1.0f / largest;
 #pragma unroll
     for (int i = 0; i < D / 64; i++) {
-        const tqkvc_pair pair = find_pair(p.shape, 32 * i + lane);
+        const tqkvc_pair pair = find_pair(shape, 32 * i + lane);
         columns.set(column, pair.a, a[i] * inverse);
         columns.set(column, pair.b, b[i] * inverse);
     }
@@ -95,10 +97,10 @@ __device__ uint32_t tiers_of(const tqkvc_frames &p, uint32_t frame, uint32_t len
     return __reduce_or_sync(0xffffffffu, found);
 }
 
-/* Operands of one column for the tiers of its frame. product: [D]. */
+/* Operands of one column for the tiers of its frame. product: [D]. steps: of the tier used last. */
 template <int D>
 __device__ void write_column(const tqkvc_frames &p, uint32_t g, uint32_t frame, uint32_t row, uint32_t length, const float *product,
-                             float factor, float q_mean, uint32_t lane)
+                             float factor, float q_mean, uint32_t lane, tqkvc_query_steps<D> &steps)
 {
     const tqkvc_layout *layouts = reinterpret_cast<const tqkvc_layout *>(p.image + p.shape.parts.layouts);
     const tqkvc_tables *tables = reinterpret_cast<const tqkvc_tables *>(p.image);
@@ -108,8 +110,10 @@ __device__ void write_column(const tqkvc_frames &p, uint32_t g, uint32_t frame, 
     for (uint32_t left = tiers_of(p, frame, length, lane); left != 0; left &= left - 1) {
         const uint32_t tier = __ffs(left) - 1;
         const size_t at = (place * p.shape.n_tiers + tier) * p.n_row_tiles + tile;
-        tqkvc_query_row out = make_query<D>(product, layouts[tier * p.shape.n_kv_heads + g].widths[0], *tables, p.rows_per_tile, r,
-                                            lane, p.operands + at * (p.rows_per_tile / 4) * D * 2);
+        if (steps.tier != tier)
+            steps.load(*tables, layouts[tier * p.shape.n_kv_heads + g].widths[0], tier, lane);
+        tqkvc_query_row out =
+            make_query<D>(product, steps, p.rows_per_tile, r, lane, p.operands + at * (p.rows_per_tile / 4) * D * 2);
         out.factor *= factor;
         out.mean = q_mean;
         if (lane == 0)
@@ -124,7 +128,6 @@ __device__ void write_column(const tqkvc_frames &p, uint32_t g, uint32_t frame, 
 template <int D, int N>
 __global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_constant__ tqkvc_frames p)
 {
-    constexpr uint32_t EACH = N / N_WARPS; /* columns of a warp: neighbours, which mostly share a frame */
     __shared__ union {
         tqkvc_columns<D, N> columns;
         float products[N][D + 4];
@@ -135,17 +138,19 @@ __global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_const
     const uint32_t n_frames = (length + p.frame_tokens - 1) / p.frame_tokens;
     const uint32_t n = min(n_frames, p.n_frames) * p.n_rows, first = blockIdx.x * N;
     float c[D / 16 / N_WARPS][N / 8][4];
-    turns<D> turn;
+    query_source<D> source;
+    tqkvc_query_steps<D> steps;
 
     let_next_start();
     if (first >= n)
         return;
 #pragma unroll 1
-    for (uint32_t i = warp * EACH; i < (warp + 1) * EACH; i++) {
+    for (uint32_t i = warp; i < N; i += N_WARPS) { /* mostly one row */
         const uint32_t column = min(first + i, n - 1); /* columns past the last repeat it */
-        turn.set(p, column / p.n_rows, lane);
+        if (column % p.n_rows != source.row)
+            source.load(p, g, column % p.n_rows, lane);
         float q_mean;
-        const float factor = load_column<D, N>(p, g, column % p.n_rows, turn, i, lane, memory.columns, &q_mean);
+        const float factor = load_column<D, N>(p.shape, source, column / p.n_rows * p.frame_tokens, i, lane, memory.columns, &q_mean);
         if (lane == 0) {
             factors[i] = factor;
             q_means[i] = q_mean;
@@ -169,8 +174,9 @@ __global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_const
     }
     __syncthreads();
 #pragma unroll 1
-    for (uint32_t i = warp * EACH; i < min((warp + 1) * EACH, n - first); i++)
-        write_column<D>(p, g, (first + i) / p.n_rows, (first + i) % p.n_rows, length, memory.products[i], factors[i], q_means[i], lane);
+    for (uint32_t i = warp; i < min((uint32_t)N, n - first); i += N_WARPS)
+        write_column<D>(p, g, (first + i) / p.n_rows, (first + i) % p.n_rows, length, memory.products[i], factors[i], q_means[i], lane,
+                        steps);
 }
 
 /* Blocks of 8 columns while those of 32 would not fill the device. */

@@ -46,24 +46,42 @@ static __device__ __forceinline__ int2 put_query(uint32_t *operands, uint32_t ro
     return sums;
 }
 
-/* Row r of a tile from its product with the matrix, [D], for the widths of a tier. One warp. */
+/* Steps of a lane's channels in a tier, and whether their levels are shifted. */
+template <int D> struct tqkvc_query_steps {
+    static constexpr int N = (D + 127) / 128; /* words of a lane */
+    uint32_t tier = ~0u;
+    float step[N];
+    bool shifted[N];
+
+    __device__ __forceinline__ void load(const tqkvc_tables &tables, uint64_t widths, uint32_t new_tier, uint32_t lane)
+    {
+        tier = new_tier;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const uint32_t bits = unit_width(widths, min((32 * i + lane) / 4, (uint32_t)D / 16 - 1));
+            step[i] = tables.widths[bits].step;
+            shifted[i] = tqkvc_is_shifted((int)bits);
+        }
+    }
+};
+
+/* Row r of a tile from its product with the matrix, [D]. One warp. */
 template <int D>
-static __device__ __forceinline__ tqkvc_query_row make_query(const float *product, uint64_t widths, const tqkvc_tables &tables,
+static __device__ __forceinline__ tqkvc_query_row make_query(const float *product, const tqkvc_query_steps<D> &steps,
                                                              uint32_t rows_per_tile, uint32_t r, uint32_t lane, uint32_t *operands)
 {
     constexpr uint32_t ALL = 0xffffffffu;
-    constexpr int N = (D + 127) / 128; /* words of a lane */
+    constexpr int N = tqkvc_query_steps<D>::N;
     float v[N][4], largest = 0;
     int2 sums = {0, 0};
 
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const uint32_t unit = min((32 * i + lane) / 4, (uint32_t)D / 16 - 1), at = 16 * unit + 2 * (lane % 4);
-        const float step = tables.widths[unit_width(widths, unit)].step;
         const float x[4] = {product[at], product[at + 8], product[at + 1], product[at + 9]}; /* see lookup.cuh */
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            v[i][k] = x[k] * step;
+            v[i][k] = x[k] * steps.step[i];
             largest = fmaxf(largest, fabsf(v[i][k]));
         }
     }
@@ -75,9 +93,8 @@ static __device__ __forceinline__ tqkvc_query_row make_query(const float *produc
         if (unit >= D / 16)
             continue;
         const int2 s = put_query<D>(operands, rows_per_tile, r, unit, lane % 4, v[i], factor);
-        const bool shifted = tqkvc_is_shifted((int)unit_width(widths, unit));
-        sums.x += shifted ? s.x : 0;
-        sums.y += shifted ? s.y : 0;
+        sums.x += steps.shifted[i] ? s.x : 0;
+        sums.y += steps.shifted[i] ? s.y : 0;
     }
     return {largest / TQKVC_Q_MAX, 0.0f, __reduce_add_sync(ALL, sums.x), __reduce_add_sync(ALL, sums.y)};
 }

@@ -131,7 +131,7 @@ __device__ void write_row(const tqkvc_unpack &p, uint32_t g, uint32_t side, uint
         const float b = zero ? 0.0f : x[pair.b] * factor * (is_k ? 1.0f : row_scale[pair.b]) + mean[pair.b];
         float sine = 0, cosine = 1;
         if (is_k && pair.turns)
-            turn_fast(inv_freq[i], base, sine, cosine);
+            turn_fast(turns_per_position(inv_freq[i]), base, sine, cosine);
         void *out = is_k ? p.args.k : p.args.v;
         store_value(out, at + pair.a, p.args.type, a * cosine - b * sine);
         store_value(out, at + pair.b, p.args.type, b * cosine + a * sine);
