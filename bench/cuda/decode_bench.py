@@ -239,16 +239,30 @@ def smi(query):
 
 
 def write(result, options):
+    """JSON: a list of the rows, each with the card and the commit. Markdown: the page of the run."""
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+        rows = [dict(row, card=result["card"], commit=result["commit"], frame_tokens=result["frame_tokens"])
+                for row in result["rows"]]
+        pathlib.Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
     if options.markdown:
         pathlib.Path(options.markdown).write_text(markdown(result))
+
+
+def flags(arguments):
+    """What changes numbers: arguments without files and the commit."""
+    kept = []
+    for name, value in zip(arguments, arguments[1:] + [""]):
+        if name in ("--flex", "--shapes", "--frame"):
+            kept += [name, value]
+        elif name == "--no-fp16":
+            kept.append(name)
+    return kept
 
 
 def measure(options):
     library = tqkv_cuda.Library(options.library)
     result = {"card": smi("name"), "driver": smi("driver_version"), "clocks before": smi("clocks.sm,clocks.mem"),
-              "commit": options.commit, "command": " ".join(["bench/cuda/decode_bench.py"] + sys.argv[1:]),
+              "commit": options.commit, "command": " ".join(["bench/cuda/decode_bench.py"] + flags(sys.argv[1:])),
               "frame_tokens": options.frame, "rows": [], "store": []}
     copy, read = ceilings()
     result.update(copy_gbs=round(copy), read_gbs=round(read))
