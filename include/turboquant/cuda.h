@@ -95,7 +95,8 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer
  * q, out: device [n_seqs][q_len][n_heads][dim] of `type`, contiguous, 16-aligned.
  * lse: device [n_seqs][q_len][n_heads] f32, natural log of the sum of exp; or NULL.
  * seq_lens: device [n_seqs], 0 .. max_tokens. max_tokens bounds the work that is launched.
- * scale: of q.k. |error| of out is about 1e-4 of |out| beside float64 on the decoded rows.
+ * scale: of q.k. |error| of out is about 3e-4 of |out| beside float64 on the decoded rows. (Code 0 of
+ * width 8, which is never written, counts as -128 here.)
  * workspace: device, 256-aligned, tqkv_cuda_decode_bytes of the same sizes (or larger ones) on this
  * device. It is zero before the first call; each call leaves it fit for the next.
  */

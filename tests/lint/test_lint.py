@@ -248,6 +248,12 @@ def test_library_exports_what_headers_declare():
     assert sorted(exported - declared) == [], "there and not declared"
 
 
+def test_cuda_library_exports_only_its_prefix():
+    symbols = exported_symbols(built("lib/libturboquant-cuda.so"))
+    assert "tqkv_cuda_decode" in symbols and "tqkv_plan_read" in symbols
+    assert [symbol for symbol in symbols if not symbol.startswith("tqkv_")] == []
+
+
 def test_library_needs_libc_only():
     library = built("lib/libturboquant.so")
     if is_sanitized():
