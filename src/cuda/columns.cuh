@@ -26,9 +26,9 @@ template <int D, int N> struct tqkvc_columns {
 
 /* Rows 16 m .. 16 m + 15 of matrix times all columns: c[n] is the product with columns 8 n .. 8 n + 7. */
 template <int D, int N, int UNROLL = 8>
-static __device__ __forceinline__ void multiply_columns(const uint4 *__restrict__ matrix, uint32_t m,
-                                                        const tqkvc_columns<D, N> &columns, uint32_t lane,
-                                                        float (&c)[N / 8][4])
+static __device__ __forceinline__ void
+multiply_columns(const uint4 *__restrict__ matrix, uint32_t m, const tqkvc_columns<D, N> &columns,
+                 uint32_t lane, float (&c)[N / 8][4])
 {
     const uint4 *operand = matrix + (size_t)m * (D / 16) * 64 + lane;
     const uint32_t g = lane / 4, t = lane % 4;
@@ -41,8 +41,10 @@ static __device__ __forceinline__ void multiply_columns(const uint4 *__restrict_
         const uint4 high = __ldg(operand + k * 64), low = __ldg(operand + k * 64 + 32);
 #pragma unroll
         for (uint32_t n = 0; n < N / 8; n++) {
-            const uint32_t *b_high = reinterpret_cast<const uint32_t *>(&columns.high[8 * n + g][16 * k + 2 * t]);
-            const uint32_t *b_low = reinterpret_cast<const uint32_t *>(&columns.low[8 * n + g][16 * k + 2 * t]);
+            const uint32_t *b_high =
+                reinterpret_cast<const uint32_t *>(&columns.high[8 * n + g][16 * k + 2 * t]);
+            const uint32_t *b_low =
+                reinterpret_cast<const uint32_t *>(&columns.low[8 * n + g][16 * k + 2 * t]);
             multiply_f16(c[n], low, b_high[0], b_high[4]);
             multiply_f16(c[n], high, b_low[0], b_low[4]);
             multiply_f16(c[n], high, b_high[0], b_high[4]);
@@ -80,7 +82,8 @@ static __device__ __forceinline__ tqkvc_pair find_pair(const tqkvc_shape &shape,
     const uint32_t n = shape.n_rot / 2;
     if (i >= n)
         return {shape.n_rot + 2 * (i - n), shape.n_rot + 2 * (i - n) + 1, false};
-    return shape.rope_style == TQKV_ROPE_PAIRS ? tqkvc_pair{2 * i, 2 * i + 1, true} : tqkvc_pair{i, i + n, true};
+    return shape.rope_style == TQKV_ROPE_PAIRS ? tqkvc_pair{2 * i, 2 * i + 1, true}
+                                               : tqkvc_pair{i, i + n, true};
 }
 
 static __device__ __forceinline__ double turns_per_position(float inv_freq)
@@ -89,7 +92,8 @@ static __device__ __forceinline__ double turns_per_position(float inv_freq)
 }
 
 /* Sine and cosine good enough for outputs: about 1e-6, any position. turns: of a position. */
-static __device__ __forceinline__ void turn_fast(double turns, int32_t position, float &sine, float &cosine)
+static __device__ __forceinline__ void turn_fast(double turns, int32_t position, float &sine,
+                                                 float &cosine)
 {
     const double angle = (double)position * turns;
     __sincosf(6.2831853f * (float)(angle - rint(angle)), &sine, &cosine); /* within +-pi: 2^-21 */

@@ -16,7 +16,8 @@
 #include "cuda/decode_tile.cuh"
 #include "cuda/ring.cuh"
 
-namespace {
+namespace
+{
 
 constexpr uint32_t ALL = 0xffffffffu;
 
@@ -42,7 +43,8 @@ struct task {
 __device__ task find_task(const tqkvc_decode &p)
 {
     const uint32_t n = p.frames.n_row_tiles;
-    task t = {.seq = blockIdx.z, .g = blockIdx.y / n, .row_tile = blockIdx.y % n, .split = blockIdx.x};
+    task t = {
+        .seq = blockIdx.z, .g = blockIdx.y / n, .row_tile = blockIdx.y % n, .split = blockIdx.x};
     t.length = max(p.frames.seq_lens[t.seq], 0);
     const uint32_t n_tiles = (t.length + TQKV_CUDA_TILE_TOKENS - 1) / TQKV_CUDA_TILE_TOKENS;
     const uint32_t each = (n_tiles + p.n_splits - 1) / p.n_splits;
@@ -74,7 +76,8 @@ template <int D, int R> __device__ void start_rows(worker<D, R> &w)
     for (int h = 0; h < R / 4; h++) {
         const uint32_t row = w.t.row_tile * R + w.lane % 4 * (R / 4) + h;
         const int limit = (int)w.t.length - (int)w.p.frames.q_len + (int)(row / group) + 1;
-        w.rows.limit[h] = row < w.p.frames.n_rows ? max(limit, 0) : w.t.length; /* others are not written */
+        w.rows.limit[h] =
+            row < w.p.frames.n_rows ? max(limit, 0) : w.t.length; /* others are not written */
         w.rows.top[h] = TQKVC_LOWEST;
         w.rows.sum[h] = w.rows.nonzero[h] = 0;
     }
@@ -91,7 +94,9 @@ template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t f
 {
     constexpr uint32_t WORDS = sizeof(w.memory.q) / 16;
     const tqkvc_frames &f = w.p.frames;
-    const size_t place = ((size_t)(w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_frames + frame) * f.shape.n_tiers + tier;
+    const size_t place =
+        ((size_t)(w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_frames + frame) * f.shape.n_tiers +
+        tier;
     const size_t at = place * f.n_row_tiles + w.t.row_tile;
     const uint4 *operands = reinterpret_cast<const uint4 *>(f.operands) + at * WORDS;
     const uint4 *rows = reinterpret_cast<const uint4 *>(f.rows) + at * R;
@@ -104,7 +109,8 @@ template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t f
             q[32 * i + w.lane] = __ldcg(operands + 32 * i + w.lane);
     for (uint32_t h = 0; h < R / 4; h++) {
         const uint32_t r = w.lane % 4 * (R / 4) + h;
-        const uint4 row = w.t.row_tile * R + r < f.n_rows ? __ldcg(rows + r) : make_uint4(0, 0, 0, 0);
+        const uint4 row =
+            w.t.row_tile * R + r < f.n_rows ? __ldcg(rows + r) : make_uint4(0, 0, 0, 0);
         w.rows.q_factor[h] = __uint_as_float(row.x) * w.p.scale_log2;
         w.rows.q_mean[h] = __uint_as_float(row.y) * w.p.scale_log2;
         w.rows.q_start[h][0] = (int)row.z;
@@ -117,12 +123,12 @@ template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t f
 template <int D, int R> struct segment {
     worker<D, R> &w;
     const tqkvc_layout *layout;
-    uint32_t tier, end, each;            /* last block + 1, blocks of a tile: 1, 2 or 4 */
-    uint32_t bytes[2];                   /* of the sections of a block */
-    uint32_t window;                     /* block whose page lane 0 has in `pages` */
-    int32_t pages, next_pages;           /* of this window of 32 blocks and the next */
-    const uint8_t *source;               /* this lane's block of the next tile */
-    uint32_t n;                          /* blocks of it */
+    uint32_t tier, end, each;  /* last block + 1, blocks of a tile: 1, 2 or 4 */
+    uint32_t bytes[2];         /* of the sections of a block */
+    uint32_t window;           /* block whose page lane 0 has in `pages` */
+    int32_t pages, next_pages; /* of this window of 32 blocks and the next */
+    const uint8_t *source;     /* this lane's block of the next tile */
+    uint32_t n;                /* blocks of it */
 
     __device__ int32_t load_pages(uint32_t first) const
     {
@@ -153,24 +159,33 @@ template <int D, int R> struct segment {
             n = min(end - block, each);
             const uint32_t mine = block + min(w.lane, n - 1);
             const int32_t page = __shfl_sync(ALL, pages, mine - window);
-            source = static_cast<const uint8_t *>(w.p.pages.pool[tier]) + (size_t)page * w.p.page_bytes[tier] +
-                     (size_t)(mine % page_blocks) * w.p.frames.shape.block_bytes[tier] + layout->offset;
+            source = static_cast<const uint8_t *>(w.p.pages.pool[tier]) +
+                     (size_t)page * w.p.page_bytes[tier] +
+                     (size_t)(mine % page_blocks) * w.p.frames.shape.block_bytes[tier] +
+                     layout->offset;
         }
-        ring_copy(&w.barriers[side], w.tile + side * each * bytes[0] + w.lane * bytes[side], source + side * bytes[0],
-                  bytes[side], n, w.lane);
+        ring_copy(&w.barriers[side], w.tile + side * each * bytes[0] + w.lane * bytes[side],
+                  source + side * bytes[0], bytes[side], n, w.lane);
     }
 };
 
 /* Tiles [first, end) of one tier. */
-template <int D, int R> __device__ void run_segment(worker<D, R> &w, uint32_t first, uint32_t end, uint32_t tier)
+template <int D, int R>
+__device__ void run_segment(worker<D, R> &w, uint32_t first, uint32_t end, uint32_t tier)
 {
     const tqkvc_shape &shape = w.p.frames.shape;
     const tqkvc_layout *layout =
-        reinterpret_cast<const tqkvc_layout *>(w.p.frames.image + shape.parts.layouts) + tier * shape.n_kv_heads + w.t.g;
-    const uint32_t bytes[2] = {layout->bytes[0], layout->bytes[1]}, fit = w.p.tile_bytes / (bytes[0] + bytes[1]);
-    const uint32_t each = fit >= 4 ? 4 : fit >= 2 ? 2 : 1, frame_blocks = w.p.frames.frame_tokens / TQKVC_BLOCK_TOKENS;
+        reinterpret_cast<const tqkvc_layout *>(w.p.frames.image + shape.parts.layouts) +
+        tier * shape.n_kv_heads + w.t.g;
+    const uint32_t bytes[2] = {layout->bytes[0], layout->bytes[1]},
+                   fit = w.p.tile_bytes / (bytes[0] + bytes[1]);
+    const uint32_t each = fit >= 4   ? 4
+                          : fit >= 2 ? 2
+                                     : 1,
+                   frame_blocks = w.p.frames.frame_tokens / TQKVC_BLOCK_TOKENS;
     const uint32_t n_blocks = (w.t.length + TQKVC_BLOCK_TOKENS - 1) / TQKVC_BLOCK_TOKENS;
-    segment<D, R> s = {w, layout, tier, min(end * TQKVC_TILE_BLOCKS, n_blocks), each, {bytes[0], bytes[1]}};
+    segment<D, R> s = {
+        w, layout, tier, min(end * TQKVC_TILE_BLOCKS, n_blocks), each, {bytes[0], bytes[1]}};
     tqkvc_sections k = {w.tile, bytes[0], each, layout->widths[0]};
     tqkvc_sections v = {w.tile + each * bytes[0], bytes[1], each, layout->widths[1]};
     uint32_t frame = ~0u;
@@ -200,8 +215,9 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, uint32_t fi
         ring_wait(&w.barriers[1], w.phase);
         w.phase ^= 1u;
         v.load_scales(w.lane / 4, v_scales);
-        weigh_tile<R>(products, k_scales, v_scales, token, min(token + k.n_blocks * TQKVC_BLOCK_TOKENS, w.t.length), w.all_see,
-                      w.lane, w.rows, weights);
+        weigh_tile<R>(products, k_scales, v_scales, token,
+                      min(token + k.n_blocks * TQKVC_BLOCK_TOKENS, w.t.length), w.all_see, w.lane,
+                      w.rows, weights);
         add_values<D, R>(v, weights, w.shared.tables, w.shared.steps, w.lane, w.memory);
         __syncwarp();
         if (next < s.end)
@@ -210,7 +226,9 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, uint32_t fi
 }
 
 /* First tile from `first` on that has another tier, and the tier before it. */
-template <int D, int R> __device__ uint32_t find_segment(const worker<D, R> &w, uint32_t first, uint32_t end, uint32_t *tier)
+template <int D, int R>
+__device__ uint32_t find_segment(const worker<D, R> &w, uint32_t first, uint32_t end,
+                                 uint32_t *tier)
 {
     const uint8_t *tiers = w.p.pages.tiers;
     if (!tiers) {
@@ -303,8 +321,9 @@ __device__ void find_factors(uint32_t n, GET &&get, float (*factors)[R], float (
 /* Sums of all warps to those of the first warp. */
 template <int D, int R> __device__ void merge_warps(block_memory<D, R> &shared)
 {
-    find_factors<R>(TQKVC_WARPS, [&](uint32_t i, int what, uint32_t r) { return shared.stats[i][what][r]; },
-                    shared.factors, shared.total);
+    find_factors<R>(
+        TQKVC_WARPS, [&](uint32_t i, int what, uint32_t r) { return shared.stats[i][what][r]; },
+        shared.factors, shared.total);
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < D * R; i += 32 * TQKVC_WARPS) {
         float v = 0;
@@ -316,7 +335,8 @@ template <int D, int R> __device__ void merge_warps(block_memory<D, R> &shared)
 }
 
 /* Leaves the part of this block; true in the block that was last, with the sums of all in place. */
-template <int D, int R> __device__ bool merge_splits(const tqkvc_decode &p, const task &t, block_memory<D, R> &shared)
+template <int D, int R>
+__device__ bool merge_splits(const tqkvc_decode &p, const task &t, block_memory<D, R> &shared)
 {
     float *sums = &shared.warps[0].sums[0][0][0];
     const size_t place = (size_t)t.seq * gridDim.y + blockIdx.y;
@@ -337,15 +357,19 @@ template <int D, int R> __device__ bool merge_splits(const tqkvc_decode &p, cons
     __threadfence();
     if (threadIdx.x == 0)
         p.arrivals[place] = 0;
-    find_factors<R>(t.n_parts, [&](uint32_t i, int what, uint32_t r) {
-        return __ldcg(parts + (size_t)i * PART_FLOATS<D, R> + D * R + what * R + r);
-    }, shared.factors, shared.total);
+    find_factors<R>(
+        t.n_parts,
+        [&](uint32_t i, int what, uint32_t r) {
+            return __ldcg(parts + (size_t)i * PART_FLOATS<D, R> + D * R + what * R + r);
+        },
+        shared.factors, shared.total);
     __syncthreads();
     for (uint32_t i = 4 * threadIdx.x; i < D * R; i += 4 * 32 * TQKVC_WARPS) {
         float v[4] = {};
 #pragma unroll 8
         for (uint32_t s = 0; s < t.n_parts; s++) {
-            const float4 x = __ldcg(reinterpret_cast<const float4 *>(parts + (size_t)s * PART_FLOATS<D, R> + i));
+            const float4 x =
+                __ldcg(reinterpret_cast<const float4 *>(parts + (size_t)s * PART_FLOATS<D, R> + i));
             v[0] += x.x * shared.factors[s][element_row<R>(i)];
             v[1] += x.y * shared.factors[s][element_row<R>(i + 1)];
             v[2] += x.z * shared.factors[s][element_row<R>(i + 2)];
@@ -359,14 +383,19 @@ template <int D, int R> __device__ bool merge_splits(const tqkvc_decode &p, cons
 
 /* out = (inverse of sums + mean nonzero) / sum. columns: where the tiles were. */
 template <int D, int R>
-__device__ void finish(const tqkvc_decode &p, const task &t, block_memory<D, R> &shared, tqkvc_columns<D, 8> &columns)
+__device__ void finish(const tqkvc_decode &p, const task &t, block_memory<D, R> &shared,
+                       tqkvc_columns<D, 8> &columns)
 {
-    constexpr float GAIN = 16.0f; /* sums are below 1024; lifts small ones out of f16's subnormals */
+    constexpr float GAIN =
+        16.0f; /* sums are below 1024; lifts small ones out of f16's subnormals */
     const tqkvc_shape &shape = p.frames.shape;
     const uint32_t lane = threadIdx.x % 32, group = shape.n_heads / shape.n_kv_heads;
-    const uint4 *matrix = reinterpret_cast<const uint4 *>(p.frames.image + shape.parts.matrix[1]) + (size_t)t.g * D * D / 4;
-    const float *row_scale = reinterpret_cast<const float *>(p.frames.image + shape.parts.row_scale[1]) + t.g * D;
-    const float *mean = reinterpret_cast<const float *>(p.frames.image + shape.parts.mean[1]) + t.g * D;
+    const uint4 *matrix = reinterpret_cast<const uint4 *>(p.frames.image + shape.parts.matrix[1]) +
+                          (size_t)t.g * D * D / 4;
+    const float *row_scale =
+        reinterpret_cast<const float *>(p.frames.image + shape.parts.row_scale[1]) + t.g * D;
+    const float *mean =
+        reinterpret_cast<const float *>(p.frames.image + shape.parts.mean[1]) + t.g * D;
 
     for (uint32_t i = threadIdx.x; i < 8 * D; i += 32 * TQKVC_WARPS) {
         const bool exists = i < D * R;
@@ -380,13 +409,16 @@ __device__ void finish(const tqkvc_decode &p, const task &t, block_memory<D, R> 
         float c[1][4];
         multiply_columns<D, 8>(matrix, m, columns, lane, c);
         for (uint32_t i = 0; i < 4; i++) {
-            const uint32_t r = lane % 4 * 2 + i % 2, row = t.row_tile * R + r, d = m * 16 + lane / 4 + i / 2 * 8;
+            const uint32_t r = lane % 4 * 2 + i % 2, row = t.row_tile * R + r,
+                           d = m * 16 + lane / 4 + i / 2 * 8;
             if (r >= R || row >= p.frames.n_rows)
                 continue;
-            const size_t at = (size_t)(t.seq * p.frames.q_len + row / group) * shape.n_heads + t.g * group + row % group;
+            const size_t at = (size_t)(t.seq * p.frames.q_len + row / group) * shape.n_heads +
+                              t.g * group + row % group;
             const float sum = shared.total[1][r];
             const float share = sum > 0 ? shared.total[2][r] / sum : 0.0f;
-            store_value(p.out, at * D + d, p.frames.type, c[0][i] * (row_scale[d] / GAIN) + mean[d] * share);
+            store_value(p.out, at * D + d, p.frames.type,
+                        c[0][i] * (row_scale[d] / GAIN) + mean[d] * share);
             if (p.lse && d == 0)
                 p.lse[at] = sum > 0 ? (shared.total[0][r] + log2f(sum)) * 0.69314718f : -INFINITY;
         }
@@ -394,7 +426,8 @@ __device__ void finish(const tqkvc_decode &p, const task &t, block_memory<D, R> 
 }
 
 template <int D, int R>
-__global__ void __launch_bounds__(32 * TQKVC_WARPS, R == 4 ? 4 : 3) decode_kernel(const __grid_constant__ tqkvc_decode p)
+__global__ void __launch_bounds__(32 * TQKVC_WARPS, R == 4 ? 4 : 3)
+    decode_kernel(const __grid_constant__ tqkvc_decode p)
 {
     extern __shared__ __align__(128) uint8_t dynamic[];
     block_memory<D, R> &shared = *reinterpret_cast<block_memory<D, R> *>(dynamic);
@@ -407,13 +440,15 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, R == 4 ? 4 : 3) decode_kerne
     for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * 16; i += 32 * TQKVC_WARPS)
         (&shared.tables[0][0])[i] = tables->widths[i / 16].words[i % 16];
     if (threadIdx.x < 16)
-        shared.steps[threadIdx.x] = threadIdx.x < TQKVC_WIDTHS ? tables->widths[threadIdx.x].step : 0.0f;
+        shared.steps[threadIdx.x] =
+            threadIdx.x < TQKVC_WIDTHS ? tables->widths[threadIdx.x].step : 0.0f;
     if (lane < 2)
         ring_barrier_init(&shared.barriers[warp][lane]);
     __syncthreads();
 
     uint8_t *tiles = dynamic + sizeof(block_memory<D, R>);
-    worker<D, R> w = {p, t, shared, shared.warps[warp], tiles + warp * p.tile_bytes, shared.barriers[warp], lane};
+    worker<D, R> w = {
+        p, t, shared, shared.warps[warp], tiles + warp * p.tile_bytes, shared.barriers[warp], lane};
     run_tiles(w);
     __syncthreads();
     merge_warps(shared);
@@ -428,13 +463,15 @@ template <int D, int R> tqkv_status launch(const tqkvc_decode &p, cudaStream_t s
     cudaLaunchConfig_t config = {};
 
     static_assert(sizeof(block_memory<D, R>) % 16 == 0, "tiles are 16-aligned");
-    if (cudaFuncSetAttribute(decode_kernel<D, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) != cudaSuccess) {
+    if (cudaFuncSetAttribute(decode_kernel<D, R>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)bytes) != cudaSuccess) {
         (void)cudaGetLastError();
         return TQKV_ERR_UNSUPPORTED;
     }
     beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     beside.val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = dim3(p.n_splits, p.frames.shape.n_kv_heads * p.frames.n_row_tiles, p.frames.n_seqs);
+    config.gridDim =
+        dim3(p.n_splits, p.frames.shape.n_kv_heads * p.frames.n_row_tiles, p.frames.n_seqs);
     config.blockDim = dim3(32 * TQKVC_WARPS);
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
@@ -452,7 +489,8 @@ template <int D> size_t shared_bytes(uint32_t rows_per_tile)
 
 } // namespace
 
-extern "C" size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t tile_bytes)
+extern "C" size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile,
+                                            uint32_t tile_bytes)
 {
     const size_t fixed = dim == 64    ? shared_bytes<64>(rows_per_tile)
                          : dim == 128 ? shared_bytes<128>(rows_per_tile)

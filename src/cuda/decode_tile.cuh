@@ -20,22 +20,24 @@
 #include "cuda/query.cuh"
 
 constexpr float TQKVC_P_MAX = 65535.0f;
-constexpr float TQKVC_LOWEST = -1e30f;   /* instead of -inf, of which differences are NaN */
-constexpr uint32_t TQKVC_MAGIC = 0x4b000000u; /* 2^23: adding it leaves a whole number in the low bits */
+constexpr float TQKVC_LOWEST = -1e30f; /* instead of -inf, of which differences are NaN */
+constexpr uint32_t TQKVC_MAGIC =
+    0x4b000000u; /* 2^23: adding it leaves a whole number in the low bits */
 
 /* Shared memory of a warp besides its tile. */
 template <int D, int R> struct tqkvc_warp_memory {
-    float sums[D / 16][32][R / 2]; /* of V: [unit][lane][channel g or g + 8, row] */
+    float sums[D / 16][32][R / 2];               /* of V: [unit][lane][channel g or g + 8, row] */
     __align__(16) uint32_t q[R / 4][D / 16][32]; /* column operands; see query.cuh */
 };
 
 template <int R> struct tqkvc_row_state {
     static constexpr int H = R / 4;
-    float top[H];           /* largest score so far */
-    float sum[H], nonzero[H]; /* of this lane's tokens; nonzero leaves out rows of V that are zero */
+    float top[H]; /* largest score so far */
+    float sum[H],
+        nonzero[H]; /* of this lane's tokens; nonzero leaves out rows of V that are zero */
     float q_factor[H], q_mean[H];
-    int q_start[H][2];      /* sums of the query's bytes in units of shifted levels; see lookup.cuh */
-    uint32_t limit[H];      /* tokens below it are seen */
+    int q_start[H][2]; /* sums of the query's bytes in units of shifted levels; see lookup.cuh */
+    uint32_t limit[H]; /* tokens below it are seen */
 };
 
 /* Sections of one side of the blocks of a tile; blocks past the last one there repeat the first. */
@@ -50,15 +52,18 @@ struct tqkvc_sections {
     }
 
     /* Scale bytes of tokens 2g and 2g + 1 of every block, two blocks a word. */
-    __device__ __forceinline__ void load_scales(uint32_t g, uint32_t (&out)[TQKVC_TILE_BLOCKS / 2]) const
+    __device__ __forceinline__ void load_scales(uint32_t g,
+                                                uint32_t (&out)[TQKVC_TILE_BLOCKS / 2]) const
     {
         for (int b = 0; b < TQKVC_TILE_BLOCKS; b += 2)
-            out[b / 2] = load_u16(first + offset(b) + 2 * g) | load_u16(first + offset(b + 1) + 2 * g) << 16;
+            out[b / 2] =
+                load_u16(first + offset(b) + 2 * g) | load_u16(first + offset(b + 1) + 2 * g) << 16;
     }
 };
 
 /* body(tqkvc_bits, first unit, number of units) for each run of units of one width. */
-template <int N, typename BODY> static __device__ __forceinline__ void for_runs(uint64_t widths, BODY &&body)
+template <int N, typename BODY>
+static __device__ __forceinline__ void for_runs(uint64_t widths, BODY &&body)
 {
 #pragma unroll 1
     for (uint32_t u = 0; u < N;) {
@@ -104,9 +109,10 @@ template <int R> struct tqkvc_product {
 
 /* Products of K with the query for the blocks of the tile. */
 template <int D, int R>
-static __device__ __forceinline__ void score_tile(const tqkvc_sections &k, const tqkvc_warp_memory<D, R> &memory,
-                                                  const uint32_t (*tables)[16], const tqkvc_row_state<R> &rows,
-                                                  uint32_t lane, tqkvc_product<R> (&out)[TQKVC_TILE_BLOCKS])
+static __device__ __forceinline__ void
+score_tile(const tqkvc_sections &k, const tqkvc_warp_memory<D, R> &memory,
+           const uint32_t (*tables)[16], const tqkvc_row_state<R> &rows, uint32_t lane,
+           tqkvc_product<R> (&out)[TQKVC_TILE_BLOCKS])
 {
     const uint8_t *unit = k.first + TQKVC_BLOCK_TOKENS;
     uint32_t offsets[TQKVC_TILE_BLOCKS];
@@ -152,7 +158,8 @@ template <int R> struct tqkvc_probabilities {
 };
 
 /* Byte i of the scales of block b. */
-static __device__ __forceinline__ uint32_t scale_byte(const uint32_t (&scales)[TQKVC_TILE_BLOCKS / 2], int b, int i)
+static __device__ __forceinline__ uint32_t
+scale_byte(const uint32_t (&scales)[TQKVC_TILE_BLOCKS / 2], int b, int i)
 {
     return scales[b / 2] >> (16 * (b % 2) + 8 * i) & 255u;
 }
@@ -162,10 +169,11 @@ static __device__ __forceinline__ uint32_t scale_byte(const uint32_t (&scales)[T
  * k: scales of K. v_log: logarithms of the scales of V, -8 for byte 0.
  */
 template <bool CHECKED, int R>
-static __device__ __forceinline__ void weigh_row(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
-                                                 const float (&k)[TQKVC_TILE_BLOCKS][2],
-                                                 const float (&v_log)[TQKVC_TILE_BLOCKS][2], uint32_t first_token,
-                                                 uint32_t limit, int h, tqkvc_row_state<R> &rows, tqkvc_probabilities<R> &out)
+static __device__ __forceinline__ void
+weigh_row(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
+          const float (&k)[TQKVC_TILE_BLOCKS][2], const float (&v_log)[TQKVC_TILE_BLOCKS][2],
+          uint32_t first_token, uint32_t limit, int h, tqkvc_row_state<R> &rows,
+          tqkvc_probabilities<R> &out)
 {
     float z[TQKVC_TILE_BLOCKS][2], top = TQKVC_LOWEST, sum = 0, nonzero = 0;
     uint32_t whole = 0;
@@ -174,7 +182,8 @@ static __device__ __forceinline__ void weigh_row(const tqkvc_product<R> (&produc
     for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float score = fmaf((float)products[b].value(i, h), k[b][i] * rows.q_factor[h], rows.q_mean[h]);
+            float score =
+                fmaf((float)products[b].value(i, h), k[b][i] * rows.q_factor[h], rows.q_mean[h]);
             if (CHECKED)
                 score = k[b][i] > 0 ? score : 0.0f;
             z[b][i] = score + v_log[b][i];
@@ -218,11 +227,11 @@ static __device__ __forceinline__ void weigh_row(const tqkvc_product<R> (&produc
 }
 
 template <bool CHECKED, int R>
-static __device__ __forceinline__ void weigh_rows(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
-                                                  const uint32_t (&k_scales)[TQKVC_TILE_BLOCKS / 2],
-                                                  const uint32_t (&v_scales)[TQKVC_TILE_BLOCKS / 2], uint32_t first_token,
-                                                  uint32_t end_token, uint32_t lane, tqkvc_row_state<R> &rows,
-                                                  tqkvc_probabilities<R> &out)
+static __device__ __forceinline__ void
+weigh_rows(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
+           const uint32_t (&k_scales)[TQKVC_TILE_BLOCKS / 2],
+           const uint32_t (&v_scales)[TQKVC_TILE_BLOCKS / 2], uint32_t first_token,
+           uint32_t end_token, uint32_t lane, tqkvc_row_state<R> &rows, tqkvc_probabilities<R> &out)
 {
     float k[TQKVC_TILE_BLOCKS][2], v_log[TQKVC_TILE_BLOCKS][2];
 
@@ -239,7 +248,8 @@ static __device__ __forceinline__ void weigh_rows(const tqkvc_product<R> (&produ
     }
 #pragma unroll
     for (int h = 0; h < R / 4; h++)
-        weigh_row<CHECKED, R>(products, k, v_log, first_token + 2 * (lane / 4), min(rows.limit[h], end_token), h, rows, out);
+        weigh_row<CHECKED, R>(products, k, v_log, first_token + 2 * (lane / 4),
+                              min(rows.limit[h], end_token), h, rows, out);
 }
 
 /* Whether any of the four bytes is 0. */
@@ -250,13 +260,15 @@ static __device__ __forceinline__ bool has_zero(uint32_t x)
 
 /* Scores to probabilities of tokens [first_token, end_token), of which all rows see those below all_see. */
 template <int R>
-static __device__ __forceinline__ void weigh_tile(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
-                                                  const uint32_t (&k_scales)[TQKVC_TILE_BLOCKS / 2],
-                                                  const uint32_t (&v_scales)[TQKVC_TILE_BLOCKS / 2], uint32_t first_token,
-                                                  uint32_t end_token, uint32_t all_see, uint32_t lane,
-                                                  tqkvc_row_state<R> &rows, tqkvc_probabilities<R> &out)
+static __device__ __forceinline__ void
+weigh_tile(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
+           const uint32_t (&k_scales)[TQKVC_TILE_BLOCKS / 2],
+           const uint32_t (&v_scales)[TQKVC_TILE_BLOCKS / 2], uint32_t first_token,
+           uint32_t end_token, uint32_t all_see, uint32_t lane, tqkvc_row_state<R> &rows,
+           tqkvc_probabilities<R> &out)
 {
-    const bool zeros = has_zero(k_scales[0]) || has_zero(k_scales[1]) || has_zero(v_scales[0]) || has_zero(v_scales[1]);
+    const bool zeros = has_zero(k_scales[0]) || has_zero(k_scales[1]) || has_zero(v_scales[0]) ||
+                       has_zero(v_scales[1]);
     const bool whole = end_token == first_token + TQKV_CUDA_TILE_TOKENS && end_token <= all_see;
 
     if (__any_sync(0xffffffffu, zeros) || !whole)
@@ -267,7 +279,8 @@ static __device__ __forceinline__ void weigh_tile(const tqkvc_product<R> (&produ
 
 /* Column operands of the probabilities of a block: [high or low for R = 8]; k is a token. */
 template <int R>
-static __device__ __forceinline__ void spread_probabilities(const uint32_t (&packed)[R / 4], uint32_t lane, uint32_t (&out)[R / 4])
+static __device__ __forceinline__ void spread_probabilities(const uint32_t (&packed)[R / 4],
+                                                            uint32_t lane, uint32_t (&out)[R / 4])
 {
     /* Lane (g, t) wants tokens 4t .. 4t + 3 of column g; lanes (2t, .) and (2t + 1, .) have them. */
     const uint32_t g = lane / 4, t = lane % 4, source = 8 * t + g / 2;
@@ -287,17 +300,20 @@ static __device__ __forceinline__ void spread_probabilities(const uint32_t (&pac
 
 /* Products of V with the probabilities, two blocks at a time. */
 template <int BITS, int R>
-static __device__ __forceinline__ void sum_unit(const uint8_t *unit, const uint32_t (&offsets)[TQKVC_TILE_BLOCKS],
-                                                const tqkvc_table<BITS> &table, uint32_t lane,
-                                                const uint32_t (&p)[TQKVC_TILE_BLOCKS][R / 4], tqkvc_product<R> &out)
+static __device__ __forceinline__ void
+sum_unit(const uint8_t *unit, const uint32_t (&offsets)[TQKVC_TILE_BLOCKS],
+         const tqkvc_table<BITS> &table, uint32_t lane,
+         const uint32_t (&p)[TQKVC_TILE_BLOCKS][R / 4], tqkvc_product<R> &out)
 {
 #pragma unroll
     for (int b = 0; b < TQKVC_TILE_BLOCKS; b += 2) {
         tqkvc_levels first, second;
         v_levels<BITS>(unit + offsets[b], lane / 4, lane % 4, table, first);
         v_levels<BITS>(unit + offsets[b + 1], lane / 4, lane % 4, table, second);
-        const uint32_t negative[4] = {first.negative[0], first.negative[1], second.negative[0], second.negative[1]};
-        const uint32_t positive[4] = {first.positive[0], first.positive[1], second.positive[0], second.positive[1]};
+        const uint32_t negative[4] = {first.negative[0], first.negative[1], second.negative[0],
+                                      second.negative[1]};
+        const uint32_t positive[4] = {first.positive[0], first.positive[1], second.positive[0],
+                                      second.positive[1]};
 #pragma unroll
         for (int h = 0; h < R / 4; h++) {
             multiply_k32(out.c[h], negative, p[b][h], p[b + 1][h]);
@@ -309,7 +325,8 @@ static __device__ __forceinline__ void sum_unit(const uint8_t *unit, const uint3
 
 /* Sums of a unit: what they were, and what the tile adds. */
 template <int R>
-static __device__ __forceinline__ void add_unit(const tqkvc_product<R> &product, const float (&old_factor)[R / 4],
+static __device__ __forceinline__ void add_unit(const tqkvc_product<R> &product,
+                                                const float (&old_factor)[R / 4],
                                                 const float (&new_factor)[R / 4], float *sums)
 {
     constexpr int H = R / 4;
@@ -323,7 +340,8 @@ static __device__ __forceinline__ void add_unit(const tqkvc_product<R> &product,
     for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int h = 0; h < H; h++)
-            v[half * H + h] = fmaf((float)product.value(half, h), new_factor[h], v[half * H + h] * old_factor[h]);
+            v[half * H + h] =
+                fmaf((float)product.value(half, h), new_factor[h], v[half * H + h] * old_factor[h]);
     if constexpr (H == 1)
         *reinterpret_cast<float2 *>(sums) = *reinterpret_cast<const float2 *>(v);
     else
@@ -332,9 +350,10 @@ static __device__ __forceinline__ void add_unit(const tqkvc_product<R> &product,
 
 /* steps: by width. Units without codes in this tier are only brought to the new top. */
 template <int D, int R>
-static __device__ __forceinline__ void add_values(const tqkvc_sections &v, const tqkvc_probabilities<R> &weights,
-                                                  const uint32_t (*tables)[16], const float *steps, uint32_t lane,
-                                                  tqkvc_warp_memory<D, R> &memory)
+static __device__ __forceinline__ void add_values(const tqkvc_sections &v,
+                                                  const tqkvc_probabilities<R> &weights,
+                                                  const uint32_t (*tables)[16], const float *steps,
+                                                  uint32_t lane, tqkvc_warp_memory<D, R> &memory)
 {
     constexpr int H = R / 4;
     const uint8_t *unit = v.first + TQKVC_BLOCK_TOKENS;

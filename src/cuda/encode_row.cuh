@@ -20,7 +20,8 @@ struct tqkvc_encode_tables {
     float step_level[TQKVC_WIDTHS][256];
 };
 
-static __device__ __forceinline__ void load_encode_tables(const void *image, tqkvc_encode_tables &out)
+static __device__ __forceinline__ void load_encode_tables(const void *image,
+                                                          tqkvc_encode_tables &out)
 {
     const uint32_t *from = static_cast<const uint32_t *>(image);
     for (uint32_t i = threadIdx.x; i < sizeof(tqkvc_tables) / 4; i += blockDim.x)
@@ -28,7 +29,8 @@ static __device__ __forceinline__ void load_encode_tables(const void *image, tqk
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * 256; i += blockDim.x) {
         const tqkvc_width &width = out.plain.widths[i / 256];
-        out.step_level[i / 256][i % 256] = mul(width.step, (float)width.magnitude[width.nearest[i % 256]]);
+        out.step_level[i / 256][i % 256] =
+            mul(width.step, (float)width.magnitude[width.nearest[i % 256]]);
     }
 }
 
@@ -69,7 +71,8 @@ template <int N> struct tqkvc_row_encoder {
     }
 
     /* Half levels of a magnitude at a scale, as an index of step_level and nearest. */
-    __device__ __forceinline__ uint32_t half_levels(float v, int scale, const tqkvc_width &width) const
+    __device__ __forceinline__ uint32_t half_levels(float v, int scale,
+                                                    const tqkvc_width &width) const
     {
         const float t = mul(v, mul(tables.plain.scale_inverses[scale], width.inv_step2));
         return __float2uint_rz(fminf(t, TQKVC_HALF_LEVELS_MAX));
@@ -85,17 +88,18 @@ template <int N> struct tqkvc_row_encoder {
     {
         int n = 0;
 #pragma unroll
-    for (int u = 0; u < N; u++)
+        for (int u = 0; u < N; u++)
             n += bits(u) != 0 ? TQKV_UNIT_CHANNELS : 0;
         return (float)n;
     }
 
     /* Mean square and relative peak of magnitudes. */
-    __device__ __forceinline__ void find_range(const float (&v)[N], float n_coded, float &energy, float &peak) const
+    __device__ __forceinline__ void find_range(const float (&v)[N], float n_coded, float &energy,
+                                               float &peak) const
     {
         float squares = 0, largest = 0;
 #pragma unroll
-    for (int u = 0; u < N; u++) {
+        for (int u = 0; u < N; u++) {
             if (bits(u) == 0)
                 continue;
             squares = add(squares, mul(v[u], v[u]));
@@ -108,10 +112,13 @@ template <int N> struct tqkvc_row_encoder {
     /* Whether the decoded row would be found at this scale again, with a step to spare. */
     __device__ __forceinline__ bool is_stable(float energy, float peak, int scale) const
     {
-        const float *energies = tables.plain.energy_thresholds, *peaks = tables.plain.peak_thresholds;
-        const bool low = scale + 4 > 255 || energies[scale + 4] > energy; /* its index is <= scale + 3 */
+        const float *energies = tables.plain.energy_thresholds,
+                    *peaks = tables.plain.peak_thresholds;
+        const bool low =
+            scale + 4 > 255 || energies[scale + 4] > energy; /* its index is <= scale + 3 */
         const bool high = scale - 7 <= 1 || energies[scale - 7] <= energy;
-        const bool at_peak = (scale == 1 || peaks[scale] <= peak) && (scale == 255 || peaks[scale + 1] > peak);
+        const bool at_peak =
+            (scale == 1 || peaks[scale] <= peak) && (scale == 255 || peaks[scale + 1] > peak);
         return (low && high) || at_peak;
     }
 
@@ -119,7 +126,7 @@ template <int N> struct tqkvc_row_encoder {
     {
         float error = 0;
 #pragma unroll
-    for (int u = 0; u < N; u++) {
+        for (int u = 0; u < N; u++) {
             values[u] = 0;
             if (bits(u) == 0)
                 continue;
@@ -170,7 +177,7 @@ template <int N> struct tqkvc_row_encoder {
         find_range(values, n_coded, energy, peak);
         const int p = count_thresholds(tables.plain.peak_thresholds, peak);
 #pragma unroll
-    for (int u = 0; u < N; u++) {
+        for (int u = 0; u < N; u++) {
             lower[u] = bits(u) == 0 ? 0.0f : value(values[u], p, u);
             same = same && lower[u] == values[u];
             none = none && values[u] == 0.0f;
@@ -179,23 +186,26 @@ template <int N> struct tqkvc_row_encoder {
         *zero = (__ballot_sync(TQKVC_FULL, none) >> half & 0xffffu) == 0xffffu;
         const bool moves = scale > p && (scale - p) % 16 == 0 && same;
 #pragma unroll
-    for (int u = 0; u < N; u++) {
+        for (int u = 0; u < N; u++) {
             const tqkvc_width &width = tables.plain.widths[bits(u)];
-            magnitude[u] = width.nearest[half_levels(moves ? values[u] : size[u], moves ? p : scale, width)];
+            magnitude[u] =
+                width.nearest[half_levels(moves ? values[u] : size[u], moves ? p : scale, width)];
         }
         return moves ? p : scale;
     }
 };
 
 /* Where byte i of a plane of n bytes a row of the token in a slot is, in the block's plane. */
-static __device__ __forceinline__ uint32_t block_byte(uint32_t side, uint32_t n, uint32_t slot, uint32_t i)
+static __device__ __forceinline__ uint32_t block_byte(uint32_t side, uint32_t n, uint32_t slot,
+                                                      uint32_t i)
 {
-    return side == TQKV_SIDE_V ? slot / 4 * 4 * n + 4 * i + slot % 4 : i / 4 * 64 + min(n, 4u) * slot + i % 4;
+    return side == TQKV_SIDE_V ? slot / 4 * 4 * n + 4 * i + slot % 4
+                               : i / 4 * 64 + min(n, 4u) * slot + i % 4;
 }
 
 /* Joins the codes of sixteen lanes to the bytes of a plane of w bits; lanes below 2 w write them. */
-static __device__ __forceinline__ void put_plane(uint8_t *plane, uint32_t side, uint32_t slot, uint32_t w,
-                                                 uint32_t code, bool writes)
+static __device__ __forceinline__ void put_plane(uint8_t *plane, uint32_t side, uint32_t slot,
+                                                 uint32_t w, uint32_t code, bool writes)
 {
     const uint32_t d = threadIdx.x % 16, n = 2 * w;
     uint32_t byte = (code & ((1u << w) - 1)) << (d / n * w);

@@ -53,14 +53,16 @@ static __device__ __forceinline__ double cosine_rest(double q)
 }
 
 /* Sine and cosine of base * inv_freq, in f32. */
-static __device__ __forceinline__ void turn_exact(float inv_freq, int32_t base, float &sine, float &cosine)
+static __device__ __forceinline__ void turn_exact(float inv_freq, int32_t base, float &sine,
+                                                  float &cosine)
 {
     const double angle = mul((double)base, (double)inv_freq);
     sine = 0.0f;
     cosine = 1.0f;
     if (!(angle >= -8589934592.0 && angle <= 8589934592.0))
         return;
-    const long long n = __double2ll_rz(add(mul(angle, 0x1.45f306dc9c883p-1), angle >= 0.0 ? 0.5 : -0.5));
+    const long long n =
+        __double2ll_rz(add(mul(angle, 0x1.45f306dc9c883p-1), angle >= 0.0 ? 0.5 : -0.5));
     const double turns = (double)n;
     double r = add(angle, -mul(turns, 0x1.921fap+0));
     r = add(r, -mul(turns, 0x1.54442p-20));

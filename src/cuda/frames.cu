@@ -13,7 +13,8 @@
 #include "cuda/query.cuh"
 #include "cuda/ring.cuh"
 
-namespace {
+namespace
+{
 
 constexpr int N_WARPS = 4;
 
@@ -38,8 +39,11 @@ template <int D> struct query_source {
     __device__ void load(const tqkvc_frames &p, uint32_t g, uint32_t new_row, uint32_t lane)
     {
         const uint32_t group = p.shape.n_heads / p.shape.n_kv_heads;
-        const size_t q = ((size_t)(blockIdx.z * p.q_len + new_row / group) * p.shape.n_heads + g * group + new_row % group) * D;
-        const float *mean = reinterpret_cast<const float *>(p.image + p.shape.parts.mean[0]) + g * D;
+        const size_t q = ((size_t)(blockIdx.z * p.q_len + new_row / group) * p.shape.n_heads +
+                          g * group + new_row % group) *
+                         D;
+        const float *mean =
+            reinterpret_cast<const float *>(p.image + p.shape.parts.mean[0]) + g * D;
         const float *inv_freq = reinterpret_cast<const float *>(p.image + p.shape.parts.inv_freq);
 
         row = new_row;
@@ -57,8 +61,9 @@ template <int D> struct query_source {
 
 /* Turns the row by -base and puts it into a column, divided by what is returned. */
 template <int D, int N>
-__device__ float load_column(const tqkvc_shape &shape, const query_source<D> &source, uint32_t base, uint32_t column, uint32_t lane,
-                             tqkvc_columns<D, N> &columns, float *q_mean)
+__device__ float load_column(const tqkvc_shape &shape, const query_source<D> &source, uint32_t base,
+                             uint32_t column, uint32_t lane, tqkvc_columns<D, N> &columns,
+                             float *q_mean)
 {
     float a[D / 64], b[D / 64], dot = 0, largest = 0;
 
@@ -87,7 +92,8 @@ __device__ float load_column(const tqkvc_shape &shape, const query_source<D> &so
 __device__ uint32_t tiers_of(const tqkvc_frames &p, uint32_t frame, uint32_t length, uint32_t lane)
 {
     const uint32_t each = p.frame_tokens / TQKV_CUDA_TILE_TOKENS;
-    const uint32_t n = min((frame + 1) * each, (length + TQKV_CUDA_TILE_TOKENS - 1) / TQKV_CUDA_TILE_TOKENS);
+    const uint32_t n =
+        min((frame + 1) * each, (length + TQKV_CUDA_TILE_TOKENS - 1) / TQKV_CUDA_TILE_TOKENS);
     uint32_t found = 0;
 
     if (!p.tiers)
@@ -99,10 +105,12 @@ __device__ uint32_t tiers_of(const tqkvc_frames &p, uint32_t frame, uint32_t len
 
 /* Operands of one column for the tiers of its frame. product: [D]. steps: of the tier used last. */
 template <int D>
-__device__ void write_column(const tqkvc_frames &p, uint32_t g, uint32_t frame, uint32_t row, uint32_t length, const float *product,
-                             float factor, float q_mean, uint32_t lane, tqkvc_query_steps<D> &steps)
+__device__ void write_column(const tqkvc_frames &p, uint32_t g, uint32_t frame, uint32_t row,
+                             uint32_t length, const float *product, float factor, float q_mean,
+                             uint32_t lane, tqkvc_query_steps<D> &steps)
 {
-    const tqkvc_layout *layouts = reinterpret_cast<const tqkvc_layout *>(p.image + p.shape.parts.layouts);
+    const tqkvc_layout *layouts =
+        reinterpret_cast<const tqkvc_layout *>(p.image + p.shape.parts.layouts);
     const tqkvc_tables *tables = reinterpret_cast<const tqkvc_tables *>(p.image);
     const size_t place = ((size_t)blockIdx.z * p.shape.n_kv_heads + g) * p.n_frames + frame;
     const uint32_t tile = row / p.rows_per_tile, r = row % p.rows_per_tile;
@@ -112,8 +120,8 @@ __device__ void write_column(const tqkvc_frames &p, uint32_t g, uint32_t frame, 
         const size_t at = (place * p.shape.n_tiers + tier) * p.n_row_tiles + tile;
         if (steps.tier != tier)
             steps.load(*tables, layouts[tier * p.shape.n_kv_heads + g].widths[0], tier, lane);
-        tqkvc_query_row out =
-            make_query<D>(product, steps, p.rows_per_tile, r, lane, p.operands + at * (p.rows_per_tile / 4) * D * 2);
+        tqkvc_query_row out = make_query<D>(product, steps, p.rows_per_tile, r, lane,
+                                            p.operands + at * (p.rows_per_tile / 4) * D * 2);
         out.factor *= factor;
         out.mean = q_mean;
         if (lane == 0)
@@ -126,7 +134,8 @@ __device__ void write_column(const tqkvc_frames &p, uint32_t g, uint32_t frame, 
  * fetching it took more time than running it.
  */
 template <int D, int N>
-__global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_constant__ tqkvc_frames p)
+__global__ void __launch_bounds__(32 * N_WARPS)
+    frames_kernel(const __grid_constant__ tqkvc_frames p)
 {
     __shared__ union {
         tqkvc_columns<D, N> columns;
@@ -145,12 +154,13 @@ __global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_const
     if (first >= n)
         return;
 #pragma unroll 1
-    for (uint32_t i = warp; i < N; i += N_WARPS) { /* mostly one row */
+    for (uint32_t i = warp; i < N; i += N_WARPS) {     /* mostly one row */
         const uint32_t column = min(first + i, n - 1); /* columns past the last repeat it */
         if (column % p.n_rows != source.row)
             source.load(p, g, column % p.n_rows, lane);
         float q_mean;
-        const float factor = load_column<D, N>(p.shape, source, column / p.n_rows * p.frame_tokens, i, lane, memory.columns, &q_mean);
+        const float factor = load_column<D, N>(p.shape, source, column / p.n_rows * p.frame_tokens,
+                                               i, lane, memory.columns, &q_mean);
         if (lane == 0) {
             factors[i] = factor;
             q_means[i] = q_mean;
@@ -158,11 +168,14 @@ __global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_const
     }
     __syncthreads();
 
-    const uint4 *matrix = reinterpret_cast<const uint4 *>(p.image + p.shape.parts.matrix[0]) + (size_t)g * D * D / 4;
-    const float *row_scale = reinterpret_cast<const float *>(p.image + p.shape.parts.row_scale[0]) + g * D;
+    const uint4 *matrix =
+        reinterpret_cast<const uint4 *>(p.image + p.shape.parts.matrix[0]) + (size_t)g * D * D / 4;
+    const float *row_scale =
+        reinterpret_cast<const float *>(p.image + p.shape.parts.row_scale[0]) + g * D;
 #pragma unroll
     for (uint32_t m = 0; m < D / 16 / N_WARPS; m++)
-        multiply_columns<D, N, N == 8 ? 8 : 2>(matrix, m * N_WARPS + warp, memory.columns, lane, c[m]);
+        multiply_columns<D, N, N == 8 ? 8 : 2>(matrix, m * N_WARPS + warp, memory.columns, lane,
+                                               c[m]);
     __syncthreads();
 #pragma unroll
     for (uint32_t m = 0; m < D / 16 / N_WARPS; m++) {
@@ -170,13 +183,14 @@ __global__ void __launch_bounds__(32 * N_WARPS) frames_kernel(const __grid_const
         const float scale[2] = {row_scale[j], row_scale[j + 8]};
 #pragma unroll
         for (uint32_t i = 0; i < N / 8 * 4; i++)
-            memory.products[i / 4 * 8 + lane % 4 * 2 + i % 2][j + i % 4 / 2 * 8] = c[m][i / 4][i % 4] * scale[i % 4 / 2];
+            memory.products[i / 4 * 8 + lane % 4 * 2 + i % 2][j + i % 4 / 2 * 8] =
+                c[m][i / 4][i % 4] * scale[i % 4 / 2];
     }
     __syncthreads();
 #pragma unroll 1
     for (uint32_t i = warp; i < min((uint32_t)N, n - first); i += N_WARPS)
-        write_column<D>(p, g, (first + i) / p.n_rows, (first + i) % p.n_rows, length, memory.products[i], factors[i], q_means[i], lane,
-                        steps);
+        write_column<D>(p, g, (first + i) / p.n_rows, (first + i) % p.n_rows, length,
+                        memory.products[i], factors[i], q_means[i], lane, steps);
 }
 
 /* Blocks of 8 columns while those of 32 would not fill the device. */

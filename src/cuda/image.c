@@ -97,7 +97,8 @@ static void put_operand(uint32_t *operand, uint32_t i, uint32_t k, float v)
 }
 
 /* inverse: [dim][dim] of the codec. A V matrix is its transpose. */
-static void fill_matrix(uint32_t dim, tqkv_side side, const float *inverse, uint32_t *matrix, float *row_scale)
+static void fill_matrix(uint32_t dim, tqkv_side side, const float *inverse, uint32_t *matrix,
+                        float *row_scale)
 {
     const size_t row_step = side == TQKV_SIDE_K ? dim : 1;
     const size_t column_step = side == TQKV_SIDE_K ? 1 : dim;
@@ -111,12 +112,13 @@ static void fill_matrix(uint32_t dim, tqkv_side side, const float *inverse, uint
             (void)frexpf(largest, &exponent);
         row_scale[i] = ldexpf(1.0f, exponent);
         for (uint32_t k = 0; k < dim; k++)
-            put_operand(matrix + (size_t)(i / 16 * (dim / 16) + k / 16) * 2 * LANES * 4, i % 16, k % 16,
-                        ldexpf(inverse[i * row_step + k * column_step], -exponent));
+            put_operand(matrix + (size_t)(i / 16 * (dim / 16) + k / 16) * 2 * LANES * 4, i % 16,
+                        k % 16, ldexpf(inverse[i * row_step + k * column_step], -exponent));
     }
 }
 
-static void fill_side(const tqkvc_shape *shape, const tqkv_codec *codec, tqkv_side side, uint8_t *image)
+static void fill_side(const tqkvc_shape *shape, const tqkv_codec *codec, tqkv_side side,
+                      uint8_t *image)
 {
     const tqkvc_parts *parts = &shape->parts;
     const size_t dim = shape->dim, units = dim / TQKV_UNIT_CHANNELS;
@@ -127,7 +129,8 @@ static void fill_side(const tqkvc_shape *shape, const tqkv_codec *codec, tqkv_si
         memcpy(image + parts->mean[side] + g * dim * 4, head->plan->mean, dim * 4);
         memcpy(image + parts->weight[side] + g * units * 4, head->weight, units * 4);
         memcpy(image + parts->zero_mean[side] + g * 4, &zero_mean, 4);
-        memcpy(image + parts->transform[side] + g * dim * dim * 4, head->plan->transform, dim * dim * 4);
+        memcpy(image + parts->transform[side] + g * dim * dim * 4, head->plan->transform,
+               dim * dim * 4);
         fill_matrix(shape->dim, side, head->inverse,
                     (uint32_t *)(void *)(image + parts->matrix[side] + g * dim * dim * 4),
                     (float *)(void *)(image + parts->row_scale[side] + g * dim * 4));
@@ -194,9 +197,11 @@ static tqkv_status fill_image(tqkv_cuda_layer *layer, const tqkv_codec *codec)
     if (!layer->image)
         return TQKV_ERR_NO_MEMORY;
     fill_tables((tqkvc_tables *)(void *)layer->image);
-    fill_layouts(shape, codec->layer, (tqkvc_layout *)(void *)(layer->image + shape->parts.layouts));
+    fill_layouts(shape, codec->layer,
+                 (tqkvc_layout *)(void *)(layer->image + shape->parts.layouts));
     if (shape->n_rot != 0)
-        memcpy(layer->image + shape->parts.inv_freq, codec->rope.inv_freq, shape->n_rot / 2 * sizeof(float));
+        memcpy(layer->image + shape->parts.inv_freq, codec->rope.inv_freq,
+               shape->n_rot / 2 * sizeof(float));
     fill_side(shape, codec, TQKV_SIDE_K, layer->image);
     fill_side(shape, codec, TQKV_SIDE_V, layer->image);
     return TQKV_OK;

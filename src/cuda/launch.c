@@ -8,7 +8,7 @@
 
 #define SHARED_BYTES_MAX (227u * 1024u) /* of a block on sm_90; smaller devices say so themselves */
 #define SHARED_BYTES_RESERVED 1024u     /* beside what a block asks for */
-#define BLOCKS_WANTED 3                 /* blocks for each that runs at a time, so that the end is ragged little */
+#define BLOCKS_WANTED 3 /* blocks for each that runs at a time, so that the end is ragged little */
 #define LOG2_E 1.44269504f
 #define SEQUENCES_MAX 65535u /* of a grid's third dimension */
 
@@ -49,7 +49,8 @@ static uint32_t device_attribute(enum cudaDeviceAttr attribute)
 {
     int device = 0, value = 0;
 
-    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
         (void)cudaGetLastError();
         return 0;
     }
@@ -77,11 +78,14 @@ static uint32_t choose_tile_bytes(const tqkvc_shape *shape, uint32_t rows_per_ti
     return bytes;
 }
 
-static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan, uint32_t n_seqs, uint32_t max_tokens)
+static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan, uint32_t n_seqs,
+                              uint32_t max_tokens)
 {
     const uint32_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
     const uint32_t sm_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    const size_t bytes = tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes) + SHARED_BYTES_RESERVED;
+    const size_t bytes =
+        tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes) +
+        SHARED_BYTES_RESERVED;
     uint32_t per_sm = (uint32_t)(sm_bytes / bytes);
     const uint32_t by_registers = plan->rows_per_tile == 4 ? 4 : 3;
 
@@ -101,11 +105,13 @@ static size_t aligned(size_t bytes)
     return (bytes + 255) / 256 * 256;
 }
 
-static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t q_len, uint32_t max_tokens, decode_plan *plan)
+static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t q_len,
+                        uint32_t max_tokens, decode_plan *plan)
 {
     const tqkvc_shape *shape = &layer->shape;
 
-    if (n_seqs == 0 || n_seqs > SEQUENCES_MAX || q_len == 0 || q_len > TQKV_CUDA_Q_MAX || max_tokens == 0 || max_tokens > 1u << 30)
+    if (n_seqs == 0 || n_seqs > SEQUENCES_MAX || q_len == 0 || q_len > TQKV_CUDA_Q_MAX ||
+        max_tokens == 0 || max_tokens > 1u << 30)
         return false;
     *plan = (decode_plan){.n_rows = q_len * (shape->n_heads / shape->n_kv_heads)};
     plan->rows_per_tile = plan->n_rows <= 4 ? 4 : 8;
@@ -117,16 +123,20 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
     plan->n_splits = choose_splits(shape, plan, n_seqs, max_tokens);
 
     const size_t heads = (size_t)n_seqs * shape->n_kv_heads;
-    const size_t rows = heads * plan->n_frames * shape->n_tiers * plan->n_row_tiles * plan->rows_per_tile;
+    const size_t rows =
+        heads * plan->n_frames * shape->n_tiers * plan->n_row_tiles * plan->rows_per_tile;
     const size_t part_floats = (size_t)(shape->dim + 3) * plan->rows_per_tile;
     plan->operands_bytes = aligned(rows * shape->dim * sizeof(uint16_t));
     plan->rows_bytes = aligned(rows * sizeof(tqkvc_query_row));
-    plan->parts_bytes = aligned(heads * plan->n_row_tiles * plan->n_splits * part_floats * sizeof(float));
+    plan->parts_bytes =
+        aligned(heads * plan->n_row_tiles * plan->n_splits * part_floats * sizeof(float));
     plan->arrivals_bytes = aligned(heads * plan->n_row_tiles * sizeof(uint32_t));
-    return tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes) <= SHARED_BYTES_MAX;
+    return tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes) <=
+           SHARED_BYTES_MAX;
 }
 
-size_t tqkv_cuda_decode_bytes(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t q_len, uint32_t max_tokens)
+size_t tqkv_cuda_decode_bytes(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t q_len,
+                              uint32_t max_tokens)
 {
     decode_plan plan;
 
@@ -135,12 +145,14 @@ size_t tqkv_cuda_decode_bytes(const tqkv_cuda_layer *layer, uint32_t n_seqs, uin
     return plan.arrivals_bytes + plan.operands_bytes + plan.rows_bytes + plan.parts_bytes;
 }
 
-tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image, const tqkv_cuda_decode_args *args, void *stream)
+tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
+                             const tqkv_cuda_decode_args *args, void *stream)
 {
     decode_plan plan;
 
-    if (!layer || !image || !args || !args->q || !args->out || !args->seq_lens || !args->workspace ||
-        !type_is_good(args->type) || !pages_are_good(&layer->shape, &args->pages) ||
+    if (!layer || !image || !args || !args->q || !args->out || !args->seq_lens ||
+        !args->workspace || !type_is_good(args->type) ||
+        !pages_are_good(&layer->shape, &args->pages) ||
         !plan_decode(layer, args->n_seqs, args->q_len, args->max_tokens, &plan))
         return TQKV_ERR_INVALID_ARG;
 
@@ -180,7 +192,8 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image, co
     return status == TQKV_OK ? tqkvc_launch_decode(&p, stream) : status;
 }
 
-tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer, const void *image, const tqkv_cuda_store_args *args, void *stream)
+tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer, const void *image,
+                            const tqkv_cuda_store_args *args, void *stream)
 {
     if (!layer || !image || !args || args->tier >= layer->shape.n_tiers || args->page_tokens == 0 ||
         args->page_tokens % TQKVC_BLOCK_TOKENS != 0 || !type_is_good(args->type))
@@ -188,7 +201,8 @@ tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer, const void *image, con
     if (args->n_tokens == 0)
         return TQKV_OK;
     const size_t row = (size_t)layer->shape.n_kv_heads * layer->shape.dim;
-    if (!args->k || !args->v || !args->positions || !args->slots || !args->pool || args->k_token_stride < row || args->v_token_stride < row)
+    if (!args->k || !args->v || !args->positions || !args->slots || !args->pool ||
+        args->k_token_stride < row || args->v_token_stride < row)
         return TQKV_ERR_INVALID_ARG;
     const tqkvc_store p = {.shape = layer->shape,
                            .image = image,
@@ -197,10 +211,12 @@ tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer, const void *image, con
     return tqkvc_launch_store(&p, stream);
 }
 
-tqkv_status tqkv_cuda_unpack(const tqkv_cuda_layer *layer, const void *image, const tqkv_cuda_unpack_args *args, void *stream)
+tqkv_status tqkv_cuda_unpack(const tqkv_cuda_layer *layer, const void *image,
+                             const tqkv_cuda_unpack_args *args, void *stream)
 {
-    if (!layer || !image || !args || !args->k || !args->v || args->first % TQKV_CUDA_TILE_TOKENS != 0 ||
-        !type_is_good(args->type) || !pages_are_good(&layer->shape, &args->pages))
+    if (!layer || !image || !args || !args->k || !args->v ||
+        args->first % TQKV_CUDA_TILE_TOKENS != 0 || !type_is_good(args->type) ||
+        !pages_are_good(&layer->shape, &args->pages))
         return TQKV_ERR_INVALID_ARG;
     if (args->n_tokens == 0)
         return TQKV_OK;
@@ -210,10 +226,12 @@ tqkv_status tqkv_cuda_unpack(const tqkv_cuda_layer *layer, const void *image, co
     return tqkvc_launch_unpack(&p, stream);
 }
 
-tqkv_status tqkv_cuda_merge(void *out_a, float *lse_a, const void *out_b, const float *lse_b, size_t n_rows, uint32_t dim,
-                            tqkv_cuda_type type, void *stream)
+tqkv_status tqkv_cuda_merge(void *out_a, float *lse_a, const void *out_b, const float *lse_b,
+                            size_t n_rows, uint32_t dim, tqkv_cuda_type type, void *stream)
 {
-    if (!out_a || !lse_a || !out_b || !lse_b || dim == 0 || !type_is_good(type) || n_rows > (size_t)1 << 33)
+    if (!out_a || !lse_a || !out_b || !lse_b || dim == 0 || !type_is_good(type) ||
+        n_rows > (size_t)1 << 33)
         return TQKV_ERR_INVALID_ARG;
-    return n_rows == 0 ? TQKV_OK : tqkvc_launch_merge(out_a, lse_a, out_b, lse_b, n_rows, dim, type, stream);
+    return n_rows == 0 ? TQKV_OK
+                       : tqkvc_launch_merge(out_a, lse_a, out_b, lse_b, n_rows, dim, type, stream);
 }

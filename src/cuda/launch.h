@@ -17,8 +17,8 @@ extern "C" {
 
 /* What a row of queries of a frame takes beside its operands. */
 typedef struct tqkvc_query_row {
-    float factor; /* of the whole numbers */
-    float mean;   /* turned q times mean of K */
+    float factor;              /* of the whole numbers */
+    float mean;                /* turned q times mean of K */
     int32_t high_sum, low_sum; /* of its bytes in units of shifted levels; see lookup.cuh */
 } tqkvc_query_row;
 
@@ -33,8 +33,9 @@ typedef struct tqkvc_frames {
     const void *q;           /* [n_seqs][q_len][n_heads][dim] */
     const int32_t *seq_lens; /* [n_seqs] */
     const uint8_t *tiers;    /* as tqkv_cuda_pages */
-    uint32_t *operands;      /* [n_seqs][KV heads][n_frames][tiers][row tiles][rows / 4][dim / 16][32] out */
-    tqkvc_query_row *rows;   /* [n_seqs][KV heads][n_frames][tiers][row tiles][rows] out */
+    uint32_t
+        *operands; /* [n_seqs][KV heads][n_frames][tiers][row tiles][rows / 4][dim / 16][32] out */
+    tqkvc_query_row *rows; /* [n_seqs][KV heads][n_frames][tiers][row tiles][rows] out */
     uint32_t tiers_stride, n_seqs, q_len, n_rows, n_frames, frame_tokens;
     uint32_t rows_per_tile, n_row_tiles;
     tqkv_cuda_type type;
@@ -49,8 +50,8 @@ typedef struct tqkvc_decode {
     float *parts;       /* [n_seqs][n_kv_heads][row tiles][n_splits][part floats] */
     uint32_t *arrivals; /* [n_seqs][n_kv_heads][row tiles], zero between calls */
     uint32_t n_splits;
-    uint32_t tile_bytes;              /* of one warp */
-    float scale_log2;                 /* scale * log2(e) */
+    uint32_t tile_bytes; /* of one warp */
+    float scale_log2;    /* scale * log2(e) */
 } tqkvc_decode;
 
 typedef struct tqkvc_store {

@@ -48,7 +48,8 @@ template <int BITS> struct tqkvc_table {
         if constexpr (BITS != 0 && BITS != 8)
 #pragma unroll
             for (int i = 0; i < n_words; i += 2)
-                *reinterpret_cast<uint2 *>(words + i) = *reinterpret_cast<const uint2 *>(shared + i);
+                *reinterpret_cast<uint2 *>(words + i) =
+                    *reinterpret_cast<const uint2 *>(shared + i);
     }
 
     __device__ __forceinline__ uint32_t part(int i, uint32_t selectors) const
@@ -56,7 +57,8 @@ template <int BITS> struct tqkvc_table {
         return permute(words[2 * i], words[2 * i + 1], selectors);
     }
 
-    __device__ __forceinline__ void find(const tqkvc_codes &c, uint32_t &negative, uint32_t &positive) const
+    __device__ __forceinline__ void find(const tqkvc_codes &c, uint32_t &negative,
+                                         uint32_t &positive) const
     {
         const uint32_t other = c.low ^ 0x8888u;
         if constexpr (BITS <= 3) {
@@ -72,9 +74,10 @@ template <int BITS> struct tqkvc_table {
             const uint32_t bit4 = c.bit4 | c.bit5, above = (c.bit4 ^ 0x8888u) | c.bit5;
             const uint32_t sign = c.bit5 ^ 0x8888u;
             const uint32_t p_bit4 = c.bit4 | sign, p_above = (c.bit4 ^ 0x8888u) | sign;
-            negative = part(0, c.low | bit4) & part(1, other | bit4) & part(2, c.low | above) & part(3, other | above);
-            positive = part(4, c.low | p_bit4) | part(5, other | p_bit4) | part(6, c.low | p_above) |
-                       part(7, other | p_above);
+            negative = part(0, c.low | bit4) & part(1, other | bit4) & part(2, c.low | above) &
+                       part(3, other | above);
+            positive = part(4, c.low | p_bit4) | part(5, other | p_bit4) |
+                       part(6, c.low | p_above) | part(7, other | p_above);
         }
     }
 };
@@ -108,7 +111,8 @@ static __device__ __forceinline__ uint32_t k_plane2(const uint8_t *plane, uint32
     return permute(w.x, w.y, t & 1 ? 0x7632u : 0x5410u) >> (2 * (t >> 1)) & 0x33333333u;
 }
 
-static __device__ __forceinline__ uint32_t k_plane1(const uint8_t *plane, uint32_t g, uint32_t t, uint32_t to_bit)
+static __device__ __forceinline__ uint32_t k_plane1(const uint8_t *plane, uint32_t g, uint32_t t,
+                                                    uint32_t to_bit)
 {
     return rotate_right(load_u32(plane + 4 * g), t - to_bit) & 0x11111111u << to_bit;
 }
@@ -140,7 +144,9 @@ static __device__ __forceinline__ void k_levels(const uint8_t *unit, uint32_t g,
             c[1].bit5 = c[0].bit5 >> 16;
         } else if constexpr (BITS == 8) {
             for (int i = 0; i < 2; i++)
-                out.negative[i] = (spread_nibbles(c[i].low) | spread_nibbles(load_u16(word + 128 + 4 * i)) << 4) ^ 0x80808080u;
+                out.negative[i] =
+                    (spread_nibbles(c[i].low) | spread_nibbles(load_u16(word + 128 + 4 * i)) << 4) ^
+                    0x80808080u;
         }
     }
     if constexpr (BITS != 8)
@@ -153,9 +159,11 @@ static __device__ __forceinline__ uint32_t v_plane2(const uint8_t *plane, uint32
     return load_u32(plane + 16 * t + 4 * (g & 3)) >> (2 * (g >> 2)) & 0x33333333u;
 }
 
-static __device__ __forceinline__ uint32_t v_plane1(const uint8_t *plane, uint32_t g, uint32_t t, uint32_t to_bit)
+static __device__ __forceinline__ uint32_t v_plane1(const uint8_t *plane, uint32_t g, uint32_t t,
+                                                    uint32_t to_bit)
 {
-    return rotate_right(load_u32(plane + 8 * t + 4 * (g & 1)), (g >> 1) - to_bit) & 0x11111111u << to_bit;
+    return rotate_right(load_u32(plane + 8 * t + 4 * (g & 1)), (g >> 1) - to_bit) & 0x11111111u
+                                                                                        << to_bit;
 }
 
 /* a[0], a[1]: bytes t0 t0' t1 t1' and t2 t2' t3 t3' of the two channels of a lane to one register each. */
@@ -171,7 +179,8 @@ static __device__ __forceinline__ void v_levels(const uint8_t *unit, uint32_t g,
                                                 const tqkvc_table<BITS> &table, tqkvc_levels &out)
 {
     if constexpr (BITS == 8) {
-        const uint32_t low = load_u32(unit + 32 * t + 4 * g), high = load_u32(unit + 128 + 32 * t + 4 * g);
+        const uint32_t low = load_u32(unit + 32 * t + 4 * g),
+                       high = load_u32(unit + 128 + 32 * t + 4 * g);
         out.negative[0] = ((low & 0x0f0f0f0fu) | (high << 4 & 0xf0f0f0f0u)) ^ 0x80808080u;
         out.negative[1] = ((low >> 4 & 0x0f0f0f0fu) | (high & 0xf0f0f0f0u)) ^ 0x80808080u;
         return;
@@ -207,7 +216,8 @@ template <int BITS> struct tqkvc_bits {
 };
 
 /* body(tqkvc_bits) for a width known at run time, the same in all lanes. */
-template <typename BODY> static __device__ __forceinline__ void with_width(uint32_t bits, BODY &&body)
+template <typename BODY>
+static __device__ __forceinline__ void with_width(uint32_t bits, BODY &&body)
 {
     switch (bits) {
     case 1:

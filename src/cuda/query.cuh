@@ -22,15 +22,17 @@ static __device__ __forceinline__ uint32_t unit_width(uint64_t widths, uint32_t 
  * the low bytes of row r, with 8 rows there is an operand of each.
  */
 template <int D>
-static __device__ __forceinline__ int2 put_query(uint32_t *operands, uint32_t rows_per_tile, uint32_t r, uint32_t unit,
-                                                 uint32_t t, const float (&v)[4], float factor)
+static __device__ __forceinline__ int2 put_query(uint32_t *operands, uint32_t rows_per_tile,
+                                                 uint32_t r, uint32_t unit, uint32_t t,
+                                                 const float (&v)[4], float factor)
 {
     uint32_t high = 0, low = 0;
     int2 sums = {0, 0};
 
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const int whole = __float2int_rn(v[i] * factor), upper = (whole + 128) >> 8, lower = whole - upper * 256;
+        const int whole = __float2int_rn(v[i] * factor), upper = (whole + 128) >> 8,
+                  lower = whole - upper * 256;
         high |= ((uint32_t)upper & 255u) << 8 * i;
         low |= ((uint32_t)lower & 255u) << 8 * i;
         sums.x += upper;
@@ -53,12 +55,14 @@ template <int D> struct tqkvc_query_steps {
     float step[N];
     bool shifted[N];
 
-    __device__ __forceinline__ void load(const tqkvc_tables &tables, uint64_t widths, uint32_t new_tier, uint32_t lane)
+    __device__ __forceinline__ void load(const tqkvc_tables &tables, uint64_t widths,
+                                         uint32_t new_tier, uint32_t lane)
     {
         tier = new_tier;
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            const uint32_t bits = unit_width(widths, min((32 * i + lane) / 4, (uint32_t)D / 16 - 1));
+            const uint32_t bits =
+                unit_width(widths, min((32 * i + lane) / 4, (uint32_t)D / 16 - 1));
             step[i] = tables.widths[bits].step;
             shifted[i] = tqkvc_is_shifted((int)bits);
         }
@@ -67,8 +71,10 @@ template <int D> struct tqkvc_query_steps {
 
 /* Row r of a tile from its product with the matrix, [D]. One warp. */
 template <int D>
-static __device__ __forceinline__ tqkvc_query_row make_query(const float *product, const tqkvc_query_steps<D> &steps,
-                                                             uint32_t rows_per_tile, uint32_t r, uint32_t lane, uint32_t *operands)
+static __device__ __forceinline__ tqkvc_query_row make_query(const float *product,
+                                                             const tqkvc_query_steps<D> &steps,
+                                                             uint32_t rows_per_tile, uint32_t r,
+                                                             uint32_t lane, uint32_t *operands)
 {
     constexpr uint32_t ALL = 0xffffffffu;
     constexpr int N = tqkvc_query_steps<D>::N;
@@ -77,8 +83,10 @@ static __device__ __forceinline__ tqkvc_query_row make_query(const float *produc
 
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const uint32_t unit = min((32 * i + lane) / 4, (uint32_t)D / 16 - 1), at = 16 * unit + 2 * (lane % 4);
-        const float x[4] = {product[at], product[at + 8], product[at + 1], product[at + 9]}; /* see lookup.cuh */
+        const uint32_t unit = min((32 * i + lane) / 4, (uint32_t)D / 16 - 1),
+                       at = 16 * unit + 2 * (lane % 4);
+        const float x[4] = {product[at], product[at + 8], product[at + 1],
+                            product[at + 9]}; /* see lookup.cuh */
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             v[i][k] = x[k] * steps.step[i];
@@ -96,7 +104,8 @@ static __device__ __forceinline__ tqkvc_query_row make_query(const float *produc
         sums.x += steps.shifted[i] ? s.x : 0;
         sums.y += steps.shifted[i] ? s.y : 0;
     }
-    return {largest / TQKVC_Q_MAX, 0.0f, __reduce_add_sync(ALL, sums.x), __reduce_add_sync(ALL, sums.y)};
+    return {largest / TQKVC_Q_MAX, 0.0f, __reduce_add_sync(ALL, sums.x),
+            __reduce_add_sync(ALL, sums.y)};
 }
 
 #endif /* TQKVC_QUERY_CUH */

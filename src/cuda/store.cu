@@ -11,7 +11,8 @@
 #include "cuda/encode_row.cuh"
 #include "cuda/launch.h"
 
-namespace {
+namespace
+{
 
 constexpr uint32_t THREADS = 128, HALVES = THREADS / 16;
 
@@ -23,7 +24,8 @@ struct place {
     uint32_t slot;
 };
 
-__device__ place find_place(const tqkvc_store &p, uint32_t token, const tqkvc_layout &layout, uint32_t side)
+__device__ place find_place(const tqkvc_store &p, uint32_t token, const tqkvc_layout &layout,
+                            uint32_t side)
 {
     place at = {token, 0, nullptr, 0};
     if (token >= p.args.n_tokens)
@@ -38,9 +40,10 @@ __device__ place find_place(const tqkvc_store &p, uint32_t token, const tqkvc_la
         const int64_t down = ((int64_t)position - (position < 0 ? frame - 1 : 0)) / frame * frame;
         at.base = (int32_t)max(down, (int64_t)INT32_MIN);
     }
-    at.section = static_cast<uint8_t *>(p.args.pool) + slot / p.args.page_tokens * (int64_t)p.page_bytes +
-                 (size_t)(cell / TQKVC_BLOCK_TOKENS) * p.shape.block_bytes[p.args.tier] + layout.offset +
-                 (side == TQKV_SIDE_V ? layout.bytes[0] : 0);
+    at.section = static_cast<uint8_t *>(p.args.pool) +
+                 slot / p.args.page_tokens * (int64_t)p.page_bytes +
+                 (size_t)(cell / TQKVC_BLOCK_TOKENS) * p.shape.block_bytes[p.args.tier] +
+                 layout.offset + (side == TQKV_SIDE_V ? layout.bytes[0] : 0);
     at.slot = cell % TQKVC_BLOCK_TOKENS;
     return at;
 }
@@ -63,7 +66,8 @@ __device__ bool load_row(const tqkvc_store &p, const place &at, uint32_t g, uint
     bool bad = false, any = false;
 
     for (uint32_t i = d; i < D; i += 16) {
-        const float x = at.section ? load_value(from, at.token * stride + g * D + i, p.args.type) : 0.0f;
+        const float x =
+            at.section ? load_value(from, at.token * stride + g * D + i, p.args.type) : 0.0f;
         bad = bad || !isfinite(x);
         any = any || x != 0.0f;
         z[ROWS * i] = x;
@@ -89,7 +93,8 @@ __device__ bool load_row(const tqkvc_store &p, const place &at, uint32_t g, uint
 
 /* y[row][unit] of lane d: sum over i of transform[i][16 unit + d] z[i][row], in ascending i. */
 template <int D, int ROWS>
-__device__ void transform_rows(const float *__restrict__ transform, const float *z, float (&y)[ROWS][D / 16])
+__device__ void transform_rows(const float *__restrict__ transform, const float *z,
+                               float (&y)[ROWS][D / 16])
 {
     const float *column = transform + threadIdx.x % 16;
 
@@ -133,21 +138,27 @@ __device__ void put_row(const place &at, uint32_t side, uint64_t widths, const f
         const uint32_t code = zero ? 0 : signbit(y[u]) ? below : half + magnitude[u];
         put_plane(unit, side, at.slot, low, code, at.section != nullptr);
         if (bits > low)
-            put_plane(unit + 32 * low, side, at.slot, bits - low, code >> low, at.section != nullptr);
+            put_plane(unit + 32 * low, side, at.slot, bits - low, code >> low,
+                      at.section != nullptr);
         unit += 32 * bits;
     }
 }
 
-template <int D, int ROWS> __global__ void __launch_bounds__(THREADS) store_kernel(const __grid_constant__ tqkvc_store p)
+template <int D, int ROWS>
+__global__ void __launch_bounds__(THREADS) store_kernel(const __grid_constant__ tqkvc_store p)
 {
     __shared__ tqkvc_encode_tables tables;
     __shared__ __align__(16) float z[HALVES][D * ROWS];
     const uint32_t g = blockIdx.y / 2, side = blockIdx.y % 2, half = threadIdx.x / 16;
-    const tqkvc_layout &layout =
-        reinterpret_cast<const tqkvc_layout *>(p.image + p.shape.parts.layouts)[p.args.tier * p.shape.n_kv_heads + g];
-    const float *transform = reinterpret_cast<const float *>(p.image + p.shape.parts.transform[side]) + (size_t)g * D * D;
-    const float *weights = reinterpret_cast<const float *>(p.image + p.shape.parts.weight[side]) + g * (D / 16);
-    const bool zero_mean = reinterpret_cast<const uint32_t *>(p.image + p.shape.parts.zero_mean[side])[g] != 0;
+    const tqkvc_layout &layout = reinterpret_cast<const tqkvc_layout *>(
+        p.image + p.shape.parts.layouts)[p.args.tier * p.shape.n_kv_heads + g];
+    const float *transform =
+        reinterpret_cast<const float *>(p.image + p.shape.parts.transform[side]) +
+        (size_t)g * D * D;
+    const float *weights =
+        reinterpret_cast<const float *>(p.image + p.shape.parts.weight[side]) + g * (D / 16);
+    const bool zero_mean =
+        reinterpret_cast<const uint32_t *>(p.image + p.shape.parts.zero_mean[side])[g] != 0;
     const bool has_codes = layout.bytes[side] > TQKVC_BLOCK_TOKENS;
     place at[ROWS];
     bool good[ROWS];

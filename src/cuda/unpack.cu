@@ -7,7 +7,8 @@
 #include "cuda/columns.cuh"
 #include "cuda/launch.h"
 
-namespace {
+namespace
+{
 
 constexpr uint32_t TOKENS = 32, WARPS = 4;
 
@@ -25,8 +26,9 @@ __device__ uint4 transposed(const uint4 &x)
 
 /* Rows 16 m .. 16 m + 15 of the transposed matrix times the columns; see multiply_columns. */
 template <int D>
-__device__ void multiply_transposed(const uint4 *__restrict__ matrix, uint32_t m, const tqkvc_columns<D, TOKENS> &columns,
-                                    uint32_t lane, float (&c)[TOKENS / 8][4])
+__device__ void multiply_transposed(const uint4 *__restrict__ matrix, uint32_t m,
+                                    const tqkvc_columns<D, TOKENS> &columns, uint32_t lane,
+                                    float (&c)[TOKENS / 8][4])
 {
     const uint32_t g = lane / 4, t = lane % 4;
 
@@ -38,8 +40,10 @@ __device__ void multiply_transposed(const uint4 *__restrict__ matrix, uint32_t m
         const uint4 high = transposed(__ldg(operand)), low = transposed(__ldg(operand + 32));
 #pragma unroll
         for (uint32_t n = 0; n < TOKENS / 8; n++) {
-            const uint32_t *b_high = reinterpret_cast<const uint32_t *>(&columns.high[8 * n + g][16 * k + 2 * t]);
-            const uint32_t *b_low = reinterpret_cast<const uint32_t *>(&columns.low[8 * n + g][16 * k + 2 * t]);
+            const uint32_t *b_high =
+                reinterpret_cast<const uint32_t *>(&columns.high[8 * n + g][16 * k + 2 * t]);
+            const uint32_t *b_low =
+                reinterpret_cast<const uint32_t *>(&columns.low[8 * n + g][16 * k + 2 * t]);
             multiply_f16(c[n], low, b_high[0], b_high[4]);
             multiply_f16(c[n], high, b_low[0], b_low[4]);
             multiply_f16(c[n], high, b_high[0], b_high[4]);
@@ -48,15 +52,18 @@ __device__ void multiply_transposed(const uint4 *__restrict__ matrix, uint32_t m
 }
 
 /* Code of channel d of a plane of w bits of the token in a slot. */
-__device__ uint32_t plane_code(const uint8_t *plane, uint32_t side, uint32_t slot, uint32_t w, uint32_t d)
+__device__ uint32_t plane_code(const uint8_t *plane, uint32_t side, uint32_t slot, uint32_t w,
+                               uint32_t d)
 {
     const uint32_t n = 2 * w, i = d % n;
-    const uint32_t at = side == TQKV_SIDE_V ? slot / 4 * 4 * n + 4 * i + slot % 4 : i / 4 * 64 + min(n, 4u) * slot + i % 4;
+    const uint32_t at = side == TQKV_SIDE_V ? slot / 4 * 4 * n + 4 * i + slot % 4
+                                            : i / 4 * 64 + min(n, 4u) * slot + i % 4;
     return (uint32_t)plane[at] >> (d / n * w) & ((1u << w) - 1);
 }
 
 /* Level times step of channel d of a unit. */
-__device__ float unit_value(const uint8_t *unit, const tqkvc_width &width, uint32_t bits, uint32_t side, uint32_t slot, uint32_t d)
+__device__ float unit_value(const uint8_t *unit, const tqkvc_width &width, uint32_t bits,
+                            uint32_t side, uint32_t slot, uint32_t d)
 {
     if (bits == 0)
         return 0.0f;
@@ -66,14 +73,16 @@ __device__ float unit_value(const uint8_t *unit, const tqkvc_width &width, uint3
         code |= plane_code(unit + 32 * low, side, slot, bits - low, d) << low;
     if (bits == 8)
         return (float)max((int)code - 128, -127) * width.step;
-    const int level = code >= half ? (int)width.magnitude[code - half] : -(int)width.magnitude[half - 1 - code];
+    const int level =
+        code >= half ? (int)width.magnitude[code - half] : -(int)width.magnitude[half - 1 - code];
     return (float)level * width.step;
 }
 
 /* The token as a column, divided by what is returned; 0 for the zero row. */
 template <int D>
-__device__ float load_column(const tqkvc_unpack &p, const uint8_t *section, uint64_t widths, const float *row_scale,
-                             uint32_t side, uint32_t slot, uint32_t column, uint32_t lane, tqkvc_columns<D, TOKENS> &columns)
+__device__ float load_column(const tqkvc_unpack &p, const uint8_t *section, uint64_t widths,
+                             const float *row_scale, uint32_t side, uint32_t slot, uint32_t column,
+                             uint32_t lane, tqkvc_columns<D, TOKENS> &columns)
 {
     const tqkvc_tables &tables = *reinterpret_cast<const tqkvc_tables *>(p.image);
     const float scale = section ? tables.scale_values[section[slot]] : 0.0f;
@@ -85,40 +94,48 @@ __device__ float load_column(const tqkvc_unpack &p, const uint8_t *section, uint
         for (uint32_t k = 0; k < u; k++)
             offset += 32 * ((uint32_t)(widths >> (4 * k)) & 15u);
         const uint32_t bits = (uint32_t)(widths >> (4 * u)) & 15u;
-        v[i] = scale == 0 ? 0.0f : scale * unit_value(section + offset, tables.widths[bits], bits, side, slot, j % 16);
+        v[i] = scale == 0 ? 0.0f
+                          : scale * unit_value(section + offset, tables.widths[bits], bits, side,
+                                               slot, j % 16);
         if (side == TQKV_SIDE_K) /* its matrix has rows where the transposed one has columns */
             v[i] *= row_scale[j];
         largest = fmaxf(largest, fabsf(v[i]));
     }
-    largest = fmaxf(__uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(largest))), 1e-30f);
+    largest =
+        fmaxf(__uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(largest))), 1e-30f);
     for (int i = 0; i < D / 32; i++)
         columns.set(column, 32 * i + lane, v[i] / largest);
     return scale == 0 ? 0.0f : largest;
 }
 
 /* Section of the block that holds a token; NULL past the last one. */
-__device__ const uint8_t *find_section(const tqkvc_unpack &p, uint32_t token, uint32_t g, uint32_t side, uint64_t *widths)
+__device__ const uint8_t *find_section(const tqkvc_unpack &p, uint32_t token, uint32_t g,
+                                       uint32_t side, uint64_t *widths)
 {
     if (token >= p.args.first + p.args.n_tokens)
         return nullptr;
     const tqkv_cuda_pages &pages = p.args.pages;
-    const uint32_t tier = pages.tiers ? pages.tiers[(size_t)p.args.sequence * pages.tiers_stride + token / TQKV_CUDA_TILE_TOKENS]
+    const uint32_t tier = pages.tiers ? pages.tiers[(size_t)p.args.sequence * pages.tiers_stride +
+                                                    token / TQKV_CUDA_TILE_TOKENS]
                                       : p.shape.n_tiers - 1;
-    const tqkvc_layout &layout =
-        reinterpret_cast<const tqkvc_layout *>(p.image + p.shape.parts.layouts)[tier * p.shape.n_kv_heads + g];
-    const int32_t page = pages.block_table[(size_t)p.args.sequence * pages.table_stride + token / pages.page_tokens];
+    const tqkvc_layout &layout = reinterpret_cast<const tqkvc_layout *>(
+        p.image + p.shape.parts.layouts)[tier * p.shape.n_kv_heads + g];
+    const int32_t page =
+        pages.block_table[(size_t)p.args.sequence * pages.table_stride + token / pages.page_tokens];
     *widths = layout.widths[side];
     return static_cast<const uint8_t *>(pages.pool[tier]) + (size_t)page * p.page_bytes[tier] +
-           (size_t)(token % pages.page_tokens / TQKVC_BLOCK_TOKENS) * p.shape.block_bytes[tier] + layout.offset +
-           (side == TQKV_SIDE_V ? layout.bytes[0] : 0);
+           (size_t)(token % pages.page_tokens / TQKVC_BLOCK_TOKENS) * p.shape.block_bytes[tier] +
+           layout.offset + (side == TQKV_SIDE_V ? layout.bytes[0] : 0);
 }
 
 /* Mean, turn, output of one token. x: [D], product of the matrix and the column. */
 template <int D>
-__device__ void write_row(const tqkvc_unpack &p, uint32_t g, uint32_t side, uint32_t token, const float *x, float factor, uint32_t lane)
+__device__ void write_row(const tqkvc_unpack &p, uint32_t g, uint32_t side, uint32_t token,
+                          const float *x, float factor, uint32_t lane)
 {
     const float *mean = reinterpret_cast<const float *>(p.image + p.shape.parts.mean[side]) + g * D;
-    const float *row_scale = reinterpret_cast<const float *>(p.image + p.shape.parts.row_scale[side]) + g * D;
+    const float *row_scale =
+        reinterpret_cast<const float *>(p.image + p.shape.parts.row_scale[side]) + g * D;
     const float *inv_freq = reinterpret_cast<const float *>(p.image + p.shape.parts.inv_freq);
     const size_t at = ((size_t)(token - p.args.first) * p.shape.n_kv_heads + g) * D;
     const int32_t base = (int32_t)(token / p.shape.frame_tokens * p.shape.frame_tokens);
@@ -127,8 +144,10 @@ __device__ void write_row(const tqkvc_unpack &p, uint32_t g, uint32_t side, uint
     for (uint32_t i = lane; i < D / 2; i += 32) {
         const tqkvc_pair pair = find_pair(p.shape, i);
         const bool is_k = side == TQKV_SIDE_K;
-        const float a = zero ? 0.0f : x[pair.a] * factor * (is_k ? 1.0f : row_scale[pair.a]) + mean[pair.a];
-        const float b = zero ? 0.0f : x[pair.b] * factor * (is_k ? 1.0f : row_scale[pair.b]) + mean[pair.b];
+        const float a =
+            zero ? 0.0f : x[pair.a] * factor * (is_k ? 1.0f : row_scale[pair.a]) + mean[pair.a];
+        const float b =
+            zero ? 0.0f : x[pair.b] * factor * (is_k ? 1.0f : row_scale[pair.b]) + mean[pair.b];
         float sine = 0, cosine = 1;
         if (is_k && pair.turns)
             turn_fast(turns_per_position(inv_freq[i]), base, sine, cosine);
@@ -138,23 +157,28 @@ __device__ void write_row(const tqkvc_unpack &p, uint32_t g, uint32_t side, uint
     }
 }
 
-template <int D> __global__ void __launch_bounds__(32 * WARPS) unpack_kernel(const __grid_constant__ tqkvc_unpack p)
+template <int D>
+__global__ void __launch_bounds__(32 * WARPS) unpack_kernel(const __grid_constant__ tqkvc_unpack p)
 {
     __shared__ union {
         tqkvc_columns<D, TOKENS> columns;
         float rows[TOKENS][D];
     } memory;
     __shared__ float factor[TOKENS];
-    const uint32_t g = blockIdx.y / 2, side = blockIdx.y % 2, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t g = blockIdx.y / 2, side = blockIdx.y % 2, warp = threadIdx.x / 32,
+                   lane = threadIdx.x % 32;
     const uint32_t first = p.args.first + blockIdx.x * TOKENS;
-    const uint4 *matrix = reinterpret_cast<const uint4 *>(p.image + p.shape.parts.matrix[side]) + (size_t)g * D * D / 4;
-    const float *row_scale = reinterpret_cast<const float *>(p.image + p.shape.parts.row_scale[side]) + g * D;
+    const uint4 *matrix = reinterpret_cast<const uint4 *>(p.image + p.shape.parts.matrix[side]) +
+                          (size_t)g * D * D / 4;
+    const float *row_scale =
+        reinterpret_cast<const float *>(p.image + p.shape.parts.row_scale[side]) + g * D;
     float c[D / 16 / WARPS][TOKENS / 8][4];
 
     for (uint32_t i = warp; i < TOKENS; i += WARPS) {
         uint64_t widths = 0;
         const uint8_t *section = find_section(p, first + i, g, side, &widths);
-        const float f = load_column<D>(p, section, widths, row_scale, side, (first + i) % TQKVC_BLOCK_TOKENS, i, lane, memory.columns);
+        const float f = load_column<D>(p, section, widths, row_scale, side,
+                                       (first + i) % TQKVC_BLOCK_TOKENS, i, lane, memory.columns);
         if (lane == 0)
             factor[i] = f;
     }
@@ -171,7 +195,8 @@ template <int D> __global__ void __launch_bounds__(32 * WARPS) unpack_kernel(con
     for (uint32_t i = 0; i < D / 16 / WARPS; i++)
 #pragma unroll
         for (uint32_t k = 0; k < TOKENS / 8 * 4; k++)
-            memory.rows[k / 4 * 8 + lane % 4 * 2 + k % 2][(i * WARPS + warp) * 16 + lane / 4 + k % 4 / 2 * 8] = c[i][k / 4][k % 4];
+            memory.rows[k / 4 * 8 + lane % 4 * 2 + k % 2]
+                       [(i * WARPS + warp) * 16 + lane / 4 + k % 4 / 2 * 8] = c[i][k / 4][k % 4];
     __syncthreads();
     for (uint32_t i = warp; i < TOKENS; i += WARPS)
         if (first + i < p.args.first + p.args.n_tokens)

@@ -64,7 +64,8 @@ typedef struct layer {
     uint32_t dim, n_heads, n_kv_heads;
 } layer;
 
-static layer make_layer(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads, uint32_t style)
+static layer make_layer(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
+                        uint32_t style)
 {
     layer l = {.dim = dim, .n_heads = n_heads, .n_kv_heads = n_kv_heads};
     tqkv_plan_layer shape = test_shape(n_heads, n_kv_heads, dim, dim);
@@ -75,7 +76,8 @@ static layer make_layer(test_random *random, uint32_t dim, uint32_t n_heads, uin
         shape.rope.n_rot = dim / 2;
     if (style == TQKV_ROPE_NONE)
         shape.rope = (tqkv_rope){.style = TQKV_ROPE_NONE};
-    assert_int_equal(test_plan_make(NULL, test_random_u32(random), &shape, 1, N_TIERS, &l.plan), TQKV_OK);
+    assert_int_equal(test_plan_make(NULL, test_random_u32(random), &shape, 1, N_TIERS, &l.plan),
+                     TQKV_OK);
     assert_int_equal(tqkv_codec_create(l.plan, 0, NULL, NULL, &l.codec), TQKV_OK);
     assert_int_equal(tqkv_cuda_layer_create(l.plan, 0, NULL, NULL, &l.cuda), TQKV_OK);
     const void *image = tqkv_cuda_layer_image(l.cuda, &n);
@@ -98,7 +100,9 @@ static uint32_t section_offset(const layer *l, uint32_t tier, uint32_t g, tqkv_s
     for (uint32_t i = 0; i < g; i++)
         for (uint32_t s = 0; s < 2; s++)
             offset += 16 * (1 + tqkvi_codec_layout(l->codec, (tqkv_side)s, i, tier)->row_bytes);
-    return offset + (side == TQKV_SIDE_V ? 16 * (1 + tqkvi_codec_layout(l->codec, TQKV_SIDE_K, g, tier)->row_bytes) : 0);
+    return offset + (side == TQKV_SIDE_V
+                         ? 16 * (1 + tqkvi_codec_layout(l->codec, TQKV_SIDE_K, g, tier)->row_bytes)
+                         : 0);
 }
 
 static uint32_t block_bytes(const layer *l, uint32_t tier)
@@ -112,21 +116,29 @@ static int32_t base_of(const layer *l, tqkv_side side, int32_t position)
 }
 
 /* One row into a block on the host. */
-static void put_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t position, const float *x, uint8_t *block, uint32_t slot)
+static void put_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t position,
+                    const float *x, uint8_t *block, uint32_t slot)
 {
     uint8_t codes[TQKVI_ROW_BYTES_MAX], scale;
     uint8_t *section = block + section_offset(l, tier, g, side);
-    assert_int_equal(tqkv_codec_encode(l->codec, g, side, tier, base_of(l, side, position), x, l->dim, 1, &scale, codes, NULL), TQKV_OK);
+    assert_int_equal(tqkv_codec_encode(l->codec, g, side, tier, base_of(l, side, position), x,
+                                       l->dim, 1, &scale, codes, NULL),
+                     TQKV_OK);
     section[slot] = scale;
-    tqkvi_block_put_row(tqkvi_codec_layout(l->codec, side, g, tier), side, section + 16, slot, codes);
+    tqkvi_block_put_row(tqkvi_codec_layout(l->codec, side, g, tier), side, section + 16, slot,
+                        codes);
 }
 
-static void get_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t position, const uint8_t *block, uint32_t slot, float *x)
+static void get_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t position,
+                    const uint8_t *block, uint32_t slot, float *x)
 {
     uint8_t codes[TQKVI_ROW_BYTES_MAX];
     const uint8_t *section = block + section_offset(l, tier, g, side);
-    tqkvi_block_get_row(tqkvi_codec_layout(l->codec, side, g, tier), side, section + 16, slot, codes);
-    assert_int_equal(tqkv_codec_decode(l->codec, g, side, tier, base_of(l, side, position), section + slot, codes, 1, x, l->dim), TQKV_OK);
+    tqkvi_block_get_row(tqkvi_codec_layout(l->codec, side, g, tier), side, section + 16, slot,
+                        codes);
+    assert_int_equal(tqkv_codec_decode(l->codec, g, side, tier, base_of(l, side, position),
+                                       section + slot, codes, 1, x, l->dim),
+                     TQKV_OK);
 }
 
 /* ---- values of a type ---- */
@@ -205,11 +217,15 @@ static void spoil_row(test_random *random, float *row, uint32_t dim)
 
 /* ---- store ---- */
 
-static void check_store(test_random *random, const layer *l, uint32_t tier, uint32_t n_tokens, tqkv_cuda_type type)
+static void check_store(test_random *random, const layer *l, uint32_t tier, uint32_t n_tokens,
+                        tqkv_cuda_type type)
 {
-    const uint32_t page_tokens = 16u << test_random_u32(random) % 4, n_pages = 2 * n_tokens / page_tokens + 2;
-    const size_t row = (size_t)l->n_kv_heads * l->dim, page = tqkv_cuda_page_bytes(l->cuda, tier, page_tokens), bytes = n_pages * page;
-    float *x[2] = {random_rows(random, n_tokens, (uint32_t)row, 1.0f), random_rows(random, n_tokens, (uint32_t)row, 1.0f)};
+    const uint32_t page_tokens = 16u << test_random_u32(random) % 4,
+                   n_pages = 2 * n_tokens / page_tokens + 2;
+    const size_t row = (size_t)l->n_kv_heads * l->dim,
+                 page = tqkv_cuda_page_bytes(l->cuda, tier, page_tokens), bytes = n_pages * page;
+    float *x[2] = {random_rows(random, n_tokens, (uint32_t)row, 1.0f),
+                   random_rows(random, n_tokens, (uint32_t)row, 1.0f)};
     uint8_t *want = malloc(bytes), *got = malloc(bytes);
     int64_t *slots = malloc(n_tokens * sizeof(*slots));
     int32_t *positions = malloc(n_tokens * sizeof(*positions));
@@ -231,19 +247,28 @@ static void check_store(test_random *random, const layer *l, uint32_t tier, uint
         for (uint32_t i = 0; i < n_tokens; i++)
             for (uint32_t g = 0; g < l->n_kv_heads && slots[i] >= 0; g++)
                 put_row(l, tier, g, (tqkv_side)side, positions[i], x[side] + i * row + g * l->dim,
-                        want + (size_t)(slots[i] / 16) * block_bytes(l, tier), (uint32_t)(slots[i] % 16));
+                        want + (size_t)(slots[i] / 16) * block_bytes(l, tier),
+                        (uint32_t)(slots[i] % 16));
     }
-    const tqkv_cuda_store_args args = {.k = device[0], .v = device[1], .k_token_stride = row, .v_token_stride = row,
-                                       .positions = device_bytes(positions, n_tokens * 4), .slots = device_bytes(slots, n_tokens * 8),
-                                       .pool = device_bytes(NULL, bytes), .n_tokens = n_tokens, .tier = tier,
-                                       .page_tokens = page_tokens, .type = type};
+    const tqkv_cuda_store_args args = {.k = device[0],
+                                       .v = device[1],
+                                       .k_token_stride = row,
+                                       .v_token_stride = row,
+                                       .positions = device_bytes(positions, n_tokens * 4),
+                                       .slots = device_bytes(slots, n_tokens * 8),
+                                       .pool = device_bytes(NULL, bytes),
+                                       .n_tokens = n_tokens,
+                                       .tier = tier,
+                                       .page_tokens = page_tokens,
+                                       .type = type};
     assert_int_equal(tqkv_cuda_store(l->cuda, l->image, &args, NULL), TQKV_OK);
     to_host(got, args.pool, bytes);
     size_t n_different = 0;
     for (size_t i = 0; i < bytes; i++)
         n_different += got[i] != want[i];
     if (n_different)
-        fprintf(stderr, "store: dim %u tier %u tokens %u type %d: %zu of %zu bytes differ\n", l->dim, tier, n_tokens, (int)type, n_different, bytes);
+        fprintf(stderr, "store: dim %u tier %u tokens %u type %d: %zu of %zu bytes differ\n",
+                l->dim, tier, n_tokens, (int)type, n_different, bytes);
     assert_int_equal(n_different, 0);
     check(cudaFree((void *)(uintptr_t)args.positions));
     check(cudaFree((void *)(uintptr_t)args.slots));
@@ -293,7 +318,8 @@ static uint8_t *block_of(const layer *l, const sequences *s, uint32_t seq, uint3
 }
 
 /* Pages in random order, tiers in runs as ageing makes them; tokens that are not there stay poison. */
-static sequences make_sequences(test_random *random, const layer *l, const int32_t *lengths, uint32_t n, uint32_t page_tokens, bool tiers)
+static sequences make_sequences(test_random *random, const layer *l, const int32_t *lengths,
+                                uint32_t n, uint32_t page_tokens, bool tiers)
 {
     sequences s = {.n = n, .page_tokens = page_tokens};
     float *x = random_rows(random, 1, l->dim, 1.0f);
@@ -315,7 +341,10 @@ static sequences make_sequences(test_random *random, const layer *l, const int32
         s.table[i] = (int32_t)i;
     for (uint32_t i = 0; i < n; i++)
         for (uint32_t t = 0; t < s.tiers_stride; t++)
-            s.tiers[i * s.tiers_stride + t] = !tiers ? N_TIERS - 1 : t == 0 || 64 * t + 100 > (uint32_t)lengths[i] ? 0 : 64 * t + 300 > (uint32_t)lengths[i] ? 1 : 2;
+            s.tiers[i * s.tiers_stride + t] = !tiers ? N_TIERS - 1
+                                              : t == 0 || 64 * t + 100 > (uint32_t)lengths[i] ? 0
+                                              : 64 * t + 300 > (uint32_t)lengths[i]           ? 1
+                                                                                              : 2;
     for (uint32_t tier = 0; tier < N_TIERS; tier++) {
         const size_t bytes = s.n_pages * tqkv_cuda_page_bytes(l->cuda, tier, page_tokens);
         s.pool[tier] = malloc(bytes);
@@ -330,16 +359,21 @@ static sequences make_sequences(test_random *random, const layer *l, const int32
                         x[d] = test_random_normal(random) + (d == 3 ? 2.0f : 0.0f);
                     if (test_random_u32(random) % 50 == 0)
                         memset(x, 0, l->dim * sizeof(*x));
-                    put_row(l, s.tiers[i * s.tiers_stride + t / 64], g, (tqkv_side)side, (int32_t)t, x, block_of(l, &s, i, t), t % 16);
+                    put_row(l, s.tiers[i * s.tiers_stride + t / 64], g, (tqkv_side)side, (int32_t)t,
+                            x, block_of(l, &s, i, t), t % 16);
                 }
             }
         }
     }
-    s.device = (tqkv_cuda_pages){.block_table = device_bytes(s.table, s.n_pages * 4), .page_tokens = page_tokens, .table_stride = s.table_stride, .tiers_stride = s.tiers_stride};
+    s.device = (tqkv_cuda_pages){.block_table = device_bytes(s.table, s.n_pages * 4),
+                                 .page_tokens = page_tokens,
+                                 .table_stride = s.table_stride,
+                                 .tiers_stride = s.tiers_stride};
     if (tiers)
         s.device.tiers = device_bytes(s.tiers, n * s.tiers_stride);
     for (uint32_t tier = 0; tier < N_TIERS; tier++)
-        s.device.pool[tier] = device_bytes(s.pool[tier], s.n_pages * tqkv_cuda_page_bytes(l->cuda, tier, page_tokens));
+        s.device.pool[tier] = device_bytes(
+            s.pool[tier], s.n_pages * tqkv_cuda_page_bytes(l->cuda, tier, page_tokens));
     s.device_lengths = device_bytes(s.lengths, n * 4);
     free(x);
     return s;
@@ -362,7 +396,8 @@ static void free_sequences(sequences *s)
 /* ---- decode ---- */
 
 /* float64 attention of one row over tokens [0, n) of a KV head. out: [dim]. Returns the lse. */
-static double attend(const layer *l, const float *k, const float *v, uint32_t n, const float *q, double scale, double *out)
+static double attend(const layer *l, const float *k, const float *v, uint32_t n, const float *q,
+                     double scale, double *out)
 {
     double top = -INFINITY, sum = 0;
     double *s = malloc((n + 1) * sizeof(*s));
@@ -388,7 +423,9 @@ static double attend(const layer *l, const float *k, const float *v, uint32_t n,
 }
 
 /* Checks rows of one sequence and KV head. Returns the largest relative error. */
-static double check_head(const layer *l, const sequences *s, uint32_t seq, uint32_t g, uint32_t q_len, const float *q, const float *out, const float *lse, double scale)
+static double check_head(const layer *l, const sequences *s, uint32_t seq, uint32_t g,
+                         uint32_t q_len, const float *q, const float *out, const float *lse,
+                         double scale)
 {
     const uint32_t n = (uint32_t)s->lengths[seq], group = l->n_heads / l->n_kv_heads;
     float *rows[2] = {malloc(((size_t)n + 1) * l->dim * 4), malloc(((size_t)n + 1) * l->dim * 4)};
@@ -396,12 +433,14 @@ static double check_head(const layer *l, const sequences *s, uint32_t seq, uint3
 
     for (uint32_t t = 0; t < n; t++)
         for (int side = 0; side < 2; side++)
-            get_row(l, s->tiers[seq * s->tiers_stride + t / 64], g, (tqkv_side)side, (int32_t)t, block_of(l, s, seq, t), t % 16, rows[side] + (size_t)t * l->dim);
+            get_row(l, s->tiers[seq * s->tiers_stride + t / 64], g, (tqkv_side)side, (int32_t)t,
+                    block_of(l, s, seq, t), t % 16, rows[side] + (size_t)t * l->dim);
     for (uint32_t i = 0; i < q_len; i++) {
         for (uint32_t h = g * group; h < (g + 1) * group; h++) {
             const size_t at = (size_t)(seq * q_len + i) * l->n_heads + h;
             const int64_t seen = (int64_t)n - q_len + i + 1;
-            const double log_sum = attend(l, rows[0], rows[1], seen > 0 ? (uint32_t)seen : 0, q + at * l->dim, scale, want);
+            const double log_sum = attend(l, rows[0], rows[1], seen > 0 ? (uint32_t)seen : 0,
+                                          q + at * l->dim, scale, want);
             double error = 0, norm = 0;
             for (uint32_t d = 0; d < l->dim; d++) {
                 const double difference = (double)out[at * l->dim + d] - want[d];
@@ -424,7 +463,8 @@ static double check_head(const layer *l, const sequences *s, uint32_t seq, uint3
     return worst;
 }
 
-static void check_decode(test_random *random, const layer *l, const sequences *s, uint32_t q_len, tqkv_cuda_type type, double tolerance)
+static void check_decode(test_random *random, const layer *l, const sequences *s, uint32_t q_len,
+                         tqkv_cuda_type type, double tolerance)
 {
     const size_t n = (size_t)s->n * q_len * l->n_heads;
     const double scale = 1.0 / sqrt((double)l->dim);
@@ -434,10 +474,17 @@ static void check_decode(test_random *random, const layer *l, const sequences *s
     double worst = 0;
 
     assert_true(bytes > 0);
-    tqkv_cuda_decode_args args = {.pages = s->device, .q = device_bytes(typed, n * l->dim * type_bytes(type)),
-                                  .out = device_bytes(NULL, n * l->dim * 4), .lse = device_bytes(NULL, n * 4), .seq_lens = s->device_lengths,
-                                  .workspace = device_bytes(NULL, bytes), .n_seqs = s->n, .q_len = q_len, .max_tokens = s->max_tokens,
-                                  .scale = (float)scale, .type = type};
+    tqkv_cuda_decode_args args = {.pages = s->device,
+                                  .q = device_bytes(typed, n * l->dim * type_bytes(type)),
+                                  .out = device_bytes(NULL, n * l->dim * 4),
+                                  .lse = device_bytes(NULL, n * 4),
+                                  .seq_lens = s->device_lengths,
+                                  .workspace = device_bytes(NULL, bytes),
+                                  .n_seqs = s->n,
+                                  .q_len = q_len,
+                                  .max_tokens = s->max_tokens,
+                                  .scale = (float)scale,
+                                  .type = type};
     check(cudaMemset(args.workspace, 0, bytes));
     for (int again = 0; again < 2; again++) { /* the second time as the first left the workspace */
         check(cudaMemset(args.out, POISON, n * l->dim * 4));
@@ -452,7 +499,9 @@ static void check_decode(test_random *random, const layer *l, const sequences *s
             worst = !(error <= worst) ? error : worst;
         }
     }
-    printf("decode dim %u heads %u/%u q_len %u sequences %u max %u pages %u type %d: error %.2e\n", l->dim, l->n_heads, l->n_kv_heads, q_len, s->n, s->max_tokens, s->page_tokens, (int)type, worst);
+    printf("decode dim %u heads %u/%u q_len %u sequences %u max %u pages %u type %d: error %.2e\n",
+           l->dim, l->n_heads, l->n_kv_heads, q_len, s->n, s->max_tokens, s->page_tokens, (int)type,
+           worst);
     assert_true(worst <= tolerance);
     check(cudaFree((void *)(uintptr_t)args.q));
     check(cudaFree(args.out));
@@ -471,12 +520,17 @@ static void test_decode(void **state)
         uint32_t dim, n_heads, n_kv_heads, style, page_tokens, q_len, tiers;
         tqkv_cuda_type type;
     } cases[] = {
-        {128, 8, 2, TQKV_ROPE_HALVES, 64, 1, 1, TQKV_CUDA_F32},  {128, 16, 2, TQKV_ROPE_PAIRS, 16, 1, 1, TQKV_CUDA_F32},
-        {64, 14, 2, TQKV_ROPE_HALVES, 32, 1, 1, TQKV_CUDA_F16},  {256, 4, 2, TQKV_ROPE_HALVES, 128, 1, 1, TQKV_CUDA_F32},
-        {256, 16, 2, TQKV_ROPE_NONE, 64, 3, 0, TQKV_CUDA_BF16},  {64, 2, 2, TQKV_ROPE_PAIRS, 64, 8, 1, TQKV_CUDA_F32},
-        {128, 16, 1, TQKV_ROPE_HALVES, 64, 2, 0, TQKV_CUDA_F32}, {64, 1, 1, TQKV_ROPE_NONE, 192, 2, 1, TQKV_CUDA_F32},
+        {128, 8, 2, TQKV_ROPE_HALVES, 64, 1, 1, TQKV_CUDA_F32},
+        {128, 16, 2, TQKV_ROPE_PAIRS, 16, 1, 1, TQKV_CUDA_F32},
+        {64, 14, 2, TQKV_ROPE_HALVES, 32, 1, 1, TQKV_CUDA_F16},
+        {256, 4, 2, TQKV_ROPE_HALVES, 128, 1, 1, TQKV_CUDA_F32},
+        {256, 16, 2, TQKV_ROPE_NONE, 64, 3, 0, TQKV_CUDA_BF16},
+        {64, 2, 2, TQKV_ROPE_PAIRS, 64, 8, 1, TQKV_CUDA_F32},
+        {128, 16, 1, TQKV_ROPE_HALVES, 64, 2, 0, TQKV_CUDA_F32},
+        {64, 1, 1, TQKV_ROPE_NONE, 192, 2, 1, TQKV_CUDA_F32},
     };
-    static const int32_t lengths[] = {0, 1, 2, 5, 15, 16, 17, 31, 63, 64, 65, 127, 129, 255, 256, 257, 320, 511, 700, 1023, 1025};
+    static const int32_t lengths[] = {0,   1,   2,   5,   15,  16,  17,  31,  63,   64,  65,
+                                      127, 129, 255, 256, 257, 320, 511, 700, 1023, 1025};
     static const int32_t few[] = {0, 17, 300};
 
     (void)state;
@@ -484,8 +538,13 @@ static void test_decode(void **state)
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         const struct decode_case *c = &cases[i];
         layer l = make_layer(&random, c->dim, c->n_heads, c->n_kv_heads, c->style);
-        sequences s = make_sequences(&random, &l, is_short ? few : lengths, is_short ? 3 : sizeof(lengths) / sizeof(lengths[0]), c->page_tokens, c->tiers != 0);
-        check_decode(&random, &l, &s, c->q_len, c->type, c->type == TQKV_CUDA_F32 ? 5e-4 : c->type == TQKV_CUDA_F16 ? 1e-3 : 5e-3);
+        sequences s = make_sequences(&random, &l, is_short ? few : lengths,
+                                     is_short ? 3 : sizeof(lengths) / sizeof(lengths[0]),
+                                     c->page_tokens, c->tiers != 0);
+        check_decode(&random, &l, &s, c->q_len, c->type,
+                     c->type == TQKV_CUDA_F32   ? 5e-4
+                     : c->type == TQKV_CUDA_F16 ? 1e-3
+                                                : 5e-3);
         free_sequences(&s);
         free_layer(&l);
     }
@@ -520,7 +579,12 @@ static void test_unpack(void **state)
         sequences s = make_sequences(&random, &l, &length, 1, 64, true);
         const uint32_t first = 64, n = 211;
         const size_t count = (size_t)n * l.n_kv_heads * l.dim;
-        tqkv_cuda_unpack_args args = {.pages = s.device, .k = device_bytes(NULL, count * 4), .v = device_bytes(NULL, count * 4), .first = first, .n_tokens = n, .type = TQKV_CUDA_F32};
+        tqkv_cuda_unpack_args args = {.pages = s.device,
+                                      .k = device_bytes(NULL, count * 4),
+                                      .v = device_bytes(NULL, count * 4),
+                                      .first = first,
+                                      .n_tokens = n,
+                                      .type = TQKV_CUDA_F32};
         float *got[2] = {malloc(count * 4), malloc(count * 4)}, want[256];
         assert_int_equal(tqkv_cuda_unpack(l.cuda, l.image, &args, NULL), TQKV_OK);
         to_host(got[0], args.k, count * 4);
@@ -530,13 +594,16 @@ static void test_unpack(void **state)
                 for (int side = 0; side < 2; side++) {
                     const float *row = got[side] + ((size_t)t * l.n_kv_heads + g) * l.dim;
                     double error = 0, norm = 0;
-                    get_row(&l, s.tiers[(first + t) / 64], g, (tqkv_side)side, (int32_t)(first + t), block_of(&l, &s, 0, first + t), (first + t) % 16, want);
+                    get_row(&l, s.tiers[(first + t) / 64], g, (tqkv_side)side, (int32_t)(first + t),
+                            block_of(&l, &s, 0, first + t), (first + t) % 16, want);
                     for (uint32_t d = 0; d < l.dim; d++) {
-                        error += ((double)row[d] - (double)want[d]) * ((double)row[d] - (double)want[d]);
+                        error +=
+                            ((double)row[d] - (double)want[d]) * ((double)row[d] - (double)want[d]);
                         norm += (double)want[d] * (double)want[d];
                     }
                     if (!(error <= norm * 1e-10))
-                        fprintf(stderr, "unpack: dim %u token %u head %u side %d: error %g\n", l.dim, first + t, g, side, sqrt(error / norm));
+                        fprintf(stderr, "unpack: dim %u token %u head %u side %d: error %g\n",
+                                l.dim, first + t, g, side, sqrt(error / norm));
                     assert_true(error <= norm * 1e-10);
                 }
             }
@@ -554,18 +621,24 @@ static void test_merge(void **state)
 {
     enum { ROWS = 5, DIM = 64 };
     test_random random = {seed};
-    float *a = random_rows(&random, ROWS, DIM, 1), *b = random_rows(&random, ROWS, DIM, 1), got[ROWS * DIM], lse[ROWS];
-    const float lse_a[ROWS] = {0, 3, -INFINITY, -INFINITY, 100}, lse_b[ROWS] = {0, -2, 1, -INFINITY, 101};
-    float *device[4] = {device_bytes(a, sizeof(got)), device_bytes(lse_a, sizeof(lse)), device_bytes(b, sizeof(got)), device_bytes(lse_b, sizeof(lse))};
+    float *a = random_rows(&random, ROWS, DIM, 1), *b = random_rows(&random, ROWS, DIM, 1),
+          got[ROWS * DIM], lse[ROWS];
+    const float lse_a[ROWS] = {0, 3, -INFINITY, -INFINITY, 100},
+                lse_b[ROWS] = {0, -2, 1, -INFINITY, 101};
+    float *device[4] = {device_bytes(a, sizeof(got)), device_bytes(lse_a, sizeof(lse)),
+                        device_bytes(b, sizeof(got)), device_bytes(lse_b, sizeof(lse))};
 
     (void)state;
-    assert_int_equal(tqkv_cuda_merge(device[0], device[1], device[2], device[3], ROWS, DIM, TQKV_CUDA_F32, NULL), TQKV_OK);
+    assert_int_equal(
+        tqkv_cuda_merge(device[0], device[1], device[2], device[3], ROWS, DIM, TQKV_CUDA_F32, NULL),
+        TQKV_OK);
     to_host(got, device[0], sizeof(got));
     to_host(lse, device[1], sizeof(lse));
     for (uint32_t r = 0; r < ROWS; r++) {
         const double pa = exp((double)lse_a[r]), pb = exp((double)lse_b[r]), sum = pa + pb;
         for (uint32_t d = 0; d < DIM; d++) {
-            const double want = sum > 0 ? ((double)a[r * DIM + d] * pa + (double)b[r * DIM + d] * pb) / sum : 0;
+            const double want =
+                sum > 0 ? ((double)a[r * DIM + d] * pa + (double)b[r * DIM + d] * pb) / sum : 0;
             assert_true(fabs((double)got[r * DIM + d] - want) <= 1e-5 * (1 + fabs(want)));
         }
         if (sum > 0)
@@ -592,9 +665,12 @@ static void test_arguments(void **state)
     (void)state;
     (void)random;
     assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_F16, &shape, &plan), TQKV_OK);
-    assert_int_equal(tqkv_cuda_layer_create(plan, 0, NULL, NULL, &layer_or_null), TQKV_ERR_UNSUPPORTED);
-    assert_int_equal(tqkv_cuda_layer_create(plan, 1, NULL, NULL, &layer_or_null), TQKV_ERR_INVALID_ARG);
-    assert_int_equal(tqkv_cuda_layer_create(NULL, 0, NULL, NULL, &layer_or_null), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_layer_create(plan, 0, NULL, NULL, &layer_or_null),
+                     TQKV_ERR_UNSUPPORTED);
+    assert_int_equal(tqkv_cuda_layer_create(plan, 1, NULL, NULL, &layer_or_null),
+                     TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_layer_create(NULL, 0, NULL, NULL, &layer_or_null),
+                     TQKV_ERR_INVALID_ARG);
     tqkv_plan_destroy(plan);
     assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_Q8, &shape, &plan), TQKV_OK);
     assert_int_equal(tqkv_cuda_layer_create(plan, 0, NULL, NULL, &layer_or_null), TQKV_OK);
@@ -606,7 +682,8 @@ static void test_arguments(void **state)
     assert_int_equal(tqkv_cuda_decode(layer_or_null, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
     assert_int_equal(tqkv_cuda_store(layer_or_null, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
     assert_int_equal(tqkv_cuda_unpack(layer_or_null, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
-    assert_int_equal(tqkv_cuda_merge(NULL, NULL, NULL, NULL, 1, 64, TQKV_CUDA_F32, NULL), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_merge(NULL, NULL, NULL, NULL, 1, 64, TQKV_CUDA_F32, NULL),
+                     TQKV_ERR_INVALID_ARG);
     tqkv_cuda_layer_destroy(layer_or_null);
     tqkv_cuda_layer_destroy(NULL);
     tqkv_plan_destroy(plan);
@@ -615,7 +692,9 @@ static void test_arguments(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest host_tests[] = {cmocka_unit_test(test_arguments)};
-    const struct CMUnitTest device_tests[] = {cmocka_unit_test(test_store), cmocka_unit_test(test_unpack), cmocka_unit_test(test_merge), cmocka_unit_test(test_decode), cmocka_unit_test(test_long)};
+    const struct CMUnitTest device_tests[] = {
+        cmocka_unit_test(test_store), cmocka_unit_test(test_unpack), cmocka_unit_test(test_merge),
+        cmocka_unit_test(test_decode), cmocka_unit_test(test_long)};
     int n_devices = 0;
 
     for (int i = 1; i < argc; i++) {
