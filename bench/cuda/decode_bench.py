@@ -316,7 +316,7 @@ def main():
     parser.add_argument("--json")
     parser.add_argument("--markdown")
     parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--frame", type=int, default=256, help="tokens of a frame")
+    parser.add_argument("--frame", type=int, default=1024, help="tokens of a frame")
     parser.add_argument("--flex", default="", help="shapes with flex attention too; it compiles for long")
     parser.add_argument("--shapes", default="", help="numbers of shapes, such as 0,2,3; all without")
     parser.add_argument("--no-fp16", action="store_true", help="no baselines")
