@@ -5,6 +5,7 @@
 
 #include "calib.h"
 #include "codec.h"
+#include "paged.h"
 #include "plan.h"
 #include "store.h"
 #include "types.h"

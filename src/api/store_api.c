@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "attn/attention.h"
+#include "api/codec_view.h"
 #include "cache/restore.h"
 #include "cache/token_batch.h"
 #include "format/record.h"
@@ -133,14 +133,6 @@ void tqkv_attend_args_init(tqkv_attend_args *args)
         *args = (tqkv_attend_args){.struct_bytes = sizeof(*args), .scale = 1};
 }
 
-/* Room for the heads of both sides in front of the scratch of attention. */
-static size_t heads_bytes(const tqkv_store *store)
-{
-    const size_t bytes = 2 * (size_t)store->codec->n_kv_heads * sizeof(tqkvi_attn_head);
-
-    return (bytes + TQKV_ALIGN - 1) / TQKV_ALIGN * TQKV_ALIGN;
-}
-
 size_t tqkv_store_scratch_bytes(const tqkv_store *store, uint32_t n_q, size_t n_workers)
 {
     size_t bytes;
@@ -148,28 +140,9 @@ size_t tqkv_store_scratch_bytes(const tqkv_store *store, uint32_t n_q, size_t n_
     if (!store)
         return 0;
     bytes = tqkvi_attention_scratch_bytes(&store->codec->layer->shape, n_q, n_workers);
-    return bytes > SIZE_MAX - heads_bytes(store) ? SIZE_MAX : bytes + heads_bytes(store);
-}
-
-static void turn_rows(const void *user, int32_t base, float *rows, size_t n_rows)
-{
-    const tqkv_codec *codec = user;
-    float cos[TQKVI_DIM_MAX / 2], sin[TQKVI_DIM_MAX / 2];
-
-    if (base == 0)
-        return;
-    tqkvi_turn_init(&codec->rope, base, cos, sin);
-    for (size_t r = 0; r < n_rows; r++)
-        tqkvi_turn_apply(&codec->rope, cos, sin, true, rows + r * codec->layer->shape.k_dim);
-}
-
-static void fill_heads(const tqkv_codec *codec, tqkv_side side, tqkvi_attn_head *heads)
-{
-    for (uint32_t g = 0; g < codec->n_kv_heads; g++) {
-        const tqkvi_head_codec *head = &codec->heads[side][g];
-        heads[g] = (tqkvi_attn_head){.inverse = head->plain ? NULL : head->inverse,
-                                     .mean = head->plan->mean};
-    }
+    return bytes > SIZE_MAX - tqkvi_view_bytes(store->codec)
+               ? SIZE_MAX
+               : bytes + tqkvi_view_bytes(store->codec);
 }
 
 /* The old store, the pools, the batch, whose raw rows come last. Returns their number. */
@@ -244,13 +217,12 @@ tqkv_status tqkv_store_attend(tqkv_store *store, const tqkv_batch *batch,
     tqkvi_attn_head *heads = args->scratch;
     tqkv_attend_args inner = *args;
     tqkvi_span spans[SPANS_MAX];
-    inner.scratch = (uint8_t *)args->scratch + heads_bytes(store);
-    fill_heads(codec, TQKV_SIDE_K, heads);
-    fill_heads(codec, TQKV_SIDE_V, heads + codec->n_kv_heads);
+    inner.scratch = (uint8_t *)args->scratch + tqkvi_view_bytes(store->codec);
+    tqkvi_view_heads(codec, heads);
     const tqkvi_attention attention = {.kernels = codec->kernels,
                                        .layer = codec->layer,
                                        .heads = {heads, heads + codec->n_kv_heads},
-                                       .turn = store->has_bases ? turn_rows : NULL,
+                                       .turn = store->has_bases ? tqkvi_view_turn : NULL,
                                        .turn_user = codec,
                                        .spans = spans,
                                        .n_spans = fill_spans(store, batch, &inner, spans),

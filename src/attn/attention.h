@@ -38,9 +38,11 @@ typedef struct tqkvi_span {
     uint32_t n_tokens;
     uint32_t tier;
     const tqkvi_block_layout *layout; /* NULL: raw rows */
-    const uint8_t *blocks;            /* block_bytes apart */
+    const uint8_t *blocks;            /* block_bytes apart, or */
+    const uint8_t *const *block_at;   /* [blocks] where each block lies */
     const int32_t *block_bases;       /* [blocks], or */
     const int32_t *slot_bases;        /* [n_tokens] where tokens of a block differ */
+    const int32_t *block_positions;   /* [blocks] of their first tokens; read with a window only */
     const float *rows[2];             /* raw: [n_tokens][n_kv_heads][dim] by side */
     const uint32_t *cells;            /* [n_tokens] or NULL */
     uint32_t first_cell;
@@ -58,6 +60,8 @@ typedef struct tqkvi_attention {
     const tqkvi_span *spans;
     size_t n_spans;
     const tqkv_attend_args *args;
+    uint32_t window; /* query i sees positions above first_position + i - window only; 0: all */
+    int32_t first_position;
 } tqkvi_attention;
 
 /* Scratch of tqkvi_attend for up to n_q queries; SIZE_MAX if it does not fit in size_t. */

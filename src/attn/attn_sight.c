@@ -109,14 +109,27 @@ static uint32_t causal_limit(const tqkvi_span *span, uint32_t block, uint32_t q)
     return q < first ? 0 : low_bits(q - first + 1);
 }
 
+static uint32_t window_limit(const tqkvi_sight *sight, const tqkvi_span *span, uint32_t block,
+                             uint32_t q)
+{
+    if (sight->window == 0)
+        return ALL_TOKENS;
+    const int64_t first_seen = (int64_t)sight->first_position + q - sight->window + 1;
+    const int64_t n_hidden = first_seen - span->block_positions[block];
+
+    return n_hidden <= 0 ? ALL_TOKENS : ALL_TOKENS & ~low_bits((uint32_t)n_hidden);
+}
+
 uint32_t tqkvi_sight_block(const tqkvi_sight *sight, const tqkvi_span *span, uint32_t block)
 {
     const tqkv_attend_args *args = sight->args;
     const uint32_t present = span->cells ? present_by_cell(span, block, args->n_cells)
                                          : present_in_row(span, block, args->n_cells);
 
-    if (!args->mask)
-        return args->causal ? present & causal_limit(span, block, sight->last_q) : present;
+    if (!args->mask) {
+        const uint32_t near = present & window_limit(sight, span, block, sight->first_q);
+        return args->causal ? near & causal_limit(span, block, sight->last_q) : near;
+    }
 
     const bool whole = is_whole_row(span, block, args->n_cells);
     uint32_t seen = 0;
@@ -137,6 +150,7 @@ bool tqkvi_sight_bias(const tqkvi_sight *sight, const tqkvi_span *span, uint32_t
     bool used = false;
 
     if (!args->mask) {
+        visible &= window_limit(sight, span, block, q);
         if (args->causal)
             visible &= causal_limit(span, block, q);
     } else if (is_whole_row(span, block, args->n_cells)) {

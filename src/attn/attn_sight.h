@@ -10,6 +10,8 @@ typedef struct tqkvi_sight {
     const tqkvk_table *kernels;
     const tqkv_attend_args *args;
     uint32_t first_q, last_q;
+    uint32_t window; /* as in tqkvi_attention */
+    int32_t first_position;
 } tqkvi_sight;
 
 /* Number of blocks of a span that can hold cells of the call. */

@@ -65,7 +65,9 @@ tqkvi_attn_work *tqkvi_attn_work_init(void *memory, const tqkvi_attention *atten
     work->sight = (tqkvi_sight){.kernels = attention->kernels,
                                 .args = attention->args,
                                 .first_q = first_row / group,
-                                .last_q = (first_row + n_rows - 1) / group};
+                                .last_q = (first_row + n_rows - 1) / group,
+                                .window = attention->window,
+                                .first_position = attention->first_position};
     float *q8, *w;
     float **const arrays[ARRAYS] = {&work->q,      &work->turned, &work->coded, &work->k,
                                     &work->v,      &work->s,      &work->bias,  &work->acc[0],

@@ -68,8 +68,11 @@ static inline const uint8_t *tqkvi_attn_section(const tqkvi_attn_work *work, tqk
                                                 uint32_t p)
 {
     const tqkvi_span *span = work->tile.span;
-    return span->blocks + (size_t)work->tile.block[p] * span->layout->block_bytes +
-           span->layout->section[side][work->g];
+    const uint32_t block = work->tile.block[p];
+    const uint8_t *start = span->block_at
+                               ? span->block_at[block]
+                               : span->blocks + (size_t)block * span->layout->block_bytes;
+    return start + span->layout->section[side][work->g];
 }
 
 /* Layout of the rows of the tile. */

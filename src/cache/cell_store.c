@@ -39,20 +39,8 @@ static tqkv_status init_layouts(tqkv_store *store)
 
     uint32_t *next = store->sections;
     for (uint32_t tier = 0; tier < store->plan->n_tiers; tier++) {
-        tqkvi_block_layout *layout = &store->layouts[tier];
-        layout->n_kv_heads = n_heads;
-        layout->section[TQKV_SIDE_K] = next;
-        layout->section[TQKV_SIDE_V] = next + n_heads;
+        tqkvi_layer_block_layout(store->codec->layer, tier, next, &store->layouts[tier]);
         next += 2 * n_heads;
-        uint64_t at = 0; /* at most 4096 heads of 2 * 33 KiB: fits in u32 */
-        for (uint32_t g = 0; g < n_heads; g++) {
-            for (uint32_t side = 0; side < 2; side++) {
-                layout->section[side][g] = (uint32_t)at;
-                at += (uint64_t)TQKVI_BLOCK_TOKENS *
-                      (1 + tqkvi_codec_layout(store->codec, (tqkv_side)side, g, tier)->row_bytes);
-            }
-        }
-        layout->block_bytes = (uint32_t)at;
     }
     return TQKV_OK;
 }

@@ -162,6 +162,23 @@ void tqkvi_layer_set_token_bytes(tqkvi_layer_plan *layer, uint32_t n_tiers)
     }
 }
 
+void tqkvi_layer_block_layout(const tqkvi_layer_plan *layer, uint32_t tier, uint32_t *sections,
+                              tqkvi_block_layout *out)
+{
+    const uint32_t n_heads = layer->shape.n_kv_heads;
+    uint64_t at = 0; /* at most 4096 heads of 2 * 33 KiB: fits in u32 */
+
+    *out = (tqkvi_block_layout){.n_kv_heads = n_heads, .section = {sections, sections + n_heads}};
+    for (uint32_t g = 0; g < n_heads; g++) {
+        for (uint32_t side = 0; side < 2; side++) {
+            out->section[side][g] = (uint32_t)at;
+            at += (uint64_t)TQKVI_BLOCK_TOKENS *
+                  (1 + (uint64_t)layer->heads[side][g].layout[tier].row_bytes);
+        }
+    }
+    out->block_bytes = (uint32_t)at;
+}
+
 int tqkvi_column_exponent(const float *column, uint32_t dim)
 {
     float largest = 0.0f;

@@ -105,6 +105,10 @@ static inline bool tqkvi_head_is_plain(const tqkvi_head_plan *head)
 /* Sets shape.token_bytes of one layer from its layouts: codes and one scale byte per row. */
 void tqkvi_layer_set_token_bytes(tqkvi_layer_plan *layer, uint32_t n_tiers);
 
+/* Where the sections of a block of one tier begin. sections: [2 * n_kv_heads], kept by out. */
+void tqkvi_layer_block_layout(const tqkvi_layer_plan *layer, uint32_t tier, uint32_t *sections,
+                              tqkvi_block_layout *out);
+
 /*
  * What is wrong with a shape, as "k_dim must be ..."; NULL when nothing is. tier_tokens and
  * token_bytes are not looked at.

@@ -1,0 +1,218 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Building the object, and finding what a query reads. */
+#include "cache/paged_layer.h"
+
+static uint32_t div_up(uint32_t a, uint32_t b)
+{
+    return a / b + (a % b != 0);
+}
+
+/* What a config asks for, before any memory is taken. */
+typedef struct measures {
+    uint32_t n_blocks;
+    uint32_t n_copies; /* as in tqkv_paged */
+    uint32_t tier[TQKVI_COPIES_MAX], reach[TQKVI_COPIES_MAX], count[TQKVI_COPIES_MAX];
+    size_t table_bytes[TQKVI_COPIES_MAX], data_bytes[TQKVI_COPIES_MAX];
+    size_t sections_bytes;
+} measures;
+
+static void add_copies(measures *m, const tqkv_paged_config *config, uint32_t tier, uint64_t reach,
+                       uint64_t per_sequence)
+{
+    const tqkv_plan_layer *shape = &config->plan->layers[config->layer].shape;
+    const uint64_t wanted = per_sequence * config->n_sequences;
+    const uint32_t i = m->n_copies++;
+
+    m->tier[i] = tier;
+    m->reach[i] = (uint32_t)reach;
+    m->count[i] = wanted < m->n_blocks ? (uint32_t)wanted : m->n_blocks;
+    m->table_bytes[i] = tqkvi_young_copies_bytes(m->count[i], m->n_blocks);
+    m->data_bytes[i] = (size_t)m->count[i] * TQKVI_BLOCK_TOKENS * shape->token_bytes[tier];
+}
+
+/*
+ * Copies per sequence: the query's block, those within reach, and the blocks of drafts. Sinks of
+ * cached prompts that no sequence uses now are kept as well, up to four times as many.
+ */
+static measures measure(const tqkv_paged_config *config)
+{
+    const tqkv_plan *plan = config->plan;
+    const tqkv_plan_layer *shape = &plan->layers[config->layer].shape;
+    const uint32_t window = shape->window ? div_up(shape->window, TQKVI_BLOCK_TOKENS) : UINT32_MAX;
+    measures m = {.n_blocks = config->n_blocks * (config->block_tokens / TQKVI_BLOCK_TOKENS),
+                  .sections_bytes =
+                      (size_t)2 * plan->n_tiers * shape->n_kv_heads * sizeof(uint32_t)};
+    uint64_t n_tokens = 0;
+
+    if (config->n_sequences == 0)
+        return m;
+    for (uint32_t tier = 0; tier + 1 < plan->n_tiers; tier++) {
+        n_tokens += shape->tier_tokens[tier];
+        const uint64_t held = (n_tokens + TQKVI_BLOCK_TOKENS - 1) / TQKVI_BLOCK_TOKENS;
+        const uint64_t reach = held < window ? held : window;
+        if (shape->tier_tokens[tier] > 0)
+            add_copies(&m, config, tier, reach,
+                       reach + 1 + div_up(config->n_drafts, TQKVI_BLOCK_TOKENS));
+    }
+    if (plan->n_sinks > 0 && plan->n_tiers > 1) {
+        const uint32_t n = div_up(plan->n_sinks, TQKVI_BLOCK_TOKENS);
+        add_copies(&m, config, 0, n, 4 * (uint64_t)n);
+    }
+    return m;
+}
+
+size_t tqkvi_paged_bytes(const tqkv_paged_config *config)
+{
+    const measures m = measure(config);
+    size_t bytes = sizeof(tqkv_paged) + m.sections_bytes;
+
+    for (uint32_t i = 0; i < m.n_copies; i++)
+        bytes += m.table_bytes[i] + m.data_bytes[i];
+    return bytes;
+}
+
+static tqkv_status init_layouts(tqkv_paged *paged, uint32_t n_tiers, size_t bytes)
+{
+    const size_t n_sections = (size_t)2 * paged->codec->n_kv_heads;
+
+    paged->sections = tqkvi_alloc(&paged->mem, bytes);
+    if (!paged->sections)
+        return TQKV_ERR_NO_MEMORY;
+    for (uint32_t tier = 0; tier < n_tiers; tier++)
+        tqkvi_layer_block_layout(paged->codec->layer, tier, paged->sections + tier * n_sections,
+                                 &paged->layouts[tier]);
+    return TQKV_OK;
+}
+
+static tqkv_status init_copies(tqkv_paged *paged, const measures *m, const tqkv_allocator *mem)
+{
+    size_t data_bytes = 0, table_bytes = 0;
+
+    for (uint32_t i = 0; i < m->n_copies; i++) {
+        data_bytes += m->data_bytes[i];
+        table_bytes += m->table_bytes[i];
+    }
+    if (data_bytes == 0)
+        return TQKV_OK;
+    paged->tables = tqkvi_alloc(&paged->mem, table_bytes);
+    if (!paged->tables)
+        return TQKV_ERR_NO_MEMORY;
+    TQKV_TRY(tqkvi_zero_pages_init(&paged->data, mem, data_bytes));
+
+    uint8_t *table = paged->tables, *data = paged->data.data;
+    paged->n_copies = m->n_copies;
+    for (uint32_t i = 0; i < m->n_copies; i++) {
+        tqkvi_young_copies *copies = &paged->copies[i];
+        tqkvi_young_copies_init(copies, table, m->count[i], m->n_blocks);
+        copies->tier = m->tier[i];
+        copies->reach = m->reach[i];
+        copies->data = data;
+        table += m->table_bytes[i];
+        data += m->data_bytes[i];
+    }
+    return TQKV_OK;
+}
+
+static tqkv_status init_paged(tqkv_paged *paged, const tqkv_paged_config *config)
+{
+    const measures m = measure(config);
+
+    TQKV_TRY(
+        tqkvi_codec_create(config->plan, config->layer, config->rope, config->mem, &paged->codec));
+    for (uint32_t g = 0; g < paged->codec->n_kv_heads; g++)
+        paged->has_bases |= !paged->codec->heads[TQKV_SIDE_K][g].plain &&
+                            paged->codec->rope.style != TQKV_ROPE_NONE;
+    if (paged->has_bases && paged->frame_tokens % TQKVI_BLOCK_TOKENS != 0)
+        return TQKV_ERR_UNSUPPORTED;
+    TQKV_TRY(init_layouts(paged, config->plan->n_tiers, m.sections_bytes));
+    return init_copies(paged, &m, config->mem);
+}
+
+tqkv_status tqkvi_paged_create(const tqkv_paged_config *config, tqkv_paged **out)
+{
+    tqkv_allocator mem;
+
+    *out = NULL;
+    tqkvi_allocator_init(&mem, config->mem);
+    tqkv_paged *paged = tqkvi_alloc_zero(&mem, sizeof(*paged));
+    if (!paged)
+        return TQKV_ERR_NO_MEMORY;
+    paged->mem = mem;
+    paged->page_blocks = config->block_tokens / TQKVI_BLOCK_TOKENS;
+    paged->n_pages = config->n_blocks;
+    paged->old_tier = config->plan->n_tiers - 1;
+    paged->n_sinks = config->plan->n_sinks;
+    paged->frame_tokens = config->plan->frame_tokens;
+
+    const tqkv_status status = init_paged(paged, config);
+    if (status != TQKV_OK) {
+        tqkvi_paged_destroy(paged);
+        return status;
+    }
+    *out = paged;
+    return TQKV_OK;
+}
+
+void tqkvi_paged_destroy(tqkv_paged *paged)
+{
+    if (!paged)
+        return;
+    const tqkv_allocator mem = paged->mem;
+    tqkvi_free(&mem, paged->runs);
+    tqkvi_zero_pages_deinit(&paged->data);
+    tqkvi_free(&mem, paged->tables);
+    tqkvi_free(&mem, paged->sections);
+    tqkvi_codec_destroy(paged->codec);
+    tqkvi_free(&mem, paged);
+}
+
+int32_t tqkvi_paged_base(const tqkv_paged *paged, int32_t position)
+{
+    return paged->has_bases ? tqkvi_frame_base(position, paged->frame_tokens) : 0;
+}
+
+static bool is_sinks(const tqkv_paged *paged, uint32_t copies)
+{
+    return paged->n_sinks > 0 && copies + 1 == paged->n_copies;
+}
+
+bool tqkvi_paged_reaches(const tqkv_paged *paged, uint32_t copies, uint32_t index, uint32_t newest)
+{
+    const bool is_sink = index < div_up(paged->n_sinks, TQKVI_BLOCK_TOKENS);
+
+    if (is_sinks(paged, copies))
+        return is_sink;
+    return !is_sink && newest - index <= paged->copies[copies].reach;
+}
+
+tqkvi_paged_spot tqkvi_paged_find(tqkv_paged *paged, const tqkv_paged_batch *batch,
+                                  const int32_t *table, uint32_t index, uint32_t n_tokens,
+                                  uint32_t newest)
+{
+    const uint32_t block = tqkvi_paged_block(paged, table, index);
+    const uint32_t needed = (1u << n_tokens) - 1;
+    tqkvi_paged_spot spot = {NULL, paged->old_tier};
+    bool missing = false;
+
+    /* Copies in older tiers are used too: their turn comes when the younger ones no longer reach. */
+    for (uint32_t i = 0; i < paged->n_copies; i++) {
+        tqkvi_young_copies *copies = &paged->copies[i];
+        const uint32_t copy = copies->copy_of[block];
+        if (!tqkvi_paged_reaches(paged, i, index, newest))
+            continue;
+        if (copy == TQKVI_COPY_NONE || (copies->valid[copy] & needed) != needed) {
+            missing |= !spot.block;
+            continue;
+        }
+        tqkvi_young_copies_use(copies, copy);
+        if (!spot.block)
+            spot = (tqkvi_paged_spot){copies->data +
+                                          (size_t)copy * paged->layouts[copies->tier].block_bytes,
+                                      copies->tier};
+    }
+    paged->n_young += spot.block != NULL;
+    paged->n_missing += missing;
+    if (!spot.block)
+        spot.block = tqkvi_paged_page_block(paged, batch, block);
+    return spot;
+}
