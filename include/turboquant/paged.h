@@ -44,7 +44,8 @@ typedef struct tqkv_paged_config {
     uint32_t layer;        /* of the plan */
     uint32_t block_tokens; /* of the engine's blocks, a multiple of 16 */
     uint32_t n_blocks;     /* that the engine has */
-    uint32_t n_sequences;  /* for which copies of young tokens are held at a time; may be 0 */
+    uint32_t n_sequences[TQKV_TIERS_MAX]; /* for which a younger tier holds copies at a time; may be
+                                           * 0. Sinks: as tier 0. */
     uint32_t n_drafts;     /* tokens of a sequence that may be taken back after a batch */
     const tqkv_rope *rope; /* NULL: the plan's; otherwise copied */
     const tqkv_allocator *mem; /* NULL: malloc for small objects and anonymous mmap for copies */

@@ -14,15 +14,19 @@ typedef struct measures {
     uint32_t tier[TQKVI_COPIES_MAX], reach[TQKVI_COPIES_MAX], count[TQKVI_COPIES_MAX];
     size_t table_bytes[TQKVI_COPIES_MAX], data_bytes[TQKVI_COPIES_MAX];
     size_t sections_bytes;
+    uint32_t sinks; /* entry of the sinks, or TQKVI_COPY_NONE */
 } measures;
 
 static void add_copies(measures *m, const tqkv_paged_config *config, uint32_t tier, uint64_t reach,
                        uint64_t per_sequence)
 {
     const tqkv_plan_layer *shape = &config->plan->layers[config->layer].shape;
-    const uint64_t wanted = per_sequence * config->n_sequences;
-    const uint32_t i = m->n_copies++;
+    const uint64_t wanted = per_sequence * config->n_sequences[tier];
+    const uint32_t i = m->n_copies;
 
+    if (wanted == 0)
+        return;
+    m->n_copies++;
     m->tier[i] = tier;
     m->reach[i] = (uint32_t)reach;
     m->count[i] = wanted < m->n_blocks ? (uint32_t)wanted : m->n_blocks;
@@ -32,7 +36,7 @@ static void add_copies(measures *m, const tqkv_paged_config *config, uint32_t ti
 
 /*
  * Copies per sequence: the query's block, those within reach, and the blocks of drafts. Sinks of
- * cached prompts that no sequence uses now are kept as well, up to four times as many.
+ * cached prompts that no sequence uses now are kept as well, as many again.
  */
 static measures measure(const tqkv_paged_config *config)
 {
@@ -41,11 +45,10 @@ static measures measure(const tqkv_paged_config *config)
     const uint32_t window = shape->window ? div_up(shape->window, TQKVI_BLOCK_TOKENS) : UINT32_MAX;
     measures m = {.n_blocks = config->n_blocks * (config->block_tokens / TQKVI_BLOCK_TOKENS),
                   .sections_bytes =
-                      (size_t)2 * plan->n_tiers * shape->n_kv_heads * sizeof(uint32_t)};
+                      (size_t)2 * plan->n_tiers * shape->n_kv_heads * sizeof(uint32_t),
+                  .sinks = TQKVI_COPY_NONE};
     uint64_t n_tokens = 0;
 
-    if (config->n_sequences == 0)
-        return m;
     for (uint32_t tier = 0; tier + 1 < plan->n_tiers; tier++) {
         n_tokens += shape->tier_tokens[tier];
         const uint64_t held = (n_tokens + TQKVI_BLOCK_TOKENS - 1) / TQKVI_BLOCK_TOKENS;
@@ -56,7 +59,8 @@ static measures measure(const tqkv_paged_config *config)
     }
     if (plan->n_sinks > 0 && plan->n_tiers > 1) {
         const uint32_t n = div_up(plan->n_sinks, TQKVI_BLOCK_TOKENS);
-        add_copies(&m, config, 0, n, 4 * (uint64_t)n);
+        m.sinks = config->n_sequences[0] > 0 ? m.n_copies : TQKVI_COPY_NONE;
+        add_copies(&m, config, 0, n, 2 * (uint64_t)n);
     }
     return m;
 }
@@ -117,6 +121,7 @@ static tqkv_status init_paged(tqkv_paged *paged, const tqkv_paged_config *config
 {
     const measures m = measure(config);
 
+    paged->sinks = m.sinks;
     TQKV_TRY(
         tqkvi_codec_create(config->plan, config->layer, config->rope, config->mem, &paged->codec));
     for (uint32_t g = 0; g < paged->codec->n_kv_heads; g++)
@@ -171,16 +176,11 @@ int32_t tqkvi_paged_base(const tqkv_paged *paged, int32_t position)
     return paged->has_bases ? tqkvi_frame_base(position, paged->frame_tokens) : 0;
 }
 
-static bool is_sinks(const tqkv_paged *paged, uint32_t copies)
-{
-    return paged->n_sinks > 0 && copies + 1 == paged->n_copies;
-}
-
 bool tqkvi_paged_reaches(const tqkv_paged *paged, uint32_t copies, uint32_t index, uint32_t newest)
 {
     const bool is_sink = index < div_up(paged->n_sinks, TQKVI_BLOCK_TOKENS);
 
-    if (is_sinks(paged, copies))
+    if (copies == paged->sinks)
         return is_sink;
     return !is_sink && newest - index <= paged->copies[copies].reach;
 }

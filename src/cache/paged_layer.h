@@ -40,6 +40,7 @@ struct tqkv_paged {
     tqkvi_block_layout layouts[TQKV_TIERS_MAX];
     uint32_t *sections;                          /* memory of the layouts */
     uint32_t n_copies;                           /* entries of copies */
+    uint32_t sinks;                              /* the one of the sinks, or TQKVI_COPY_NONE */
     tqkvi_young_copies copies[TQKVI_COPIES_MAX]; /* ascending reach; the sinks come last */
     uint8_t *tables;                             /* memory of their tables */
     tqkvi_zero_pages data;                       /* memory of their blocks */

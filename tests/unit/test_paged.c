@@ -99,7 +99,8 @@ static tqkv_paged_config make_config(const engine *e)
     config.plan = e->plan;
     config.block_tokens = e->c->block_tokens;
     config.n_blocks = e->n_blocks;
-    config.n_sequences = e->c->n_sequences;
+    for (uint32_t tier = 0; tier < TQKV_TIERS_MAX; tier++)
+        config.n_sequences[tier] = e->c->n_sequences;
     config.n_drafts = e->c->n_drafts;
     return config;
 }
@@ -498,7 +499,7 @@ static void test_too_few_copies(void **state)
     teardown(&e);
 }
 
-static void test_bad_arguments(void **state)
+static void test_bad_config(void **state)
 {
     static const paged_case c = {"bad", 4, 2, 32, 32, 2, 32, 1, 0, 0, false, 0};
     static engine e;
@@ -525,6 +526,17 @@ static void test_bad_arguments(void **state)
     assert_int_equal(tqkv_paged_bytes(NULL), 0);
     assert_int_equal(tqkv_paged_create(&config, NULL), TQKV_ERR_INVALID_ARG);
 
+    tqkv_paged_destroy(NULL);
+    teardown(&e);
+}
+
+static void test_bad_batch(void **state)
+{
+    static const paged_case c = {"bad", 4, 2, 32, 32, 2, 32, 1, 0, 0, false, 0};
+    static engine e;
+
+    (void)state;
+    setup(&e, &c, 11);
     add_to_batch(&e, 0, 40);
     const tqkv_paged_batch good = make_batch(&e);
     const tqkv_attend_args good_args = make_args(&e);
@@ -571,7 +583,6 @@ static void test_bad_arguments(void **state)
     NOT_ATTENDED(args.scale = NAN);
     NOT_ATTENDED(args.softcap = -1);
     assert_int_equal(tqkv_paged_attend(e.paged, &good, &good_args, NULL), TQKV_OK);
-    tqkv_paged_destroy(NULL);
     teardown(&e);
 }
 
@@ -611,8 +622,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_engine),         cmocka_unit_test(test_drafts_leave_nothing),
-        cmocka_unit_test(test_too_few_copies), cmocka_unit_test(test_bad_arguments),
-        cmocka_unit_test(test_memory_fails),
+        cmocka_unit_test(test_too_few_copies), cmocka_unit_test(test_bad_config),
+        cmocka_unit_test(test_bad_batch),      cmocka_unit_test(test_memory_fails),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
