@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backend: block tables in, attention over compressed blocks out.
+
+A layer's cache is uint8 [blocks, 1, block_size, token_bytes]. Within a block lie 16-token blocks of docs/FORMAT.md,
+one after another; vLLM moves, shares and forgets blocks without looking into them.
+"""
+from dataclasses import dataclass
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType, MultipleOf
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from turboquant_vllm import model_plan, openmp, tqkv_ctypes
+from turboquant_vllm.model_plan import Refusal
+
+PLAIN_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+class TurboquantBackend(AttentionBackend):
+    forward_includes_kv_cache_update = True
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name():
+        return "CPU_ATTN"  # the member of AttentionBackendEnum that it takes the place of
+
+    @staticmethod
+    def get_impl_cls():
+        return TurboquantImpl
+
+    @staticmethod
+    def get_builder_cls():
+        return TurboquantMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None):
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls):
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sliding_window(cls):
+        return True
+
+    @classmethod
+    def supports_sink(cls):
+        return True
+
+
+@dataclass
+class TurboquantMetadata:
+    """One step. Tensors are on the CPU and contiguous in their last dimension."""
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
+    seq_lens: torch.Tensor  # [num_reqs] int32, new tokens included
+    block_table: torch.Tensor  # [num_reqs, blocks] int32
+
+
+class TurboquantMetadataBuilder(AttentionMetadataBuilder[TurboquantMetadata]):
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise Refusal("attention that is not causal is not supported by turboquant")
+        return TurboquantMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            query_start_loc=common.query_start_loc[:common.num_reqs + 1],
+            seq_lens=common.seq_lens[:common.num_reqs],
+            block_table=common.block_table_tensor[:common.num_reqs],
+        )
+
+
+class TurboquantImpl(AttentionImpl[TurboquantMetadata]):
+    def __init__(self, num_heads, head_size, scale, num_kv_heads=None, alibi_slopes=None, sliding_window=None,
+                 kv_cache_dtype="auto", logits_soft_cap=None, attn_type=AttentionType.DECODER,
+                 kv_sharing_target_layer_name=None, sinks=None, **unknown):
+        if attn_type != AttentionType.DECODER:
+            raise Refusal(f"attention of type {attn_type} is not supported by turboquant, only causal self-attention")
+        if alibi_slopes is not None:
+            raise Refusal("ALiBi is not supported by turboquant")
+        if kv_cache_dtype not in PLAIN_DTYPES:
+            raise Refusal(f"--kv-cache-dtype {kv_cache_dtype} contradicts TQKV_PLAN: leave it at auto")
+        if kv_sharing_target_layer_name is not None:
+            raise Refusal(f"a layer shares the cache of {kv_sharing_target_layer_name}, which turboquant does not support")
+        if unknown:
+            raise Refusal(f"turboquant does not know the attention options {sorted(unknown)}")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.logits_soft_cap = logits_soft_cap or 0.0
+        self.sinks = sinks  # [num_heads], loaded with the weights
+        self.cache = None  # LayerCache, made at the first step
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None,
+                output_block_scale=None):
+        """query: [tokens, heads, head_size], key and value: [tokens, KV heads, head_size]; output is written."""
+        if output_scale is not None or output_block_scale is not None:
+            raise Refusal("fused quantisation of attention's output is not supported by turboquant")
+        if attn_metadata is None:  # profiling
+            return output.zero_()
+        if self.cache is None:
+            self.cache = LayerCache(layer, kv_cache)
+        n = attn_metadata.num_actual_tokens
+        out = output[:n] if output.dtype == torch.float32 and output.is_contiguous() else torch.empty(
+            output[:n].shape, dtype=torch.float32)
+        self.cache.step(self, query[:n], key[:n], value[:n], attn_metadata, out)
+        if out.data_ptr() != output.data_ptr():
+            output[:n] = out
+        return output
+
+
+class LayerCache:
+    """The blocks of one layer: writes the new tokens of a step, then attends."""
+
+    def __init__(self, layer, kv_cache):
+        setup = layer.turboquant
+        n_blocks, _, block_size, _ = kv_cache.shape
+        if not kv_cache[0].is_contiguous():
+            raise Refusal(f"{layer.layer_name}: the blocks of the KV cache layout are not contiguous")
+        copies = model_plan.copies_for(setup.plan, n_blocks * block_size, setup.max_num_seqs)
+        config = tqkv_ctypes.paged_config(setup.plan.plan, setup.plan.index, block_size, n_blocks, copies,
+                                          setup.num_drafts)
+        self.paged = tqkv_ctypes.Paged(setup.plan.plan, config)
+        self.order = setup.channel_order
+        self.paged.batch.blocks = kv_cache.data_ptr()
+        self.paged.batch.block_stride_bytes = kv_cache.stride(0)
+        self.paged.batch.decode_tokens_max = 1 + setup.num_drafts
+
+    def step(self, impl, query, key, value, metadata, out):
+        """out: [tokens, heads, head_size] f32 contiguous."""
+        query, key, value = (to_rows(query, self.order), to_rows(key, self.order), to_rows(value, None))
+        parallel = openmp.parallel()
+        scratch = workspace(self.paged.scratch_bytes(metadata.max_query_len, metadata.max_seq_len, openmp.n_workers()))
+        sinks = impl.sinks.float().contiguous() if impl.sinks is not None else None
+        batch, args = self.paged.batch, self.paged.args
+        batch.n_seqs = len(metadata.seq_lens)
+        batch.query_start = metadata.query_start_loc.data_ptr()
+        batch.seq_lens = metadata.seq_lens.data_ptr()
+        batch.block_table = metadata.block_table.data_ptr()
+        batch.block_table_stride = metadata.block_table.stride(0)
+        batch.k, batch.v = key.data_ptr(), value.data_ptr()
+        self.paged.write(parallel)
+        args.n_q = len(query)
+        args.q, args.q_token_stride, args.q_head_stride = query.data_ptr(), query.stride(0), query.stride(1)
+        args.out, args.out_token_stride, args.out_head_stride = out.data_ptr(), out.stride(0), out.stride(1)
+        args.sinks = sinks.data_ptr() if sinks is not None else None
+        args.scale, args.softcap = impl.scale, impl.logits_soft_cap
+        args.scratch = scratch
+        self.paged.attend(parallel)
+
+
+def to_rows(x, order):
+    """[tokens, heads, channels] f32 contiguous, channels as in the plan."""
+    return (x if order is None else x[..., order]).to(torch.float32).contiguous()
+
+
+_workspace = torch.empty(0, dtype=torch.uint8)
+
+
+def workspace(n_bytes):
+    """Address of n_bytes of scratch, aligned to 64; layers run one after another and share it."""
+    global _workspace
+    if _workspace.numel() < n_bytes + 64:
+        _workspace = torch.empty(n_bytes + 64, dtype=torch.uint8)
+    return -(-_workspace.data_ptr() // 64) * 64

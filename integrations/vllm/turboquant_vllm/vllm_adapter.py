@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ties the backend into vLLM, each part behind a test for the feature that it needs.
+
+    register_backend(CPU_ATTN)              whose attention runs
+    Attention.get_kv_cache_spec             bytes of a token, layer by layer
+    CPUWorker.determine_available_memory    copies of young tokens are taken off the room for blocks
+    kv_cache_utils.resolve_none_hash_seed   prefix hashes of two plans differ
+"""
+import dataclasses
+import functools
+import sys
+from dataclasses import dataclass
+
+import torch
+from vllm.logger import init_logger
+
+from turboquant_vllm import model_plan, tqkv_ctypes
+from turboquant_vllm.model_plan import LayerPlan, Refusal
+
+logger = init_logger("vllm.turboquant")
+DRAFTS_WITHOUT_A_MODEL = ("ngram", "suffix")
+
+
+@dataclass
+class LayerSetup:
+    """What a layer's cache is made from; layer.turboquant of each Attention."""
+    plan: LayerPlan
+    channel_order: torch.Tensor | None
+    max_num_seqs: int
+    num_drafts: int
+
+
+def name():
+    """The adapter for the vLLM that is installed."""
+    missing = missing_features()
+    if missing:
+        raise Refusal("this vLLM has no " + ", no ".join(missing) + ", which turboquant needs")
+    return "packed state bytes in FullAttentionSpec"
+
+
+def missing_features():
+    from vllm.model_executor.layers import rotary_embedding
+    from vllm.v1.attention.backends import registry
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    fields = {field.name for field in dataclasses.fields(FullAttentionSpec)}
+    features = {
+        "register_backend": hasattr(registry, "register_backend"),
+        "CPU_ATTN backend": "CPU_ATTN" in registry.AttentionBackendEnum.__members__,
+        "state_content_bytes in FullAttentionSpec": {"num_head_slots", "state_content_bytes"} <= fields,
+        "resolve_none_hash_seed": hasattr(kv_cache_utils, "resolve_none_hash_seed"),
+        "_ROPE_DICT": hasattr(rotary_embedding, "_ROPE_DICT"),
+    }
+    return [feature for feature, there in features.items() if not there]
+
+
+@functools.cache
+def install(plan):
+    """plan: of TQKV_PLAN. Does its work once in a process."""
+    name()
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.core import kv_cache_utils
+    model_plan.load_plan(plan)
+    register_backend(AttentionBackendEnum.CPU_ATTN, "turboquant_vllm.attention_backend.TurboquantBackend")
+    Attention.get_kv_cache_spec = compressed_spec(Attention.get_kv_cache_spec, plan)
+    MLAAttention.get_kv_cache_spec = refuse_mla
+    kv_cache_utils.resolve_none_hash_seed = seed_with_plan(kv_cache_utils.resolve_none_hash_seed, plan)
+
+
+def seed_with_plan(resolve_none_hash_seed, plan):
+    @functools.wraps(resolve_none_hash_seed)
+    def resolve(hash_fn):
+        return f"{resolve_none_hash_seed(hash_fn)}/turboquant:{model_plan.fingerprint(plan).hex()}"
+    return resolve
+
+
+def refuse_mla(self, vllm_config):
+    raise Refusal(f"{self.layer_name}: multi-head latent attention (MLA) is not supported by turboquant")
+
+
+def compressed_spec(get_kv_cache_spec, plan):
+    @functools.wraps(get_kv_cache_spec)
+    def spec_of(self, vllm_config):
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+        refuse_config(vllm_config)
+        reserve_memory()
+        self.turboquant = setup = set_up(self, vllm_config, plan)
+        return FullAttentionSpec(block_size=vllm_config.cache_config.block_size, num_kv_heads=self.num_kv_heads,
+                                 head_size=self.head_size, head_size_v=self.head_size_v, dtype=torch.uint8,
+                                 num_head_slots=1, state_content_bytes=setup.plan.token_bytes)
+    return spec_of
+
+
+def set_up(layer, vllm_config, plan):
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+    from vllm.model_executor.models.utils import extract_layer_index
+    speculative = vllm_config.speculative_config
+    try:
+        layer_plan = LayerPlan(plan, extract_layer_index(layer.layer_name), layer.num_heads, layer.num_kv_heads,
+                               layer.head_size, layer.head_size_v, layer.sliding_window)
+        return LayerSetup(plan=layer_plan,
+                          channel_order=model_plan.channel_order(layer_plan, list(_ROPE_DICT.values())),
+                          max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+                          num_drafts=speculative.num_speculative_tokens if speculative else 0)
+    except (Refusal, tqkv_ctypes.TurboquantError) as error:
+        raise Refusal(f"{layer.layer_name}: {error}") from error
+
+
+def refuse_config(vllm_config):
+    from vllm.model_executor.layers.attention import Attention
+    parallel, cache, speculative = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.speculative_config
+    for option in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
+        if getattr(parallel, option, 1) > 1:
+            raise Refusal(f"{option} above 1 is not supported by turboquant")
+    if vllm_config.kv_transfer_config is not None:
+        raise Refusal("KV connectors write blocks past turboquant: leave --kv-transfer-config away")
+    if speculative and speculative.method not in DRAFTS_WITHOUT_A_MODEL:
+        raise Refusal(f"speculative method {speculative.method} is not supported by turboquant, "
+                      f"only {' and '.join(DRAFTS_WITHOUT_A_MODEL)}")
+    if cache.block_size % 16 != 0:
+        raise Refusal(f"--block-size {cache.block_size} is not a multiple of 16, which turboquant needs")
+    for layer_name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if hasattr(layer, "get_kv_cache_spec") and type(layer) is not Attention:
+            raise Refusal(f"{layer_name}: a cache of {type(layer).__name__} is not supported by turboquant")
+
+
+@functools.cache
+def reserve_memory():
+    """By now the worker's module is loaded, and its memory is not yet shared out."""
+    worker = sys.modules["vllm.v1.worker.cpu_worker"].CPUWorker
+    worker.determine_available_memory = memory_for_blocks(worker.determine_available_memory)
+
+
+def memory_for_blocks(determine_available_memory):
+    @functools.wraps(determine_available_memory)
+    def determine(self):
+        available = determine_available_memory(self)
+        beside = bytes_beside_blocks(self.vllm_config, available)
+        logger.info("turboquant: %.2f GiB of %.2f GiB are for copies of young tokens", beside / 2**30,
+                    available / 2**30)
+        return available - beside
+    return determine
+
+
+def bytes_beside_blocks(vllm_config, available):
+    """Bytes of the layers' objects if blocks take all that is available: a little more than it will be."""
+    layers = [layer.turboquant for layer in vllm_config.compilation_config.static_forward_context.values()]
+    block_size = vllm_config.cache_config.block_size
+    n_blocks = max(1, available // (block_size * sum(setup.plan.token_bytes for setup in layers)))
+    return sum(tqkv_ctypes.paged_bytes(tqkv_ctypes.paged_config(
+        setup.plan.plan, setup.plan.index, block_size, n_blocks,
+        model_plan.copies_for(setup.plan, n_blocks * block_size, setup.max_num_seqs), setup.num_drafts))
+        for setup in layers)
