@@ -2,9 +2,6 @@
 """Checkpoints with random weights, small enough to serve in seconds: config.json and model.safetensors."""
 import json
 
-import torch
-from safetensors.torch import save_file
-
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_SIZE = 512, 128, 3, 4, 2, 32
 
 
@@ -25,6 +22,8 @@ def config(kind, window):
 
 def make(folder, kind="llama", window=None, seed=0):
     """Writes the checkpoint; scores are sharp enough that greedy decoding has clear winners."""
+    import torch  # here, so that tiny_plan.py can read the sizes without it
+    from safetensors.torch import save_file
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, std):

@@ -113,8 +113,10 @@ def refuse_config(vllm_config):
     for option in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
         if getattr(parallel, option, 1) > 1:
             raise Refusal(f"{option} above 1 is not supported by turboquant")
-    if vllm_config.kv_transfer_config is not None:
-        raise Refusal("KV connectors write blocks past turboquant: leave --kv-transfer-config away")
+    if vllm_config.kv_transfer_config is not None or getattr(cache, "kv_offloading_size", None):
+        raise Refusal("KV connectors and offloading fill blocks past turboquant: leave them off")
+    if getattr(cache, "prefix_match_unit", None) not in (None, cache.block_size):
+        raise Refusal("prefix hits inside a block copy it past turboquant: leave --prefix-match-unit away")
     if speculative and speculative.method not in DRAFTS_WITHOUT_A_MODEL:
         raise Refusal(f"speculative method {speculative.method} is not supported by turboquant, "
                       f"only {' and '.join(DRAFTS_WITHOUT_A_MODEL)}")

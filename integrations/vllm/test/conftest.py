@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs vLLM in the environment whose Python TQKV_TEST_VLLM names; scripts/vllm_env.py makes one."""
+import json
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent
+ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1",
+       "VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+
+
+class Python:
+    """The interpreter of the environment. plan: value of TQKV_PLAN, or None for vLLM as it is."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def run(self, arguments, plan=None):
+        env = {name: value for name, value in os.environ.items() if name not in ("TQKV_PLAN", "PYTHONPATH")} | ENV
+        if plan:
+            env["TQKV_PLAN"] = str(plan)
+        return subprocess.run([self.path, *map(str, arguments)], env=env, cwd=HERE, capture_output=True, text=True,
+                              timeout=3600, check=False)
+
+    def serve(self, plan, jobs):
+        """What run_engine.py prints for jobs (by name), and the log of them all."""
+        got = self.run(["run_engine.py", json.dumps(list(jobs.values()))], plan)
+        assert got.returncode == 0, got.stdout[-2000:] + got.stderr[-4000:]
+        return dict(zip(jobs, json.loads(got.stdout.strip().splitlines()[-1]))) | {"log": got.stdout + got.stderr}
+
+
+@pytest.fixture(scope="session")
+def python():
+    path = os.environ.get("TQKV_TEST_VLLM")
+    if not path:
+        pytest.skip("needs vLLM; make test-full has it")
+    return Python(path)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(python, tmp_path_factory):
+    """Makes a tiny checkpoint in that environment, which has torch; this one may not."""
+    def make(kind, window=None):
+        folder = tmp_path_factory.mktemp(kind)
+        got = python.run(["-c", "import pathlib, sys, tiny_checkpoint as t; "
+                                "t.make(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) or None)",
+                          folder, kind, window or 0])
+        assert got.returncode == 0, got.stderr
+        return str(folder)
+    return make

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin in a real vLLM: tiny checkpoints with random weights, in f32, so that what should be equal is equal.
+
+Nothing is lossless in f32 but the stock cache: the built-in plan `f16` rounds K and V to f16, which moves a log
+probability here by less than .02 and no token. Where two runs of the plugin must agree, they must in every token.
+
+Starting an engine takes long, so the engines of one plan share a process and tests look at what they left.
+"""
+import random
+import re
+
+import pytest
+import tiny_plan
+
+F16_LOGPROB_MAX = 0.02
+OPTIONS = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "max_model_len": 1024}
+LAYERS, KV_HEADS, HEAD_SIZE = 3, 2, 32
+
+
+def random_tokens(rng, n):
+    return [rng.randrange(2, 512) for _ in range(n)]
+
+
+def shared_prompts():
+    """Three that share 300 tokens, and a short one; the second round finds the first in the prefix cache."""
+    rng = random.Random(1)
+    shared = random_tokens(rng, 300)
+    first = [shared + random_tokens(rng, 20) for _ in range(3)] + [random_tokens(rng, 9)]
+    return {"rounds": [first, first[:2]], "max_tokens": 24}
+
+
+def repeating_prompts():
+    """Phrases that come again, so that n-gram drafts are made."""
+    rng = random.Random(2)
+    phrases = [random_tokens(rng, 7) for _ in range(4)]
+    return {"rounds": [[(phrase * 30)[:180 + 5 * i] for i, phrase in enumerate(phrases)]], "max_tokens": 60}
+
+
+def growing_prompts():
+    """Four that fit into 17 blocks of 32 tokens when they start, and not when they end."""
+    rng = random.Random(3)
+    return {"rounds": [[random_tokens(rng, 100) for _ in range(4)]], "max_tokens": 80}
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint):
+    return {"llama": checkpoint("llama"), "qwen2": checkpoint("qwen2"), "mistral": checkpoint("mistral", window=100)}
+
+
+def common_jobs(models):
+    return {"shared": {"model": models["llama"], "options": OPTIONS} | shared_prompts(),
+            "qwen2": {"model": models["qwen2"], "options": OPTIONS} | shared_prompts(),
+            "window": {"model": models["mistral"], "options": OPTIONS} | shared_prompts(),
+            "growing": {"model": models["llama"], "options": OPTIONS} | growing_prompts()}
+
+
+@pytest.fixture(scope="module")
+def stock(python, models):
+    return python.serve(None, common_jobs(models))
+
+
+@pytest.fixture(scope="module")
+def f16(python, models):
+    jobs = common_jobs(models)
+    jobs["growing"]["options"] = OPTIONS | {"block_size": 32, "num_gpu_blocks_override": 18}
+    jobs["fp8"] = jobs["shared"] | {"options": OPTIONS | {"kv_cache_dtype": "fp8"}}
+    jobs["block size"] = jobs["shared"] | {"options": OPTIONS | {"block_size": 40}}
+    jobs["match unit"] = jobs["shared"] | {"options": OPTIONS | {"prefix_match_unit": 16}}
+    return python.serve("f16", jobs)
+
+
+@pytest.fixture(scope="module")
+def tiered(python, models, tmp_path_factory):
+    """Tiers of 8 and 6 bits, then 3 and 4; the last job is of a model with another window."""
+    path = tiny_plan.write(tmp_path_factory.mktemp("plan") / "tiny.tqkv")
+    plain = {"model": models["llama"], "options": OPTIONS} | repeating_prompts()
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    return python.serve(path, {
+        "plain": plain, "drafts": plain | {"options": OPTIONS | {"speculative_config": drafts}},
+        "window": {"model": models["mistral"], "options": OPTIONS} | shared_prompts()})
+
+
+def outputs(result):
+    return [output for outputs in result["rounds"] for output in outputs]
+
+
+def tokens(result):
+    return [output["tokens"] for output in outputs(result)]
+
+
+def assert_near(result, stock):
+    assert "error" not in result, result["error"]
+    assert tokens(result) == tokens(stock)
+    for ours, theirs in zip(outputs(result), outputs(stock)):
+        assert max(abs(a - b) for a, b in zip(ours["logprobs"], theirs["logprobs"])) < F16_LOGPROB_MAX
+
+
+@pytest.mark.parametrize("job", ["shared", "qwen2", "window"])
+def test_f16_is_the_stock_engine(stock, f16, job):
+    """Four requests at a time, chunked prefill, prefix hits in both rounds; full attention and a sliding window."""
+    assert_near(f16[job], stock[job])
+
+
+def test_prefix_cache_hits(stock, f16):
+    cached = [output["cached"] for output in outputs(f16["shared"])]
+    assert cached == [output["cached"] for output in outputs(stock["shared"])]
+    assert cached[-2:] == [256, 256]
+
+
+def test_preemption(stock, f16):
+    """Too few blocks for four requests: some are thrown out and read again."""
+    assert f16["growing"]["metrics"]["vllm:num_preemptions"] > 0
+    assert_near(f16["growing"], stock["growing"])
+
+
+def test_room_grows_as_counted(stock, f16):
+    stock_bytes, bytes_now = LAYERS * KV_HEADS * HEAD_SIZE * 2 * 4, LAYERS * tiny_plan.token_bytes(16)
+    ratio = f16["shared"]["n_blocks"] / stock["shared"]["n_blocks"]
+    assert ratio == pytest.approx(stock_bytes / bytes_now, rel=2e-3)
+
+
+def test_copies_are_taken_off_the_room(tiered):
+    """Layers of unlike widths; blocks get what the copies leave, to a hundredth of a GiB."""
+    result = tiered["plain"]
+    assert "error" not in result, result["error"]
+    beside = float(re.search(r"turboquant: ([\d.]+) GiB of 1.00 GiB", tiered["log"]).group(1))
+    room = 2**30 / (sum(tiny_plan.token_bytes(width) for width in (3, 4, 3)) * result["block_size"])
+    assert (1 - beside - .01) * room <= result["n_blocks"] <= (1 - beside + .01) * room
+
+
+def test_ngram_drafts_change_nothing(tiered):
+    """Accepted and rejected drafts over coded tokens of every tier: the tokens of one by one."""
+    metrics = tiered["drafts"]["metrics"]
+    assert 0 < metrics["vllm:spec_decode_num_accepted_tokens"] < metrics["vllm:spec_decode_num_draft_tokens"]
+    assert tokens(tiered["drafts"]) == tokens(tiered["plain"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(python, models, dtype):
+    """Answers of the right kind; rounding of the model itself is larger than anything to compare with."""
+    job = {"model": models["llama"], "options": OPTIONS, "dtype": dtype} | repeating_prompts()
+    got = python.serve("q8", {"half": job})["half"]
+    assert [len(output) for output in tokens(got)] == [60] * 4
+
+
+def test_channel_order_of_gguf_plans(python, models, stock, tmp_path):
+    """A plan that pairs neighbouring channels, as those from GGUF files do, for a model that pairs halves."""
+    path = tiny_plan.write(tmp_path / "pairs.tqkv", last_widths=(8, 8, 8), young_widths=(), style=tiny_plan.PAIRS)
+    job = {"model": models["llama"], "options": OPTIONS} | shared_prompts()
+    got = python.serve(path, {"shared": job})["shared"]
+    assert "error" not in got, got["error"]
+    assert [output[:6] for output in tokens(got)] == [output[:6] for output in tokens(stock["shared"])]
+
+
+def test_refusals(python, models, f16, tiered, tmp_path):
+    """Each names the option or the layer."""
+    short = tiny_plan.write(tmp_path / "short.tqkv", last_widths=(3, 3))
+    job = {"model": models["llama"], "options": OPTIONS} | shared_prompts()
+    assert "--kv-cache-dtype fp8 contradicts TQKV_PLAN" in f16["fp8"]["error"]
+    assert "leave --prefix-match-unit away" in f16["match unit"]["error"]
+    assert "--block-size 40 is not a multiple of 16" in f16["block size"]["error"]
+    assert "model.layers.0.self_attn.attn: layer 0: (heads, KV heads" in tiered["window"]["error"]
+    assert "layer 2: the plan has 2 layers" in python.serve(short, {"short": job})["short"]["error"]
+
+
+def test_prefix_hashes_tell_plans_apart(python):
+    program = ("from vllm.v1.core import kv_cache_utils as u; from vllm.utils.hashing import sha256; import "
+               "turboquant_vllm as t; t.register(); t.register(); u.init_none_hash(sha256); print(u.NONE_HASH.hex())")
+    hashes = [python.run(["-c", program], plan).stdout.split()[-1] for plan in (None, "f16", "q8", "f16")]
+    assert len(set(hashes)) == 3 and hashes[1] == hashes[3]
+
+
+def test_doctor(python, models, tmp_path):
+    path = tiny_plan.write(tmp_path / "tiny.tqkv")
+    program = ["-c", "from turboquant_vllm.doctor import main; main()", "doctor", models["llama"], "--dtype", "float32"]
+    text = python.run(program, path).stdout
+    assert "adapter: packed state bytes" in text
+    assert re.search(r"\n1 +2 x 32 +512 +68 +132 100 68\n", text), text
+    assert "TQKV_PLAN is not set" in python.run(program).stderr

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""turboquant-vllm doctor MODEL: what the plugin would do with a model, without starting a server."""
+import argparse
+import os
+import sys
+
+from turboquant_vllm import model_plan, tqkv_ctypes
+from turboquant_vllm.model_plan import LayerPlan, Refusal
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def windows(config):
+    """Tokens that each layer sees; None: all."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def layer_plans(plan, config):
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [LayerPlan(plan, index, config.num_attention_heads, n_kv_heads, head_size, head_size, window)
+            for index, window in enumerate(windows(config))]
+
+
+def print_layers(plans, dtype_bytes):
+    """One line for each run of layers that are stored alike."""
+    print("layers      KV heads x channels   bytes per token now   by tier")
+    first = 0
+    for index in range(1, len(plans) + 1):
+        plan = plans[first]
+        if index < len(plans) and bytes(plans[index].shape.token_bytes) == bytes(plan.shape.token_bytes):
+            continue
+        shape = plan.shape
+        stock = shape.n_kv_heads * (shape.k_dim + shape.v_dim) * dtype_bytes
+        tiers = " ".join(map(str, shape.token_bytes[:plan.n_tiers]))
+        label = f"{first}" if index == first + 1 else f"{first}-{index - 1}"
+        print(f"{label:<11} {shape.n_kv_heads} x {shape.k_dim:<17} {stock:>8} {plan.token_bytes:>12}   {tiers}")
+        first = index
+
+
+def print_room(plans, dtype_bytes, gib, max_num_seqs, block_size):
+    available = int(gib * 2**30)
+    stock_bytes = sum(plan.shape.n_kv_heads * (plan.shape.k_dim + plan.shape.v_dim) * dtype_bytes for plan in plans)
+    token_bytes = sum(plan.token_bytes for plan in plans)
+    n_blocks = max(1, available // (token_bytes * block_size))
+    beside = sum(tqkv_ctypes.paged_bytes(tqkv_ctypes.paged_config(
+        plan.plan, plan.index, block_size, n_blocks,
+        model_plan.copies_for(plan, n_blocks * block_size, max_num_seqs), 0)) for plan in plans)
+    stock, now = available // stock_bytes, max(0, available - beside) // token_bytes
+    print(f"tokens in {gib:g} GiB: {stock:,} in vLLM as it is, {now:,} compressed: {now / stock:.2f}x, with "
+          f"{beside / available:.0%} for copies of young tokens counted")
+
+
+def doctor(arguments):
+    from transformers import AutoConfig
+
+    from turboquant_vllm import vllm_adapter
+    print(f"adapter: {vllm_adapter.name()}")
+    plan = model_plan.plan_name()
+    if not plan:
+        raise Refusal("TQKV_PLAN is not set: vLLM runs as it is. Set it to a .tqkv file, or to f16 or q8")
+    loaded = model_plan.load_plan(plan)
+    if loaded:
+        info = loaded.info
+        print(f"plan: {plan}, of {info.model.decode()}, profile {info.profile.decode()}, "
+              f"{info.bits_total:.2f} bits per value at {info.context} tokens")
+    else:
+        print(f"plan: {plan}, built in")
+    print(f"fingerprint: {model_plan.fingerprint(plan).hex()[:16]}")
+    config = AutoConfig.from_pretrained(arguments.model).get_text_config()
+    plans = layer_plans(plan, config)
+    print_layers(plans, DTYPE_BYTES[arguments.dtype])
+    print_room(plans, DTYPE_BYTES[arguments.dtype], arguments.gib, arguments.max_num_seqs, arguments.block_size)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="turboquant-vllm")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("doctor", help="which layers are compressed, and how many tokens fit")
+    command.add_argument("model", help="folder or name of a checkpoint, as vllm serve takes it")
+    command.add_argument("--gib", type=float, default=float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 4),
+                         help="memory for the cache (VLLM_CPU_KVCACHE_SPACE)")
+    command.add_argument("--dtype", choices=sorted(DTYPE_BYTES), default="bfloat16", help="of vLLM's own cache")
+    command.add_argument("--max-num-seqs", type=int, default=256)
+    command.add_argument("--block-size", type=int, default=128)
+    try:
+        doctor(parser.parse_args())
+    except (Refusal, tqkv_ctypes.TurboquantError) as error:
+        sys.exit(f"turboquant: {error}")
