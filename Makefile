@@ -64,7 +64,7 @@ test-arm64: setup ## build for aarch64 and run the C tests by qemu (four minutes
 	ctest --preset arm64 -j $(JOBS); \
 	ctest --preset arm64-base -j $(JOBS)
 
-test-full: ## the same at 8192 tokens, in vLLM, with the thread sanitizer as well (two hours)
+test-full: setup ## the same at 8192 tokens, in vLLM, with the thread sanitizer as well (two hours)
 	TQKV_TEST_VLLM=$$(python3 scripts/vllm_env.py) TQKV_TEST_FULL=1 $(MAKE) test
 	$(MAKE) build PRESET=tsan LLAMA=none
 	ctest --preset tsan -j $(JOBS)

@@ -84,8 +84,8 @@ typedef struct tqkv_paged_batch {
     const int32_t *block_table; /* [n_seqs][>= blocks of its sequence] */
     size_t block_table_stride;  /* elements */
     const float *k, *v;         /* [n_tokens][n_kv_heads][dim] f32, RoPE applied, contiguous */
-    uint32_t decode_tokens_max; /* a sequence with at most that many new tokens is attended as if each
-                                 * had come alone, so that drafts change nothing; default 1 */
+    uint32_t decode_tokens_max; /* a sequence with at most that many new tokens is attended as if
+                                 * each had come alone, so that drafts change nothing; default 1 */
 } tqkv_paged_batch;
 
 TQKV_API void tqkv_paged_batch_init(tqkv_paged_batch *batch);
@@ -96,8 +96,9 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_paged_write(tqkv_paged *paged, const tq
 
 /*
  * Causal attention of every new token over its sequence, after tqkv_paged_write of the same batch. The new
- * tokens of a sequence see each other as they came, older ones through their codes. A layer with a
- * window (of the plan) sees that many tokens, its own included.
+ * tokens of a sequence see each other as they came, older ones through their codes, all of them in
+ * the tiers that the first one wants. A layer with a window (of the plan) sees that many tokens, its
+ * own included.
  * args: n_q new tokens of the batch; q, out and lse have a row for each. stream, n_cells, causal are
  * not used; mask and slopes must be NULL.
  */

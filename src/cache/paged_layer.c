@@ -31,6 +31,7 @@ static void add_copies(measures *m, const tqkv_paged_config *config, uint32_t ti
     m->reach[i] = (uint32_t)reach;
     m->count[i] = wanted < m->n_blocks ? (uint32_t)wanted : m->n_blocks;
     m->table_bytes[i] = tqkvi_young_copies_bytes(m->count[i], m->n_blocks);
+    /* Below 2^27 blocks (is_config) of less than 2^29 bytes: fits in 64 bits. */
     m->data_bytes[i] = (size_t)m->count[i] * TQKVI_BLOCK_TOKENS * shape->token_bytes[tier];
 }
 
