@@ -47,6 +47,7 @@ typedef struct tqkv_paged_config {
     uint32_t n_sequences[TQKV_TIERS_MAX]; /* for which a younger tier holds copies at a time; may be
                                            * 0. Sinks: as tier 0. */
     uint32_t n_drafts;     /* tokens of a sequence that may be taken back after a batch */
+    uint32_t n_batch_tokens; /* most new tokens of a batch: room for their copies beside those in use */
     const tqkv_rope *rope; /* NULL: the plan's; otherwise copied */
     const tqkv_allocator *mem; /* NULL: malloc for small objects and anonymous mmap for copies */
 } tqkv_paged_config;

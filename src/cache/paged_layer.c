@@ -21,10 +21,11 @@ static void add_copies(measures *m, const tqkv_paged_config *config, uint32_t ti
                        uint64_t per_sequence)
 {
     const tqkv_plan_layer *shape = &config->plan->layers[config->layer].shape;
-    const uint64_t wanted = per_sequence * config->n_sequences[tier];
+    const uint64_t wanted = per_sequence * config->n_sequences[tier] +
+                            div_up(config->n_batch_tokens, TQKVI_BLOCK_TOKENS);
     const uint32_t i = m->n_copies;
 
-    if (wanted == 0)
+    if (config->n_sequences[tier] == 0)
         return;
     m->n_copies++;
     m->tier[i] = tier;
@@ -36,8 +37,10 @@ static void add_copies(measures *m, const tqkv_paged_config *config, uint32_t ti
 }
 
 /*
- * Copies per sequence: the query's block, those within reach, and the blocks of drafts. Sinks of
- * cached prompts that no sequence uses now are kept as well, as many again.
+ * Copies per sequence: the query's block, those within reach, the one that has just left it (in a
+ * list by use it may be newer than one that another sequence still needs), and those of drafts. A batch
+ * is written before it is attended, so its blocks come on top. Sinks of cached prompts that no sequence
+ * uses now are kept as well, as many again.
  */
 static measures measure(const tqkv_paged_config *config)
 {
@@ -56,7 +59,7 @@ static measures measure(const tqkv_paged_config *config)
         const uint64_t reach = held < window ? held : window;
         if (shape->tier_tokens[tier] > 0)
             add_copies(&m, config, tier, reach,
-                       reach + 1 + div_up(config->n_drafts, TQKVI_BLOCK_TOKENS));
+                       reach + 2 + div_up(config->n_drafts, TQKVI_BLOCK_TOKENS));
     }
     if (plan->n_sinks > 0 && plan->n_tiers > 1) {
         const uint32_t n = div_up(plan->n_sinks, TQKVI_BLOCK_TOKENS);

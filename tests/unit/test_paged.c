@@ -102,6 +102,7 @@ static tqkv_paged_config make_config(const engine *e)
     for (uint32_t tier = 0; tier < TQKV_TIERS_MAX; tier++)
         config.n_sequences[tier] = e->c->n_sequences;
     config.n_drafts = e->c->n_drafts;
+    config.n_batch_tokens = SEQS_MAX * NEW_MAX;
     return config;
 }
 
@@ -479,6 +480,32 @@ static void test_drafts_leave_nothing(void **state)
     assert_memory_equal(outs[0], outs[1], sizeof(outs[0]));
 }
 
+/* Room for as many sequences as there are: no copy is replaced while it is in reach. */
+static void test_enough_copies(void **state)
+{
+    static const paged_case c = {"enough", 2, 1, 16, 16, 4, 32, SEQS_MAX, 0, 3, false, 0};
+    static engine e;
+    tqkv_paged_stats stats;
+
+    (void)state;
+    setup(&e, &c, 13);
+    for (uint32_t n = 0; n < 300; n++) {
+        e.n_seqs = 0;
+        for (uint32_t s = 0; s < SEQS_MAX; s++) {
+            const bool is_chunk = test_random_below(&e.random, 10) == 0;
+            if (e.seqs[s].len + NEW_MAX > LEN_MAX)
+                end_sequence(&e, s);
+            add_to_batch(&e, s, 1 + test_random_below(&e.random, is_chunk ? NEW_MAX : 4));
+        }
+        run_batch(&e, NULL);
+        take_back(&e);
+    }
+    tqkv_paged_get_stats(e.paged, &stats);
+    assert_true(stats.n_young > 1000);
+    assert_int_equal(stats.n_missing, 0);
+    teardown(&e);
+}
+
 /* Copies for one sequence, and four that want them: older tiers serve, nothing breaks. */
 static void test_too_few_copies(void **state)
 {
@@ -622,8 +649,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_engine),         cmocka_unit_test(test_drafts_leave_nothing),
-        cmocka_unit_test(test_too_few_copies), cmocka_unit_test(test_bad_config),
-        cmocka_unit_test(test_bad_batch),      cmocka_unit_test(test_memory_fails),
+        cmocka_unit_test(test_too_few_copies), cmocka_unit_test(test_enough_copies),
+        cmocka_unit_test(test_bad_config),     cmocka_unit_test(test_bad_batch),
+        cmocka_unit_test(test_memory_fails),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -71,12 +71,17 @@ def f16(python, models):
 
 @pytest.fixture(scope="module")
 def tiered(python, models, tmp_path_factory):
-    """Tiers of 8 and 6 bits, then 3 and 4; the last job is of a model with another window."""
+    """Tiers of 8 and 6 bits, then 3 and 4; the last job is of a model with another window.
+
+    Prompts are read in one piece: drafts take tokens from the budget of a step, and where a prompt is cut decides
+    which of its tokens see each other as they came.
+    """
+    whole = OPTIONS | {"max_num_batched_tokens": 1024}
     path = tiny_plan.write(tmp_path_factory.mktemp("plan") / "tiny.tqkv")
-    plain = {"model": models["llama"], "options": OPTIONS} | repeating_prompts()
+    plain = {"model": models["llama"], "options": whole} | repeating_prompts()
     drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
     return python.serve(path, {
-        "plain": plain, "drafts": plain | {"options": OPTIONS | {"speculative_config": drafts}},
+        "plain": plain, "drafts": plain | {"options": whole | {"speculative_config": drafts}},
         "window": {"model": models["mistral"], "options": OPTIONS} | shared_prompts()})
 
 

@@ -128,7 +128,7 @@ class LayerCache:
             raise Refusal(f"{layer.layer_name}: the blocks of the KV cache layout are not contiguous")
         copies = model_plan.copies_for(setup.plan, n_blocks * block_size, setup.max_num_seqs)
         config = tqkv_ctypes.paged_config(setup.plan.plan, setup.plan.index, block_size, n_blocks, copies,
-                                          setup.num_drafts)
+                                          setup.num_drafts, setup.max_num_batched_tokens)
         self.paged = tqkv_ctypes.Paged(setup.plan.plan, config)
         self.order = setup.channel_order
         self.paged.batch.blocks = kv_cache.data_ptr()

@@ -47,7 +47,7 @@ def print_room(plans, dtype_bytes, gib, max_num_seqs, block_size):
     n_blocks = max(1, available // (token_bytes * block_size))
     beside = sum(tqkv_ctypes.paged_bytes(tqkv_ctypes.paged_config(
         plan.plan, plan.index, block_size, n_blocks,
-        model_plan.copies_for(plan, n_blocks * block_size, max_num_seqs), 0)) for plan in plans)
+        model_plan.copies_for(plan, n_blocks * block_size, max_num_seqs), 0, 2048)) for plan in plans)
     stock, now = available // stock_bytes, max(0, available - beside) // token_bytes
     print(f"tokens in {gib:g} GiB: {stock:,} in vLLM as it is, {now:,} compressed: {now / stock:.2f}x, with "
           f"{beside / available:.0%} for copies of young tokens counted")

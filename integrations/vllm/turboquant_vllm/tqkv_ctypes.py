@@ -39,7 +39,7 @@ class PlanLayer(ctypes.Structure):
 class PagedConfig(ctypes.Structure):
     _fields_ = [("struct_bytes", c_size_t), ("plan", c_void_p), ("layer", c_uint32), ("block_tokens", c_uint32),
                 ("n_blocks", c_uint32), ("n_sequences", c_uint32 * TIERS_MAX), ("n_drafts", c_uint32),
-                ("rope", c_void_p), ("mem", c_void_p)]
+                ("n_batch_tokens", c_uint32), ("rope", c_void_p), ("mem", c_void_p)]
 
 
 class PagedBatch(ctypes.Structure):
@@ -117,13 +117,13 @@ class Plan:
         return layer
 
 
-def paged_config(plan, layer, block_tokens, n_blocks, n_sequences, n_drafts):
+def paged_config(plan, layer, block_tokens, n_blocks, n_sequences, n_drafts, n_batch_tokens):
     """n_sequences: for each tier but the last, youngest first."""
     config = PagedConfig()
     library().tqkv_paged_config_init(ctypes.byref(config))
     config.plan, config.layer, config.block_tokens, config.n_blocks = plan.handle, layer, block_tokens, n_blocks
     config.n_sequences[:len(n_sequences)] = n_sequences
-    config.n_drafts = n_drafts
+    config.n_drafts, config.n_batch_tokens = n_drafts, n_batch_tokens
     return config
 
 

@@ -27,6 +27,7 @@ class LayerSetup:
     plan: LayerPlan
     channel_order: torch.Tensor | None
     max_num_seqs: int
+    max_num_batched_tokens: int
     num_drafts: int
 
 
@@ -102,6 +103,7 @@ def set_up(layer, vllm_config, plan):
         return LayerSetup(plan=layer_plan,
                           channel_order=model_plan.channel_order(layer_plan, list(_ROPE_DICT.values())),
                           max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+                          max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
                           num_drafts=speculative.num_speculative_tokens if speculative else 0)
     except (Refusal, tqkv_ctypes.TurboquantError) as error:
         raise Refusal(f"{layer.layer_name}: {error}") from error
@@ -152,5 +154,6 @@ def bytes_beside_blocks(vllm_config, available):
     n_blocks = max(1, available // (block_size * sum(setup.plan.token_bytes for setup in layers)))
     return sum(tqkv_ctypes.paged_bytes(tqkv_ctypes.paged_config(
         setup.plan.plan, setup.plan.index, block_size, n_blocks,
-        model_plan.copies_for(setup.plan, n_blocks * block_size, setup.max_num_seqs), setup.num_drafts))
+        model_plan.copies_for(setup.plan, n_blocks * block_size, setup.max_num_seqs), setup.num_drafts,
+        setup.max_num_batched_tokens))
         for setup in layers)
