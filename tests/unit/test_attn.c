@@ -19,7 +19,9 @@
 #include "attn/attn_tile.h"
 #include "base/half.h"
 #include "cache/cell_store.h"
+#include "format/block_rows.h"
 #include "test_arrays.h"
+#include "test_rounding.h"
 #include "test_store_make.h"
 
 #define GUARD 12345.0f
@@ -206,11 +208,11 @@ static tqkv_attend_args make_args(attn_setup *s)
 
 /* One head of a cell that has codes. */
 typedef struct oracle_code {
-    bool coded, two_parts[2]; /* by side: more than 5 bits in the mean */
+    bool coded;
     uint32_t tier;
     int32_t base;
-    double scale[2];             /* 0: the zero vector */
-    double size[TQKV_UNITS_MAX]; /* of K behind the transform: sum of |y| of each unit */
+    uint8_t scale[2]; /* by side; 0: the zero vector */
+    uint8_t row[TQKVI_ROW_BYTES_MAX]; /* of K */
 } oracle_code;
 
 /* Rows as attention should see them. kind: 0 nothing is there, 1 committed, 2 + i staged as i. */
@@ -224,26 +226,15 @@ static oracle_code read_code(const attn_setup *s, uint32_t cell, uint32_t g)
 {
     const tqkv_codec *codec = s->store->codec;
     oracle_code code = {.coded = false};
-    uint8_t row[2048];
-    float *y = test_aligned(TQKVI_DIM_MAX * sizeof(*y));
     tqkvi_spot spot;
     uint32_t pool;
 
     if (!codec->heads[0][g].plain && tqkvi_store_find(s->store, cell, &spot, &pool)) {
         code = (oracle_code){.coded = true, .tier = spot.tier, .base = spot.base};
-        for (int side = 0; side < 2; side++) {
-            const tqkvi_layout *layout = tqkvi_codec_layout(codec, (tqkv_side)side, g, spot.tier);
-            code.two_parts[side] = layout->row_bytes > 10 * layout->n_units;
-            code.scale[side] =
-                (double)tqkvk_scale_value(*tqkvi_spot_scale(s->store, &spot, (tqkv_side)side, g));
-        }
-        const tqkvi_layout *layout = tqkvi_codec_layout(codec, TQKV_SIDE_K, g, spot.tier);
-        tqkvi_spot_get_row(s->store, &spot, TQKV_SIDE_K, g, row);
-        codec->kernels->unpack_rows(layout, row, 1, y);
-        for (uint32_t d = 0; d < layout->n_units * 16; d++)
-            code.size[d / 16] += fabs((double)y[d]);
+        for (int side = 0; side < 2; side++)
+            code.scale[side] = *tqkvi_spot_scale(s->store, &spot, (tqkv_side)side, g);
+        tqkvi_spot_get_row(s->store, &spot, TQKV_SIDE_K, g, code.row);
     }
-    free(y);
     return code;
 }
 
@@ -258,33 +249,13 @@ static bool has_few_rows(const attn_setup *s, uint32_t q, uint32_t h)
     return (n - first < block ? n - first : block) <= TQKVI_CODE_ROWS_MAX;
 }
 
-/* The largest |q'| of each unit of a query under a base: [k_dim / 16] out. */
-static void largest_query(const attn_setup *s, const tqkv_attend_args *args, uint32_t q, uint32_t h,
-                          int32_t base, double *top)
-{
-    const tqkv_codec *codec = s->store->codec;
-    const uint32_t g = h / (s->c->n_heads / s->c->n_kv_heads), dim = s->c->k_dim;
-    float turned[TQKVI_DIM_MAX], cosine[TQKVI_DIM_MAX], sine[TQKVI_DIM_MAX];
-
-    memcpy(turned, args->q + q * args->q_token_stride + h * args->q_head_stride,
-           dim * sizeof(float));
-    tqkvi_turn_init(&codec->rope, base, cosine, sine);
-    if (s->store->has_bases)
-        tqkvi_turn_apply(&codec->rope, cosine, sine, true, turned);
-    for (uint32_t j = 0; j < dim; j++) {
-        double sum = 0;
-        for (uint32_t i = 0; i < dim; i++)
-            sum += (double)codec->heads[0][g].inverse[(size_t)j * dim + i] * (double)turned[i];
-        sum = fabs(sum) * (double)args->scale;
-        top[j / 16] = j % 16 == 0 || sum > top[j / 16] ? sum : top[j / 16];
-    }
-}
-
 /* What rounding q' may do to the score of each cell of a query: [n_cells] out. */
 static void score_slack(const attn_setup *s, const tqkv_attend_args *args, const oracle_rows *r,
                         uint32_t q, uint32_t h, double *slack)
 {
+    const tqkv_codec *codec = s->store->codec;
     const uint32_t g = h / (s->c->n_heads / s->c->n_kv_heads);
+    const float *query = args->q + q * args->q_token_stride + h * args->q_head_stride;
     const oracle_code *last = NULL;
     double top[TQKV_UNITS_MAX];
 
@@ -294,11 +265,10 @@ static void score_slack(const attn_setup *s, const tqkv_attend_args *args, const
         if (r->kind[cell] != 1 || !code->coded || !has_few_rows(s, q, h))
             continue;
         if (!last || last->base != code->base)
-            largest_query(s, args, q, h, code->base, top);
+            test_largest_query(codec, g, s->store->has_bases, code->base, query, top);
         last = code;
-        for (uint32_t u = 0; u < s->c->k_dim / 16; u++)
-            slack[cell] += .51 * top[u] * code->size[u];
-        slack[cell] *= code->scale[0] / TQKVK_Q_MAX / (code->two_parts[0] ? TQKVK_LOW_PARTS : 1);
+        slack[cell] = (double)args->scale *
+                      test_rounding_slack(codec, g, code->tier, code->scale[0], code->row, top);
     }
 }
 
@@ -317,12 +287,11 @@ static double weight_slack(const attn_setup *s, const oracle_rows *r, uint32_t q
         if (r->kind[cell] != 1 || !code->coded || code->scale[1] == 0)
             continue;
         const double v = (double)r->rows[1][((size_t)cell * c->n_kv_heads + g) * c->v_dim + d];
-        const double y =
-            (v - (double)mean) / code->scale[1] / (code->two_parts[1] ? TQKVK_LOW_PARTS : 1);
-        top = fmax(top, p[cell] * code->scale[1]);
-        squares += y * y;
+        const double scale = (double)tqkvk_scale_value(code->scale[1]);
+        top = fmax(top, p[cell] * scale);
+        squares += pow((v - (double)mean) / scale, 2);
     }
-    return 6 * top / TQKVK_WEIGHT_MAX * sqrt(squares / 6);
+    return 6 * top / TQKVK_WEIGHT_MAX * sqrt(squares / 12);
 }
 
 static oracle_rows read_rows(const attn_setup *s, uint32_t stream)

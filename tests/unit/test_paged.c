@@ -15,7 +15,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "attn/attn_tile.h"
 #include "test_memory.h"
+#include "test_rounding.h"
 #include "test_store_make.h"
 
 #define BLOCK 16
@@ -270,19 +272,24 @@ static tqkv_attend_args make_args(const engine *e)
     return args;
 }
 
-/* The row that a query reads: as it came, or through the codec. */
-static void read_row(const engine *e, const sequence *seq, int side, uint32_t g, uint32_t position,
-                     bool own, uint32_t tier, float *row)
+static int32_t base_of(const engine *e, uint32_t position)
+{
+    return e->c->n_tiers > 0 ? (int32_t)(position / 64 * 64) : 0;
+}
+
+/* The row that a query reads: as it came, or through the codec. Returns the scale; codes: out. */
+static uint8_t read_row(const engine *e, const sequence *seq, int side, uint32_t g,
+                        uint32_t position, bool own, uint32_t tier, float *row, uint8_t *codes)
 {
     const uint32_t dim = dim_of(e, side);
     const float *x =
         e->rows[side] + ((size_t)slot_of(e, seq, position) * e->c->n_kv_heads + g) * dim;
-    const int32_t base = e->c->n_tiers > 0 ? (int32_t)(position / 64 * 64) : 0;
-    uint8_t scale, codes[2 * 16 * TQKV_UNITS_MAX];
+    const int32_t base = base_of(e, position);
+    uint8_t scale;
 
     if (own) {
         memcpy(row, x, dim * sizeof(*row));
-        return;
+        return 0;
     }
     assert_int_equal(
         tqkv_codec_encode(e->codec, g, (tqkv_side)side, tier, base, x, dim, 1, &scale, codes, NULL),
@@ -290,6 +297,7 @@ static void read_row(const engine *e, const sequence *seq, int side, uint32_t g,
     assert_int_equal(
         tqkv_codec_decode(e->codec, g, (tqkv_side)side, tier, base, &scale, codes, 1, row, dim),
         TQKV_OK);
+    return scale;
 }
 
 /* Tier of the 16 tokens at an index, of which the first n are read. */
@@ -317,6 +325,16 @@ static double dot(const float *a, const float *b, uint32_t n, double *terms)
     return sum;
 }
 
+/* Whether the task of token i of n that are attended together reads codes as integers. */
+static bool has_few_rows(const engine *e, uint32_t i, uint32_t n, uint32_t h)
+{
+    const uint32_t group = e->c->n_heads / e->c->n_kv_heads;
+    const uint32_t block = tqkvi_attn_rows(&e->codec->layer->shape);
+    const uint32_t first = (i * group + h % group) / block * block;
+
+    return (n * group - first < block ? n * group - first : block) <= TQKVI_CODE_ROWS_MAX;
+}
+
 /* One query head of one new token of the batch. */
 static void check_row(const engine *e, uint32_t b, uint32_t token, uint32_t h)
 {
@@ -332,6 +350,11 @@ static void check_row(const engine *e, uint32_t b, uint32_t token, uint32_t h)
     static double scores[LEN_MAX];
     static float values[LEN_MAX][64];
     double top = c->sinks ? (double)e->sinks[h] : -INFINITY, error = 0, sum = 0, terms;
+    const float *q = e->q + ((size_t)token * c->n_heads + h) * c->k_dim;
+    const bool is_rounded =
+        c->n_tiers > 0 && has_few_rows(e, position - start, start == position ? 1 : n_new, h);
+    uint8_t codes[2 * 16 * TQKV_UNITS_MAX];
+    double largest_q[TQKV_UNITS_MAX];
     float k[64];
 
     for (uint32_t p = first; p <= position; p++) {
@@ -339,16 +362,21 @@ static void check_row(const engine *e, uint32_t b, uint32_t token, uint32_t h)
         const bool own = p >= start;
         const uint32_t tier =
             own ? 0 : tier_of(e, seq, p / BLOCK, left < BLOCK ? left : BLOCK, start / BLOCK);
-        read_row(e, seq, 0, g, p, own, tier, k);
-        read_row(e, seq, 1, g, p, own, tier, values[p]);
-        double s = dot(e->q + ((size_t)token * c->n_heads + h) * c->k_dim, k, c->k_dim, &terms);
+        read_row(e, seq, 1, g, p, own, tier, values[p], codes);
+        const uint8_t size = read_row(e, seq, 0, g, p, own, tier, k, codes);
+        double slack = 0;
+        if (is_rounded && !own) {
+            test_largest_query(e->codec, g, true, base_of(e, p), q, largest_q);
+            slack = test_rounding_slack(e->codec, g, tier, size, codes, largest_q) * scale;
+        }
+        double s = dot(q, k, c->k_dim, &terms);
         s *= scale;
         if (c->softcap > 0)
             s = (double)c->softcap * tanh(s / (double)c->softcap);
         scores[p] = s;
         top = s > top ? s : top;
         const double bound =
-            (double)FLT_EPSILON * (CONDITION * (terms * scale + 1) * 8 + fabs(s) * 4);
+            slack + (double)FLT_EPSILON * (CONDITION * (terms * scale + 1) * 8 + fabs(s) * 4);
         error = bound > error ? bound : error;
     }
     for (uint32_t p = first; p <= position; p++)
@@ -361,7 +389,10 @@ static void check_row(const engine *e, uint32_t b, uint32_t token, uint32_t h)
             largest = fabs((double)values[p][d]) > largest ? fabs((double)values[p][d]) : largest;
         }
         const double got = (double)e->out[((size_t)token * c->n_heads + h) * c->v_dim + d];
-        const double bound = 2 * (error + CONDITION * 8 * (double)FLT_EPSILON) * (largest + 1);
+        /* Weights are rounded too: each by at most 1/32766 of the largest. */
+        const double weights = is_rounded ? position * largest / TQKVK_WEIGHT_MAX : 0;
+        const double bound =
+            2 * (error + CONDITION * 8 * (double)FLT_EPSILON) * (largest + 1) + weights;
         if (!(fabs(got - want) <= bound))
             fail_msg("%s: position %u head %u d %u: %.9g, not %.9g (bound %.3g)", c->name, position,
                      h, d, got, want, bound);
