@@ -18,7 +18,6 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "integrations" / "vllm"
 REQUIREMENTS = PLUGIN / "test" / "vllm-requirements.txt"
-CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # torch without CUDA
 
 
 def main():
@@ -31,8 +30,7 @@ def main():
         print(f"vllm_env: making {folder}", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([*pip, "--no-deps", "--extra-index-url", CPU_WHEELS, "-r", REQUIREMENTS], check=True,
-                       stdout=sys.stderr)
+        subprocess.run([*pip, "--no-deps", "-r", REQUIREMENTS], check=True, stdout=sys.stderr)
         done.write_text(wanted)
     subprocess.run([*pip, "--no-deps", "--force-reinstall", PLUGIN], check=True, stdout=sys.stderr)
     print(python)
