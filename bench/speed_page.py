@@ -23,7 +23,8 @@ PHASES = {"attention": "attention", "decode": "decoding", "prefill": "prefill"}
 # In the styles of docs/QUALITY.md: the same cache looks the same on both pages.
 CACHES = {"f16": ("f16", ""), "q8_0": ("q8_0", ""), "q4_0": ("q4_0", ""), "ours 5x": ("turboquant", "5x"),
           "ours 8x": ("turboquant", "8x")}
-READING = "reading f16"  # as many bytes as f16 has, and no more than that: what memory allows
+READING = "reading f16"  # as many bytes as f16 has, and no more than that: what memory allows one token
+NOT_MEASURED = "Not measured yet.\n"
 
 
 class Results:
@@ -66,13 +67,14 @@ def threads_text(threads):
 
 def phase_table(results, phase):
     depths = results.depths(phase)
+    caches = [*CACHES, READING] if phase == "attention" else CACHES
     lines = []
     for model, threads in results.groups(phase):
-        for cache in [*CACHES, READING]:
+        for cache in caches:
             rows = [results.rows.get((model, phase, threads, depth, cache)) for depth in depths]
             if any(rows):
                 lines.append([f"{MODELS[model]}, {threads_text(threads)}", cache, *map(rate_text, rows)])
-    return table(["", "cache", *map(str, depths)], lines)
+    return table(["", "cache", *map(str, depths)], lines) if lines else NOT_MEASURED
 
 
 def encode_table(results):
@@ -91,7 +93,7 @@ def tables(results):
     """What stands in the page, the plot's place included."""
     names = [*PHASES, "encode", "machine", "plot"]
     if not results.rows:
-        return dict.fromkeys(names, "Not measured yet.\n")
+        return dict.fromkeys(names, NOT_MEASURED)
     made = {phase: phase_table(results, phase) for phase in PHASES}
     return made | {"encode": encode_table(results), "machine": machine_table(results),
                    "plot": "![Tokens per second against depth](speed.svg)\n"}
