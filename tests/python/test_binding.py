@@ -14,7 +14,7 @@ from turboquant.plan import Side
 pytestmark = pytest.mark.usefixtures("built_library")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROPE = turboquant.Rope(turboquant.RopeStyle.HALVES, np.array([1, 0.5, 0.25, 0.125], np.float32))
-ELSEWHERE = {"cuda.h", "paged.h"}  # of another library (integrations/cuda); for engines that own blocks (integrations/vllm)
+ELSEWHERE = {"cuda.h", "paged.h"}  # of another library (integrations/cuda); for engines with blocks (integrations/vllm)
 SHAPE = turboquant.PlanLayer(n_heads=4, n_kv_heads=2, k_dim=32, v_dim=16, rope=ROPE)
 
 
