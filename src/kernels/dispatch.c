@@ -13,98 +13,29 @@
 
 #define TABLES_MAX 8
 
-static const tqkvk_table table_ref = {
-    .name = "ref",
-    .transform = tqkvk_transform_f32_ref,
-    .encode_row = tqkvk_encode_row_f32_ref,
-    .unpack_rows = tqkvk_unpack_rows_f32_ref,
-    .unpack_block = tqkvk_unpack_block_f32_ref,
-    .half_to_float = tqkvk_half_to_float_ref,
-    .float_to_half = tqkvk_float_to_half_ref,
-    .dot_tile = tqkvk_dot_tile_f32_ref,
-    .softmax_step = tqkvk_softmax_step_f32_ref,
-    .accumulate_tile = tqkvk_accumulate_tile_f32_ref,
-    .round_query = tqkvk_round_query_i8_ref,
-    .score_blocks = tqkvk_score_blocks_i8_ref,
-    .scale_scores = tqkvk_scale_scores_f32_ref,
-    .round_weights = tqkvk_round_weights_i16_ref,
-    .weigh_blocks = tqkvk_weigh_blocks_i8_ref,
-};
+/* isa: ending of the kernels. dots: of those that another instruction set has products for. */
+#define TABLE(label, isa, dots)                                                                   \
+    {                                                                                             \
+        .name = label, .transform = tqkvk_transform_f32_##isa,                                    \
+        .encode_row = tqkvk_encode_row_f32_##isa, .unpack_rows = tqkvk_unpack_rows_f32_##isa,     \
+        .unpack_block = tqkvk_unpack_block_f32_##isa, .half_to_float = tqkvk_half_to_float_##isa, \
+        .float_to_half = tqkvk_float_to_half_##isa, .dot_tile = tqkvk_dot_tile_f32_##isa,         \
+        .softmax_step = tqkvk_softmax_step_f32_##isa,                                             \
+        .accumulate_tile = tqkvk_accumulate_tile_f32_##isa,                                       \
+        .round_query = tqkvk_round_query_i8_##isa, .score_blocks = tqkvk_score_blocks_i8_##dots,  \
+        .scale_scores = tqkvk_scale_scores_f32_##isa,                                             \
+        .round_weights = tqkvk_round_weights_i16_##isa,                                           \
+        .weigh_blocks = tqkvk_weigh_blocks_i8_##dots,                                             \
+    }
 
+static const tqkvk_table table_ref = TABLE("ref", ref, ref);
 #if TQKV_HAVE_X86
-static const tqkvk_table table_avx2 = {
-    .name = "avx2",
-    .transform = tqkvk_transform_f32_avx2,
-    .encode_row = tqkvk_encode_row_f32_avx2,
-    .unpack_rows = tqkvk_unpack_rows_f32_avx2,
-    .unpack_block = tqkvk_unpack_block_f32_avx2,
-    .half_to_float = tqkvk_half_to_float_avx2,
-    .float_to_half = tqkvk_float_to_half_avx2,
-    .dot_tile = tqkvk_dot_tile_f32_avx2,
-    .softmax_step = tqkvk_softmax_step_f32_avx2,
-    .accumulate_tile = tqkvk_accumulate_tile_f32_avx2,
-    .round_query = tqkvk_round_query_i8_avx2,
-    .score_blocks = tqkvk_score_blocks_i8_avx2,
-    .scale_scores = tqkvk_scale_scores_f32_avx2,
-    .round_weights = tqkvk_round_weights_i16_avx2,
-    .weigh_blocks = tqkvk_weigh_blocks_i8_avx2,
-};
-
-static const tqkvk_table table_avx512 = {
-    .name = "avx512",
-    .transform = tqkvk_transform_f32_avx2,
-    .encode_row = tqkvk_encode_row_f32_avx2,
-    .unpack_rows = tqkvk_unpack_rows_f32_avx2,
-    .unpack_block = tqkvk_unpack_block_f32_avx2,
-    .half_to_float = tqkvk_half_to_float_avx2,
-    .float_to_half = tqkvk_float_to_half_avx2,
-    .dot_tile = tqkvk_dot_tile_f32_avx2,
-    .softmax_step = tqkvk_softmax_step_f32_avx2,
-    .accumulate_tile = tqkvk_accumulate_tile_f32_avx2,
-    .round_query = tqkvk_round_query_i8_avx2,
-    .score_blocks = tqkvk_score_blocks_i8_avx512,
-    .scale_scores = tqkvk_scale_scores_f32_avx2,
-    .round_weights = tqkvk_round_weights_i16_avx2,
-    .weigh_blocks = tqkvk_weigh_blocks_i8_avx512,
-};
+static const tqkvk_table table_avx2 = TABLE("avx2", avx2, avx2);
+static const tqkvk_table table_avx512 = TABLE("avx512", avx2, avx512);
 #endif
-
 #if TQKV_HAVE_ARM
-static const tqkvk_table table_neon = {
-    .name = "neon",
-    .transform = tqkvk_transform_f32_neon,
-    .encode_row = tqkvk_encode_row_f32_neon,
-    .unpack_rows = tqkvk_unpack_rows_f32_neon,
-    .unpack_block = tqkvk_unpack_block_f32_neon,
-    .half_to_float = tqkvk_half_to_float_neon,
-    .float_to_half = tqkvk_float_to_half_neon,
-    .dot_tile = tqkvk_dot_tile_f32_neon,
-    .softmax_step = tqkvk_softmax_step_f32_neon,
-    .accumulate_tile = tqkvk_accumulate_tile_f32_neon,
-    .round_query = tqkvk_round_query_i8_neon,
-    .score_blocks = tqkvk_score_blocks_i8_neon,
-    .scale_scores = tqkvk_scale_scores_f32_neon,
-    .round_weights = tqkvk_round_weights_i16_neon,
-    .weigh_blocks = tqkvk_weigh_blocks_i8_neon,
-};
-
-static const tqkvk_table table_neon_dotprod = {
-    .name = "neon-dotprod",
-    .transform = tqkvk_transform_f32_neon,
-    .encode_row = tqkvk_encode_row_f32_neon,
-    .unpack_rows = tqkvk_unpack_rows_f32_neon,
-    .unpack_block = tqkvk_unpack_block_f32_neon,
-    .half_to_float = tqkvk_half_to_float_neon,
-    .float_to_half = tqkvk_float_to_half_neon,
-    .dot_tile = tqkvk_dot_tile_f32_neon,
-    .softmax_step = tqkvk_softmax_step_f32_neon,
-    .accumulate_tile = tqkvk_accumulate_tile_f32_neon,
-    .round_query = tqkvk_round_query_i8_neon,
-    .score_blocks = tqkvk_score_blocks_i8_dotprod,
-    .scale_scores = tqkvk_scale_scores_f32_neon,
-    .round_weights = tqkvk_round_weights_i16_neon,
-    .weigh_blocks = tqkvk_weigh_blocks_i8_dotprod,
-};
+static const tqkvk_table table_neon = TABLE("neon", neon, neon);
+static const tqkvk_table table_neon_dotprod = TABLE("neon-dotprod", neon, dotprod);
 #endif
 
 /* What this CPU runs, lowest first. */

@@ -158,31 +158,8 @@ static void find_errors(const tqkvi_layout *layout, const float *weight, const f
         sums[i] = tqkvk_four_zero();
 
     for (uint32_t u = 0; u < layout->n_units; u++, size += LANES) {
-        switch (layout->bits[u]) {
-        case 1:
-            add_unit_errors(1, weight[u], size, candidates, n, sums);
-            break;
-        case 2:
-            add_unit_errors(2, weight[u], size, candidates, n, sums);
-            break;
-        case 3:
-            add_unit_errors(3, weight[u], size, candidates, n, sums);
-            break;
-        case 4:
-            add_unit_errors(4, weight[u], size, candidates, n, sums);
-            break;
-        case 5:
-            add_unit_errors(5, weight[u], size, candidates, n, sums);
-            break;
-        case 6:
-            add_unit_errors(6, weight[u], size, candidates, n, sums);
-            break;
-        case 8:
-            add_unit_errors(8, weight[u], size, candidates, n, sums);
-            break;
-        default:
-            break;
-        }
+        TQKVK_BY_WIDTH(layout->bits[u], TQKVK_NOTHING, add_unit_errors, weight[u], size, candidates,
+                       n, sums);
     }
     for (size_t i = 0; i < n; i++)
         errors[i] = sum_lanes(sums[i]);

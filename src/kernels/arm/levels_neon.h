@@ -12,9 +12,8 @@
 #include <arm_neon.h>
 
 #include "format/block_rows.h"
+#include "kernels/by_width.h"
 #include "kernels/levels.h"
-
-#define TQKVK_INLINE static inline __attribute__((always_inline))
 
 /*
  * Bits to keep of the codes in a first plane. Where a second plane will be laid over what is not

@@ -33,7 +33,7 @@ TQKVK_INLINE void tqkvk_add_scores(float *s, int32x4_t sum, float factor)
     vst1q_f32(s, vfmaq_n_f32(vld1q_f32(s), vcvtq_f32_s32(sum), factor));
 }
 
-TQKVK_INLINE void tqkvk_score_unit(tqkvk_score_four_fn *four, int bits, const tqkvk_score *c)
+TQKVK_INLINE void tqkvk_score_unit(int bits, tqkvk_score_four_fn *four, const tqkvk_score *c)
 {
     const tqkvk_levels_of of = tqkvk_levels_load(bits);
     const float step = tqkvk_widths[bits].step;
@@ -59,31 +59,7 @@ TQKVK_INLINE void tqkvk_score_units(tqkvk_score_four_fn *four, const tqkvi_layou
 {
     for (uint32_t u = 0; u < layout->n_units; u++, c.q++) {
         const uint32_t bits = layout->bits[u];
-        switch (bits) {
-        case 1:
-            tqkvk_score_unit(four, 1, &c);
-            break;
-        case 2:
-            tqkvk_score_unit(four, 2, &c);
-            break;
-        case 3:
-            tqkvk_score_unit(four, 3, &c);
-            break;
-        case 4:
-            tqkvk_score_unit(four, 4, &c);
-            break;
-        case 5:
-            tqkvk_score_unit(four, 5, &c);
-            break;
-        case 6:
-            tqkvk_score_unit(four, 6, &c);
-            break;
-        case 8:
-            tqkvk_score_unit(four, 8, &c);
-            break;
-        default:
-            break;
-        }
+        TQKVK_BY_WIDTH(bits, TQKVK_NOTHING, tqkvk_score_unit, four, &c);
         c.at += (size_t)2 * bits * TQKVI_BLOCK_TOKENS;
     }
 }

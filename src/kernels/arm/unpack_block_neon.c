@@ -47,7 +47,7 @@ static inline void store_v(tqkvk_unit u, float step, float *out, size_t dim)
     store_four(tqkvk_v_tokens(u.q3), step, out + 12 * dim, dim);
 }
 
-TQKVK_INLINE void unpack_unit(tqkv_side side, int bits, const uint8_t *codes, float *out,
+TQKVK_INLINE void unpack_unit(int bits, tqkv_side side, const uint8_t *codes, float *out,
                               size_t dim)
 {
     const float step = tqkvk_widths[bits].step;
@@ -72,32 +72,7 @@ TQKVK_INLINE void unpack_side(tqkv_side side, const tqkvi_layout *layout, const 
 
     for (uint32_t u = 0; u < layout->n_units; u++, out += TQKV_UNIT_CHANNELS) {
         const uint32_t bits = layout->bits[u];
-        switch (bits) {
-        case 1:
-            unpack_unit(side, 1, codes, out, dim);
-            break;
-        case 2:
-            unpack_unit(side, 2, codes, out, dim);
-            break;
-        case 3:
-            unpack_unit(side, 3, codes, out, dim);
-            break;
-        case 4:
-            unpack_unit(side, 4, codes, out, dim);
-            break;
-        case 5:
-            unpack_unit(side, 5, codes, out, dim);
-            break;
-        case 6:
-            unpack_unit(side, 6, codes, out, dim);
-            break;
-        case 8:
-            unpack_unit(side, 8, codes, out, dim);
-            break;
-        default:
-            zero_unit(out, dim);
-            break;
-        }
+        TQKVK_BY_WIDTH(bits, zero_unit(out, dim), unpack_unit, side, codes, out, dim);
         codes += (size_t)2 * bits * TQKVI_BLOCK_TOKENS;
     }
 }

@@ -34,7 +34,7 @@ TQKVK_INLINE void tqkvk_weigh_store(float *o, float f, float g, int32x4_t sum)
     vst1q_f32(o, vfmaq_n_f32(vmulq_n_f32(vld1q_f32(o), f), vcvtq_f32_s32(sum), g));
 }
 
-TQKVK_INLINE void tqkvk_weigh_unit(tqkvk_weigh_block_fn *block, int bits, const tqkvk_weigh *c)
+TQKVK_INLINE void tqkvk_weigh_unit(int bits, tqkvk_weigh_block_fn *block, const tqkvk_weigh *c)
 {
     const tqkvk_levels_of of = tqkvk_levels_load(bits);
     const float step = tqkvk_widths[bits].step;
@@ -69,32 +69,7 @@ TQKVK_INLINE void tqkvk_weigh_units(tqkvk_weigh_block_fn *block, const tqkvi_lay
 {
     for (uint32_t u = 0; u < layout->n_units; u++, c.o += TQKV_UNIT_CHANNELS) {
         const uint32_t bits = layout->bits[u];
-        switch (bits) {
-        case 1:
-            tqkvk_weigh_unit(block, 1, &c);
-            break;
-        case 2:
-            tqkvk_weigh_unit(block, 2, &c);
-            break;
-        case 3:
-            tqkvk_weigh_unit(block, 3, &c);
-            break;
-        case 4:
-            tqkvk_weigh_unit(block, 4, &c);
-            break;
-        case 5:
-            tqkvk_weigh_unit(block, 5, &c);
-            break;
-        case 6:
-            tqkvk_weigh_unit(block, 6, &c);
-            break;
-        case 8:
-            tqkvk_weigh_unit(block, 8, &c);
-            break;
-        default:
-            tqkvk_weigh_no_unit(&c);
-            break;
-        }
+        TQKVK_BY_WIDTH(bits, tqkvk_weigh_no_unit(&c), tqkvk_weigh_unit, block, &c);
         c.at += (size_t)2 * bits * TQKVI_BLOCK_TOKENS;
     }
 }

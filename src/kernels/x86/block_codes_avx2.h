@@ -16,9 +16,8 @@
 #include <string.h>
 
 #include "format/block_rows.h"
+#include "kernels/by_width.h"
 #include "kernels/levels.h"
-
-#define TQKVK_INLINE static inline __attribute__((always_inline))
 
 typedef struct tqkvk_quad {
     __m256i lo, hi;

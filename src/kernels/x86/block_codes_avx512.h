@@ -10,9 +10,8 @@
 #include <string.h>
 
 #include "format/block_rows.h"
+#include "kernels/by_width.h"
 #include "kernels/levels.h"
-
-#define TQKVK_INLINE static inline __attribute__((always_inline))
 
 typedef struct tqkvk_unit {
     __m512i q0, q1, q2, q3;

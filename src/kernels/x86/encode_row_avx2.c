@@ -16,9 +16,11 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "kernels/by_width.h"
 #include "kernels/levels.h"
 #include "kernels/scale_search.h"
 #include "kernels/tables.h"
+#include "kernels/x86/lanes_avx2.h"
 
 #define DIM_MAX (TQKV_UNITS_MAX * TQKV_UNIT_CHANNELS)
 #define LANES TQKV_UNIT_CHANNELS
@@ -143,14 +145,6 @@ static inline void add_unit_errors(uint32_t bits, float weight_value, const floa
     }
 }
 
-static inline float sum_lanes(__m256 lo, __m256 hi)
-{
-    const __m256 eight = _mm256_add_ps(lo, hi);
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
 /*
  * errors: [2 * n_pairs] out, of the candidates.
  * One case per width, each with loops of its own.
@@ -163,34 +157,11 @@ static void find_errors(const tqkvi_layout *layout, const float *weight, const f
         sums[i] = _mm256_setzero_ps();
 
     for (uint32_t u = 0; u < layout->n_units; u++, size += LANES) {
-        switch (layout->bits[u]) {
-        case 1:
-            add_unit_errors(1, weight[u], size, candidates, n_pairs, sums);
-            break;
-        case 2:
-            add_unit_errors(2, weight[u], size, candidates, n_pairs, sums);
-            break;
-        case 3:
-            add_unit_errors(3, weight[u], size, candidates, n_pairs, sums);
-            break;
-        case 4:
-            add_unit_errors(4, weight[u], size, candidates, n_pairs, sums);
-            break;
-        case 5:
-            add_unit_errors(5, weight[u], size, candidates, n_pairs, sums);
-            break;
-        case 6:
-            add_unit_errors(6, weight[u], size, candidates, n_pairs, sums);
-            break;
-        case 8:
-            add_unit_errors(8, weight[u], size, candidates, n_pairs, sums);
-            break;
-        default:
-            break;
-        }
+        TQKVK_BY_WIDTH(layout->bits[u], TQKVK_NOTHING, add_unit_errors, weight[u], size, candidates,
+                       n_pairs, sums);
     }
     for (size_t i = 0; i < 2 * n_pairs; i++)
-        errors[i] = sum_lanes(sums[2 * i], sums[2 * i + 1]);
+        errors[i] = tqkvk_sum_lanes(_mm256_add_ps(sums[2 * i], sums[2 * i + 1]));
 }
 
 /* How many of n thresholds of an octave (8 or 16) the mantissa of value >= 0 reaches. */
@@ -225,15 +196,11 @@ static tqkvk_row_range find_range(const tqkvi_layout *layout, const float *size)
         top = _mm256_max_ps(top, _mm256_mul_ps(_mm256_max_ps(lo, hi), inv_peak));
         n_coded += (int)LANES;
     }
-    __m128 peak = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
-    peak = _mm_max_ps(peak, _mm_movehl_ps(peak, peak));
-    peak = _mm_max_ss(peak, _mm_movehdup_ps(peak));
-
-    const float mean = sum_lanes(sum_lo, sum_hi) / (float)n_coded;
+    const float mean = tqkvk_sum_lanes(_mm256_add_ps(sum_lo, sum_hi)) / (float)n_coded;
     int energy_exponent, peak_exponent;
     const int n_energy = count_in_octave(&tqkvk_energy_thresholds[129], 8, mean, &energy_exponent);
     const int n_peak =
-        count_in_octave(&tqkvk_peak_thresholds[129], 16, _mm_cvtss_f32(peak), &peak_exponent);
+        count_in_octave(&tqkvk_peak_thresholds[129], 16, tqkvk_max_lanes(top), &peak_exponent);
     return tqkvk_range_of(energy_exponent, n_energy, peak_exponent, n_peak);
 }
 

@@ -4,20 +4,7 @@
 #include <math.h>
 
 #include "kernels/tables.h"
-
-static inline float max_lanes(__m256 v)
-{
-    __m128 top = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    top = _mm_max_ps(top, _mm_movehl_ps(top, top));
-    return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
-}
-
-static inline float sum_lanes(__m256 v)
-{
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
+#include "kernels/x86/lanes_avx2.h"
 
 static inline __m256 absolute(__m256 x)
 {
@@ -31,7 +18,7 @@ static inline float largest(__m256 x0, __m256 x1)
     const __m256 none = _mm256_add_ps(_mm256_mul_ps(x0, zero), _mm256_mul_ps(x1, zero));
     if (_mm256_movemask_ps(_mm256_cmp_ps(none, zero, _CMP_NEQ_UQ)))
         return NAN;
-    return max_lanes(_mm256_max_ps(absolute(x0), absolute(x1)));
+    return tqkvk_max_lanes(_mm256_max_ps(absolute(x0), absolute(x1)));
 }
 
 /* Sixteen integers within -127..127, and -128 times their sum. */
@@ -91,8 +78,8 @@ static inline float measure(const float *p, const float *scale, size_t n, float 
         top = _mm256_max_ps(_mm256_mul_ps(one, size), top);
         sum = _mm256_add_ps(sum, _mm256_and_ps(one, some));
     }
-    *kept = sum_lanes(sum);
-    return max_lanes(top);
+    *kept = tqkvk_sum_lanes(sum);
+    return tqkvk_max_lanes(top);
 }
 
 static inline __m256i round_eight(const float *p, const float *scale, __m256 inverse)

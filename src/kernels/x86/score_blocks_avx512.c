@@ -66,31 +66,7 @@ void tqkvk_score_blocks_i8_avx512(const tqkvi_layout *layout, const uint8_t *con
 
     for (uint32_t u = 0; u < layout->n_units; u++, c.q++) {
         const uint32_t bits = layout->bits[u];
-        switch (bits) {
-        case 1:
-            score_unit(1, &c);
-            break;
-        case 2:
-            score_unit(2, &c);
-            break;
-        case 3:
-            score_unit(3, &c);
-            break;
-        case 4:
-            score_unit(4, &c);
-            break;
-        case 5:
-            score_unit(5, &c);
-            break;
-        case 6:
-            score_unit(6, &c);
-            break;
-        case 8:
-            score_unit(8, &c);
-            break;
-        default:
-            break;
-        }
+        TQKVK_BY_WIDTH(bits, TQKVK_NOTHING, score_unit, &c);
         c.at += (size_t)2 * bits * TQKVI_BLOCK_TOKENS;
     }
 }

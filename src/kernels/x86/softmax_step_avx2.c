@@ -7,6 +7,7 @@
 #include <math.h>
 
 #include "kernels/tables.h"
+#include "kernels/x86/lanes_avx2.h"
 
 #define EXP_MIN (-87.33654f) /* e^x is below 2^-126 under it */
 
@@ -46,26 +47,12 @@ static inline __m256 exp_not_positive(__m256 x)
     return _mm256_andnot_ps(too_small, power);
 }
 
-static inline float max_lanes(__m256 v)
-{
-    __m128 top = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    top = _mm_max_ps(top, _mm_movehl_ps(top, top));
-    return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
-}
-
-static inline float sum_lanes(__m256 v)
-{
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
 float tqkvk_softmax_step_f32_avx2(float *s, size_t n, float *m, float *l)
 {
     __m256 top = _mm256_set1_ps(*m);
     for (size_t b = 0; b < n; b += 8)
         top = _mm256_max_ps(top, _mm256_loadu_ps(s + b));
-    const float m_new = max_lanes(top);
+    const float m_new = tqkvk_max_lanes(top);
     if (m_new == -INFINITY) {
         for (size_t b = 0; b < n; b += 8)
             _mm256_storeu_ps(s + b, _mm256_setzero_ps());
@@ -81,6 +68,6 @@ float tqkvk_softmax_step_f32_avx2(float *s, size_t n, float *m, float *l)
     }
     const float factor = _mm256_cvtss_f32(exp_not_positive(_mm256_set1_ps(*m - m_new)));
     *m = m_new;
-    *l = *l * factor + sum_lanes(sum);
+    *l = *l * factor + tqkvk_sum_lanes(sum);
     return factor;
 }

@@ -62,7 +62,7 @@ static inline void store_v_quad(tqkvk_quad q, __m256 step, float *out, size_t di
     store_four(part, step, out, dim);
 }
 
-TQKVK_INLINE void unpack_unit(tqkv_side side, int bits, const uint8_t *codes, float *out,
+TQKVK_INLINE void unpack_unit(int bits, tqkv_side side, const uint8_t *codes, float *out,
                               size_t dim)
 {
     const __m256 step = _mm256_set1_ps(tqkvk_widths[bits].step);
@@ -91,32 +91,7 @@ TQKVK_INLINE void unpack_side(tqkv_side side, const tqkvi_layout *layout, const 
 
     for (uint32_t u = 0; u < layout->n_units; u++, out += TQKV_UNIT_CHANNELS) {
         const uint32_t bits = layout->bits[u];
-        switch (bits) {
-        case 1:
-            unpack_unit(side, 1, codes, out, dim);
-            break;
-        case 2:
-            unpack_unit(side, 2, codes, out, dim);
-            break;
-        case 3:
-            unpack_unit(side, 3, codes, out, dim);
-            break;
-        case 4:
-            unpack_unit(side, 4, codes, out, dim);
-            break;
-        case 5:
-            unpack_unit(side, 5, codes, out, dim);
-            break;
-        case 6:
-            unpack_unit(side, 6, codes, out, dim);
-            break;
-        case 8:
-            unpack_unit(side, 8, codes, out, dim);
-            break;
-        default:
-            zero_unit(out, dim);
-            break;
-        }
+        TQKVK_BY_WIDTH(bits, zero_unit(out, dim), unpack_unit, side, codes, out, dim);
         codes += (size_t)2 * bits * TQKVI_BLOCK_TOKENS;
     }
 }

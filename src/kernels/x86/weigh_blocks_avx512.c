@@ -19,7 +19,7 @@ typedef struct tqkvk_halves {
 
 typedef struct weigh {
     const uint8_t *codes[TILE_BLOCKS];
-    size_t at;        /* of the unit in the codes of every block */
+    size_t at;             /* of the unit in the codes of every block */
     const tqkvk_halves *w; /* [n_q] */
     size_t n_q, dim;
     const float *f, *g;
@@ -80,32 +80,7 @@ static void weigh_queries(const tqkvi_layout *layout, weigh c)
 {
     for (uint32_t u = 0; u < layout->n_units; u++, c.o += TQKV_UNIT_CHANNELS) {
         const uint32_t bits = layout->bits[u];
-        switch (bits) {
-        case 1:
-            weigh_unit(1, &c);
-            break;
-        case 2:
-            weigh_unit(2, &c);
-            break;
-        case 3:
-            weigh_unit(3, &c);
-            break;
-        case 4:
-            weigh_unit(4, &c);
-            break;
-        case 5:
-            weigh_unit(5, &c);
-            break;
-        case 6:
-            weigh_unit(6, &c);
-            break;
-        case 8:
-            weigh_unit(8, &c);
-            break;
-        default:
-            scale_unit(&c);
-            break;
-        }
+        TQKVK_BY_WIDTH(bits, scale_unit(&c), weigh_unit, &c);
         c.at += (size_t)2 * bits * TQKVI_BLOCK_TOKENS;
     }
 }
