@@ -2,6 +2,7 @@
 /* Public functions of codec.h. */
 #include <stdalign.h>
 
+#include "api/checks.h"
 #include "codec/layer_codec.h"
 
 tqkv_status tqkv_codec_create(const tqkv_plan *plan, uint32_t layer, const tqkv_rope *rope,
@@ -12,8 +13,7 @@ tqkv_status tqkv_codec_create(const tqkv_plan *plan, uint32_t layer, const tqkv_
     *out = NULL;
     if (!plan || layer >= plan->n_layers)
         return TQKV_ERR_INVALID_ARG;
-    if (rope && (tqkvi_rope_fault(rope) ||
-                 (rope->style != TQKV_ROPE_NONE && rope->n_rot > plan->layers[layer].shape.k_dim)))
+    if (!tqkvi_is_rope(rope, plan->layers[layer].shape.k_dim))
         return TQKV_ERR_INVALID_ARG;
     return tqkvi_codec_create(plan, layer, rope, mem, out);
 }

@@ -3,7 +3,9 @@
 #include <math.h>
 #include <string.h>
 
+#include "api/checks.h"
 #include "api/codec_view.h"
+#include "base/parallel.h"
 #include "cache/paged_layer.h"
 
 #define SPANS_MAX (TQKV_TIERS_MAX + 1) /* the last tier, the younger ones, the new tokens */
@@ -22,21 +24,15 @@ void tqkv_paged_batch_init(tqkv_paged_batch *batch)
 
 static bool is_config(const tqkv_paged_config *config)
 {
-    if (!config || config->struct_bytes != sizeof(*config) || !config->plan)
+    if (!config || config->struct_bytes != sizeof(*config) || !tqkvi_is_allocator(config->mem) ||
+        !tqkvi_is_cached_layer(config->plan, config->layer))
         return false;
-    if (config->mem && (!config->mem->alloc || !config->mem->free))
-        return false;
-    if (config->layer >= config->plan->n_layers || config->block_tokens == 0 ||
-        config->block_tokens % TQKVI_BLOCK_TOKENS != 0 || config->n_blocks == 0)
+    if (config->block_tokens == 0 || config->block_tokens % TQKVI_BLOCK_TOKENS != 0 ||
+        config->n_blocks == 0)
         return false;
     if ((uint64_t)config->n_blocks * config->block_tokens > INT32_MAX)
         return false;
-    const tqkv_plan_layer *shape = &config->plan->layers[config->layer].shape;
-    if (shape->n_kv_heads == 0)
-        return false; /* the layer has no cache */
-    return !config->rope ||
-           (!tqkvi_rope_fault(config->rope) &&
-            (config->rope->style == TQKV_ROPE_NONE || config->rope->n_rot <= shape->k_dim));
+    return tqkvi_is_rope(config->rope, config->plan->layers[config->layer].shape.k_dim);
 }
 
 tqkv_status tqkv_paged_create(const tqkv_paged_config *config, tqkv_paged **out)
@@ -72,11 +68,6 @@ void tqkv_paged_get_stats(const tqkv_paged *paged, tqkv_paged_stats *out)
                                   .n_bad_rows = paged->n_bad_rows,
                                   .n_young = paged->n_young,
                                   .n_missing = paged->n_missing};
-}
-
-static bool is_parallel(const tqkv_parallel *parallel)
-{
-    return !parallel || (parallel->n_workers > 0 && parallel->run);
 }
 
 /* Lengths and block numbers of one sequence. */
@@ -117,14 +108,9 @@ static bool is_batch(const tqkv_paged *paged, const tqkv_paged_batch *batch)
 tqkv_status tqkv_paged_write(tqkv_paged *paged, const tqkv_paged_batch *batch,
                              const tqkv_parallel *parallel)
 {
-    if (!paged || !is_batch(paged, batch) || !is_parallel(parallel))
+    if (!paged || !is_batch(paged, batch) || !tqkvi_is_parallel(parallel))
         return TQKV_ERR_INVALID_ARG;
     return tqkvi_paged_write(paged, batch, parallel);
-}
-
-static uint32_t div_up(uint32_t a, uint32_t b)
-{
-    return a / b + (a % b != 0);
 }
 
 /*
@@ -158,7 +144,8 @@ static block_lists lists_init(void *memory, size_t n_blocks)
 
 static size_t blocks_max(uint32_t n_q, uint32_t seq_len)
 {
-    return (size_t)div_up(seq_len, TQKVI_BLOCK_TOKENS) + div_up(n_q, TQKVI_BLOCK_TOKENS);
+    return (size_t)tqkvi_div_up(seq_len, TQKVI_BLOCK_TOKENS) +
+           tqkvi_div_up(n_q, TQKVI_BLOCK_TOKENS);
 }
 
 size_t tqkv_paged_scratch_bytes(const tqkv_paged *paged, uint32_t n_q, uint32_t seq_len,
@@ -210,7 +197,7 @@ static uint32_t tokens_before(const part *p, uint32_t index)
 static uint32_t find_blocks(const part *p, uint32_t *first)
 {
     const uint32_t window = p->paged->codec->layer->shape.window;
-    const uint32_t end = div_up(p->position, TQKVI_BLOCK_TOKENS);
+    const uint32_t end = tqkvi_div_up(p->position, TQKVI_BLOCK_TOKENS);
 
     *first =
         window > 0 && p->position >= window ? (p->position - window + 1) / TQKVI_BLOCK_TOKENS : 0;
@@ -314,7 +301,7 @@ static void attend_sequence(tqkv_paged *paged, const tqkv_paged_batch *batch, ui
 tqkv_status tqkv_paged_attend(tqkv_paged *paged, const tqkv_paged_batch *batch,
                               const tqkv_attend_args *args, const tqkv_parallel *parallel)
 {
-    if (!paged || !is_batch(paged, batch) || !is_parallel(parallel) ||
+    if (!paged || !is_batch(paged, batch) || !tqkvi_is_parallel(parallel) ||
         !are_attend_args(paged, batch, args))
         return TQKV_ERR_INVALID_ARG;
     if (args->n_q > 0)

@@ -3,7 +3,9 @@
 #include <math.h>
 #include <string.h>
 
+#include "api/checks.h"
 #include "api/codec_view.h"
+#include "base/parallel.h"
 #include "cache/restore.h"
 #include "cache/token_batch.h"
 #include "format/record.h"
@@ -22,19 +24,14 @@ tqkv_status tqkv_store_create(const tqkv_store_config *config, tqkv_store **out)
     if (!out)
         return TQKV_ERR_INVALID_ARG;
     *out = NULL;
-    if (!config || config->struct_bytes != sizeof(*config) || !config->plan)
+    if (!config || config->struct_bytes != sizeof(*config) || !tqkvi_is_allocator(config->mem) ||
+        !tqkvi_is_cached_layer(config->plan, config->layer))
         return TQKV_ERR_INVALID_ARG;
-    if (config->mem && (!config->mem->alloc || !config->mem->free))
-        return TQKV_ERR_INVALID_ARG;
-    if (config->layer >= config->plan->n_layers || config->n_cells == 0 || config->n_streams == 0)
+    if (config->n_cells == 0 || config->n_streams == 0)
         return TQKV_ERR_INVALID_ARG;
     if ((uint64_t)config->n_cells * config->n_streams > CELLS_MAX)
         return TQKV_ERR_INVALID_ARG;
-    const tqkv_plan_layer *shape = &config->plan->layers[config->layer].shape;
-    if (shape->n_kv_heads == 0)
-        return TQKV_ERR_INVALID_ARG; /* the layer has no cache */
-    if (config->rope && (tqkvi_rope_fault(config->rope) || (config->rope->style != TQKV_ROPE_NONE &&
-                                                            config->rope->n_rot > shape->k_dim)))
+    if (!tqkvi_is_rope(config->rope, config->plan->layers[config->layer].shape.k_dim))
         return TQKV_ERR_INVALID_ARG;
     return tqkvi_store_create(config, out);
 }
@@ -64,7 +61,7 @@ tqkv_status tqkv_batch_create(const tqkv_allocator *mem, tqkv_batch **out)
     if (!out)
         return TQKV_ERR_INVALID_ARG;
     *out = NULL;
-    if (mem && (!mem->alloc || !mem->free))
+    if (!tqkvi_is_allocator(mem))
         return TQKV_ERR_INVALID_ARG;
     return tqkvi_batch_create(mem, out);
 }
@@ -113,14 +110,9 @@ float *tqkv_batch_rows(tqkv_batch *batch, tqkv_side side)
     return batch->rows[side];
 }
 
-static bool is_parallel(const tqkv_parallel *parallel)
-{
-    return !parallel || (parallel->n_workers > 0 && parallel->run);
-}
-
 tqkv_status tqkv_batch_commit(tqkv_batch *batch, const tqkv_parallel *parallel)
 {
-    if (!batch || !is_parallel(parallel))
+    if (!batch || !tqkvi_is_parallel(parallel))
         return TQKV_ERR_INVALID_ARG;
     if (batch->store)
         tqkvi_batch_commit(batch, parallel);
@@ -201,7 +193,7 @@ static bool are_attend_args(const tqkv_store *store, const tqkv_attend_args *arg
 tqkv_status tqkv_store_attend(tqkv_store *store, const tqkv_batch *batch,
                               const tqkv_attend_args *args, const tqkv_parallel *parallel)
 {
-    if (!store || !args || !is_parallel(parallel) || !are_attend_args(store, args))
+    if (!store || !args || !tqkvi_is_parallel(parallel) || !are_attend_args(store, args))
         return TQKV_ERR_INVALID_ARG;
     if (batch && batch->store != store)
         return TQKV_ERR_INVALID_ARG;

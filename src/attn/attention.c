@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "attn/attn_tile.h"
+#include "base/alloc.h"
 #include "base/parallel.h"
 
 /* Enough to keep many threads busy, few enough that merging stays small. */
@@ -46,16 +47,11 @@ static size_t part_bytes(const tqkv_plan_layer *shape, size_t n_rows)
     return (bytes + TQKV_ALIGN - 1) / TQKV_ALIGN * TQKV_ALIGN;
 }
 
-static uint32_t div_up(uint32_t a, uint32_t b)
-{
-    return a / b + (a % b != 0);
-}
-
 static uint32_t parts_wanted(uint32_t n_kv_heads, uint32_t n_row_blocks)
 {
     const uint64_t n = (uint64_t)n_kv_heads * n_row_blocks;
 
-    return n >= TASKS_WANTED ? 1 : div_up(TASKS_WANTED, (uint32_t)n);
+    return n >= TASKS_WANTED ? 1 : tqkvi_div_up(TASKS_WANTED, (uint32_t)n);
 }
 
 size_t tqkvi_attention_scratch_bytes(const tqkv_plan_layer *shape, uint32_t n_q, size_t n_workers)
@@ -193,15 +189,16 @@ void tqkvi_attend(const tqkvi_attention *attention, const tqkv_parallel *paralle
         return;
     for (size_t i = 0; i < attention->n_spans; i++)
         call.n_blocks += tqkvi_span_blocks(&attention->spans[i], attention->args);
-    call.n_row_blocks = div_up(call.n_rows, call.rows_per_block);
+    call.n_row_blocks = tqkvi_div_up(call.n_rows, call.rows_per_block);
 
     uint32_t n_parts = parts_wanted(shape->n_kv_heads, call.n_row_blocks);
     if (n_parts > call.n_blocks / PART_BLOCKS_MIN)
         n_parts = call.n_blocks / PART_BLOCKS_MIN;
     call.part_blocks =
-        n_parts <= 1 ? call.n_blocks
-                     : div_up(div_up(call.n_blocks, n_parts), PART_BLOCKS_MIN) * PART_BLOCKS_MIN;
-    call.n_parts = n_parts <= 1 ? 1 : div_up(call.n_blocks, call.part_blocks);
+        n_parts <= 1
+            ? call.n_blocks
+            : tqkvi_div_up(tqkvi_div_up(call.n_blocks, n_parts), PART_BLOCKS_MIN) * PART_BLOCKS_MIN;
+    call.n_parts = n_parts <= 1 ? 1 : tqkvi_div_up(call.n_blocks, call.part_blocks);
     call.parts = call.work + n_workers * call.work_bytes;
     call.part_bytes =
         part_bytes(shape, call.n_rows < call.rows_per_block ? call.n_rows : call.rows_per_block);

@@ -23,6 +23,12 @@ void tqkvi_free(const tqkv_allocator *mem, void *ptr);
 TQKV_NODISCARD tqkv_status tqkvi_size_mul(size_t a, size_t b, size_t *out);
 TQKV_NODISCARD tqkv_status tqkvi_size_add(size_t a, size_t b, size_t *out);
 
+/* a / b, rounded up. */
+static inline uint32_t tqkvi_div_up(uint32_t a, uint32_t b)
+{
+    return a / b + (a % b != 0);
+}
+
 /* Forwards a failure. Only while nothing is owned. */
 #define TQKV_TRY(expr)                        \
     do {                                      \

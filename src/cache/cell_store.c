@@ -6,11 +6,6 @@
 
 #include "format/block_rows.h"
 
-static uint32_t div_up(uint32_t a, uint32_t b)
-{
-    return a / b + (a % b != 0);
-}
-
 static size_t round_up(size_t n, size_t unit)
 {
     return (n + unit - 1) / unit * unit;
@@ -23,7 +18,7 @@ static uint32_t pool_slots(const tqkv_store *store, uint32_t pool)
 
     if (pool == store->n_young)
         return TQKVI_SINK_SLOTS;
-    return (div_up(shape->tier_tokens[pool], TQKVI_BLOCK_TOKENS) + 1) * TQKVI_BLOCK_TOKENS;
+    return (tqkvi_div_up(shape->tier_tokens[pool], TQKVI_BLOCK_TOKENS) + 1) * TQKVI_BLOCK_TOKENS;
 }
 
 static tqkv_status init_layouts(tqkv_store *store)
@@ -155,8 +150,8 @@ tqkv_status tqkvi_store_create(const tqkv_store_config *config, tqkv_store **out
     store->layer = config->layer;
     store->n_cells = config->n_cells;
     store->n_streams = config->n_streams;
-    store->n_blocks = div_up(config->n_cells, TQKVI_BLOCK_TOKENS);
-    store->n_words = div_up(config->n_cells, 64);
+    store->n_blocks = tqkvi_div_up(config->n_cells, TQKVI_BLOCK_TOKENS);
+    store->n_words = tqkvi_div_up(config->n_cells, 64);
     store->n_young = config->plan->n_tiers - 1;
     store->n_pools = store->n_young ? store->n_young + 1 : 0;
     store->table_bytes = sizeof(*store);

@@ -2,11 +2,6 @@
 /* Building the object, and finding what a query reads. */
 #include "cache/paged_layer.h"
 
-static uint32_t div_up(uint32_t a, uint32_t b)
-{
-    return a / b + (a % b != 0);
-}
-
 /* What a config asks for, before any memory is taken. */
 typedef struct measures {
     uint32_t n_blocks;
@@ -22,7 +17,7 @@ static void add_copies(measures *m, const tqkv_paged_config *config, uint32_t ti
 {
     const tqkv_plan_layer *shape = &config->plan->layers[config->layer].shape;
     const uint64_t wanted = per_sequence * config->n_sequences[tier] +
-                            div_up(config->n_batch_tokens, TQKVI_BLOCK_TOKENS);
+                            tqkvi_div_up(config->n_batch_tokens, TQKVI_BLOCK_TOKENS);
     const uint32_t i = m->n_copies;
 
     if (config->n_sequences[tier] == 0)
@@ -46,7 +41,8 @@ static measures measure(const tqkv_paged_config *config)
 {
     const tqkv_plan *plan = config->plan;
     const tqkv_plan_layer *shape = &plan->layers[config->layer].shape;
-    const uint32_t window = shape->window ? div_up(shape->window, TQKVI_BLOCK_TOKENS) : UINT32_MAX;
+    const uint32_t window =
+        shape->window ? tqkvi_div_up(shape->window, TQKVI_BLOCK_TOKENS) : UINT32_MAX;
     measures m = {.n_blocks = config->n_blocks * (config->block_tokens / TQKVI_BLOCK_TOKENS),
                   .sections_bytes =
                       (size_t)2 * plan->n_tiers * shape->n_kv_heads * sizeof(uint32_t),
@@ -59,10 +55,10 @@ static measures measure(const tqkv_paged_config *config)
         const uint64_t reach = held < window ? held : window;
         if (shape->tier_tokens[tier] > 0)
             add_copies(&m, config, tier, reach,
-                       reach + 2 + div_up(config->n_drafts, TQKVI_BLOCK_TOKENS));
+                       reach + 2 + tqkvi_div_up(config->n_drafts, TQKVI_BLOCK_TOKENS));
     }
     if (plan->n_sinks > 0 && plan->n_tiers > 1) {
-        const uint32_t n = div_up(plan->n_sinks, TQKVI_BLOCK_TOKENS);
+        const uint32_t n = tqkvi_div_up(plan->n_sinks, TQKVI_BLOCK_TOKENS);
         m.sinks = config->n_sequences[0] > 0 ? m.n_copies : TQKVI_COPY_NONE;
         add_copies(&m, config, 0, n, 2 * (uint64_t)n);
     }
@@ -182,7 +178,7 @@ int32_t tqkvi_paged_base(const tqkv_paged *paged, int32_t position)
 
 bool tqkvi_paged_reaches(const tqkv_paged *paged, uint32_t copies, uint32_t index, uint32_t newest)
 {
-    const bool is_sink = index < div_up(paged->n_sinks, TQKVI_BLOCK_TOKENS);
+    const bool is_sink = index < tqkvi_div_up(paged->n_sinks, TQKVI_BLOCK_TOKENS);
 
     if (copies == paged->sinks)
         return is_sink;

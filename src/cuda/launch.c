@@ -6,6 +6,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "base/alloc.h"
+
 #define SHARED_BYTES_MAX (227u * 1024u) /* of a block on sm_90; smaller devices say so themselves */
 #define SHARED_BYTES_RESERVED 1024u     /* beside what a block asks for */
 #define BLOCKS_WANTED 3 /* blocks for each that runs at a time, so that the end is ragged little */
@@ -27,11 +29,6 @@ static bool pages_are_good(const tqkvc_shape *shape, const tqkv_cuda_pages *page
         if (!pages->pool[tier])
             return false;
     return true;
-}
-
-static uint32_t div_up(uint32_t a, uint32_t b)
-{
-    return a / b + (a % b != 0);
 }
 
 static uint32_t page_bytes(const tqkvc_shape *shape, uint32_t tier, uint32_t page_tokens)
@@ -66,7 +63,7 @@ static uint32_t choose_tile_bytes(const tqkvc_shape *shape, uint32_t rows_per_ti
     const size_t fixed = tqkvc_decode_shared_bytes(shape->dim, rows_per_tile, 0);
     const uint32_t room = (uint32_t)(SHARED_BYTES_MAX - fixed) / TQKVC_WARPS;
     const uint32_t columns = 2 * 8 * (shape->dim + 8) * 2; /* that the end puts there */
-    uint32_t n_blocks = TQKVC_TILE_BLOCKS, bytes = div_up(columns, TQKVC_WARPS * 16) * 16;
+    uint32_t n_blocks = TQKVC_TILE_BLOCKS, bytes = tqkvi_div_up(columns, TQKVC_WARPS * 16) * 16;
 
     while (n_blocks > 1 && n_blocks * shape->section_bytes_max[shape->n_tiers - 1] > room)
         n_blocks /= 2;
@@ -91,9 +88,9 @@ static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan,
 
     per_sm = per_sm < 1 ? 1 : per_sm > by_registers ? by_registers : per_sm;
     const uint32_t slots = n_sm * per_sm, n = n_seqs * shape->n_kv_heads * plan->n_row_tiles;
-    const uint32_t n_tiles = div_up(max_tokens, TQKV_CUDA_TILE_TOKENS);
-    uint32_t splits = n <= slots ? slots / n : div_up(BLOCKS_WANTED * slots, n);
-    const uint32_t most = div_up(n_tiles, TQKVC_WARPS); /* a tile for each warp */
+    const uint32_t n_tiles = tqkvi_div_up(max_tokens, TQKV_CUDA_TILE_TOKENS);
+    uint32_t splits = n <= slots ? slots / n : tqkvi_div_up(BLOCKS_WANTED * slots, n);
+    const uint32_t most = tqkvi_div_up(n_tiles, TQKVC_WARPS); /* a tile for each warp */
 
     splits = splits > most ? most : splits;
     splits = splits > TQKVC_SPLITS_MAX ? TQKVC_SPLITS_MAX : splits;
@@ -115,10 +112,10 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
         return false;
     *plan = (decode_plan){.n_rows = q_len * (shape->n_heads / shape->n_kv_heads)};
     plan->rows_per_tile = plan->n_rows <= 4 ? 4 : 8;
-    plan->n_row_tiles = div_up(plan->n_rows, plan->rows_per_tile);
+    plan->n_row_tiles = tqkvi_div_up(plan->n_rows, plan->rows_per_tile);
     /* Without RoPE every base is the same. */
     plan->frame_tokens = shape->n_rot == 0 ? 1u << 30 : shape->frame_tokens;
-    plan->n_frames = div_up(max_tokens, plan->frame_tokens);
+    plan->n_frames = tqkvi_div_up(max_tokens, plan->frame_tokens);
     plan->tile_bytes = choose_tile_bytes(shape, plan->rows_per_tile);
     plan->n_splits = choose_splits(shape, plan, n_seqs, max_tokens);
 
