@@ -14,6 +14,7 @@ import hashlib
 import json
 import pathlib
 import re
+import sys
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 UBATCH = 512
@@ -253,18 +254,19 @@ def draw(results, folder):
             save(plt, figure, folder / f"quality-{name}.svg", results)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--results", type=pathlib.Path, default=DOCS / "results" / "quality.json")
-    parser.add_argument("--page", type=pathlib.Path, default=DOCS / "QUALITY.md")
+def run(module, results_name, page_name):
+    """The command line of a page. module: __doc__, read(path), tables(results) and draw(results, folder)."""
+    parser = argparse.ArgumentParser(description=module.__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--results", type=pathlib.Path, default=DOCS / "results" / results_name)
+    parser.add_argument("--page", type=pathlib.Path, default=DOCS / page_name)
     parser.add_argument("--tables-only", action="store_true")
     args = parser.parse_args()
-    results = read(args.results)
+    results = module.read(args.results)
     page = args.page.read_text(encoding="utf-8")
-    args.page.write_text(with_tables(page, tables(results)), encoding="utf-8")
+    args.page.write_text(with_tables(page, module.tables(results)), encoding="utf-8")
     if results.rows and not args.tables_only:
-        draw(results, args.page.parent)
+        module.draw(results, args.page.parent)
 
 
 if __name__ == "__main__":
-    main()
+    run(sys.modules[__name__], "quality.json", "QUALITY.md")

@@ -9,13 +9,12 @@ FILE is docs/results/cpu.json, a copy of build/bench/cpu.json from a machine tha
 (`pip install -r bench/requirements-plots.txt`), tables nothing. What was not measured shows as a dash.
 """
 
-import argparse
 import hashlib
 import json
-import pathlib
+import sys
 
 import quality_page
-from quality_page import DOCS, MISSING, table, with_tables
+from quality_page import MISSING, table
 
 LAYER = "llama-3-8b-layer"
 MODELS = {LAYER: "layer of Llama 3 8B", "smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
@@ -118,7 +117,7 @@ def draw_one(axis, results, model, phase):
     axis.set_title(f"{MODELS[model]}: {PHASES[phase]}, {threads_text(threads)}")
 
 
-def draw(plt, results):
+def speed_plot(plt, results):
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
     panels = [(model, phase) for model in MODELS for phase in PHASES
               if any(key[:2] == (model, phase) for key in results.rows)]
@@ -142,19 +141,10 @@ def draw(plt, results):
     return figure
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--results", type=pathlib.Path, default=DOCS / "results" / "cpu.json")
-    parser.add_argument("--page", type=pathlib.Path, default=DOCS / "SPEED.md")
-    parser.add_argument("--tables-only", action="store_true")
-    args = parser.parse_args()
-    results = read(args.results)
-    page = args.page.read_text(encoding="utf-8")
-    args.page.write_text(with_tables(page, tables(results)), encoding="utf-8")
-    if results.rows and not args.tables_only:
-        plt = quality_page.pyplot()
-        quality_page.save(plt, draw(plt, results), args.page.with_name("speed.svg"), results)
+def draw(results, folder):
+    plt = quality_page.pyplot()
+    quality_page.save(plt, speed_plot(plt, results), folder / "speed.svg", results)
 
 
 if __name__ == "__main__":
-    main()
+    quality_page.run(sys.modules[__name__], "cpu.json", "SPEED.md")

@@ -6,10 +6,11 @@ import json
 import pytest
 
 import cpu
+import quality_page
 import speed_page
 
-PAGE = speed_page.DOCS / "SPEED.md"
-RESULTS = speed_page.DOCS / "results" / "cpu.json"
+PAGE = quality_page.DOCS / "SPEED.md"
+RESULTS = quality_page.DOCS / "results" / "cpu.json"
 STALE = "run bench/speed_page.py"
 ABOUT = {"cpu": "a CPU, 2 cores", "compiler": "GCC", "commit": "abc", "command": "tqkv-bench"}
 
@@ -30,7 +31,7 @@ def speed(cache, decode, prefill_rounds):
 def test_tables_of_the_page_are_those_of_the_results():
     page = PAGE.read_text(encoding="utf-8")
     made = speed_page.tables(speed_page.read(RESULTS))
-    assert speed_page.with_tables(page, made) == page, STALE
+    assert quality_page.with_tables(page, made) == page, STALE
     assert all(f"<!-- table: {name} -->" in page for name in made)
 
 
@@ -38,8 +39,8 @@ def test_the_plot_was_drawn_from_the_results():
     results = speed_page.read(RESULTS)
     if not results.rows:
         pytest.skip("nothing is measured yet")
-    plot = (speed_page.DOCS / "speed.svg").read_text(encoding="utf-8")
-    assert speed_page.quality_page.digest_text(results) in plot, STALE
+    plot = (quality_page.DOCS / "speed.svg").read_text(encoding="utf-8")
+    assert quality_page.digest_text(results) in plot, STALE
 
 
 def test_rows_land_in_their_cells():
