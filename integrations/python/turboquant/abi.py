@@ -59,6 +59,22 @@ class StoreStats(Structure):
                 ("n_tokens", c_uint64 * TIERS_MAX)]
 
 
+class PagedConfig(Structure):
+    _fields_ = [("struct_bytes", c_size_t), ("plan", c_void_p), ("layer", c_uint32), ("block_tokens", c_uint32),
+                ("n_blocks", c_uint32), ("n_sequences", c_uint32 * TIERS_MAX), ("n_drafts", c_uint32),
+                ("n_batch_tokens", c_uint32), ("rope", POINTER(Rope)), ("mem", c_void_p)]
+
+
+class PagedBatch(Structure):
+    _fields_ = [("struct_bytes", c_size_t), ("blocks", c_void_p), ("block_stride_bytes", c_size_t),
+                ("n_seqs", c_uint32), ("query_start", c_void_p), ("seq_lens", c_void_p), ("block_table", c_void_p),
+                ("block_table_stride", c_size_t), ("k", c_void_p), ("v", c_void_p), ("decode_tokens_max", c_uint32)]
+
+
+class PagedStats(Structure):
+    _fields_ = [("n_written", c_uint64), ("n_bad_rows", c_uint64), ("n_young", c_uint64), ("n_missing", c_uint64)]
+
+
 class CalibConfig(Structure):
     _fields_ = [("struct_bytes", c_size_t), ("model", c_char_p), ("arch", c_char_p), ("n_layers", c_uint32),
                 ("frame_tokens", c_uint32), ("gamma", c_float), ("n_sinks", c_uint32), ("mem", c_void_p),
@@ -121,6 +137,16 @@ FUNCTIONS = {
     "tqkv_store_copy_stream": (STATUS, [OBJECT, c_uint32, OBJECT, c_uint32]),
     "tqkv_store_clear": (None, [OBJECT]),
     "tqkv_store_get_stats": (None, [OBJECT, POINTER(StoreStats)]),
+    "tqkv_paged_config_init": (None, [POINTER(PagedConfig)]),
+    "tqkv_paged_create": (STATUS, [POINTER(PagedConfig), OUT]),
+    "tqkv_paged_destroy": (None, [OBJECT]),
+    "tqkv_paged_block_bytes": (c_size_t, [OBJECT]),
+    "tqkv_paged_bytes": (c_size_t, [POINTER(PagedConfig)]),
+    "tqkv_paged_batch_init": (None, [POINTER(PagedBatch)]),
+    "tqkv_paged_write": (STATUS, [OBJECT, POINTER(PagedBatch), PARALLEL]),
+    "tqkv_paged_attend": (STATUS, [OBJECT, POINTER(PagedBatch), POINTER(AttendArgs), PARALLEL]),
+    "tqkv_paged_scratch_bytes": (c_size_t, [OBJECT, c_uint32, c_uint32, c_size_t]),
+    "tqkv_paged_get_stats": (None, [OBJECT, POINTER(PagedStats)]),
     "tqkv_calib_config_init": (None, [POINTER(CalibConfig)]),
     "tqkv_calib_create": (STATUS, [POINTER(CalibConfig), OUT]),
     "tqkv_calib_destroy": (None, [OBJECT]),

@@ -7,10 +7,11 @@ one after another; vLLM moves, shares and forgets blocks without looking into th
 from dataclasses import dataclass
 
 import torch
+import turboquant
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from turboquant_vllm import model_plan, openmp, tqkv_ctypes
+from turboquant_vllm import model_plan, openmp
 from turboquant_vllm.model_plan import Refusal
 
 PLAIN_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -127,9 +128,9 @@ class LayerCache:
         if not kv_cache[0].is_contiguous():
             raise Refusal(f"{layer.layer_name}: the blocks of the KV cache layout are not contiguous")
         copies = model_plan.copies_for(setup.plan, n_blocks * block_size, setup.max_num_seqs)
-        config = tqkv_ctypes.paged_config(setup.plan.plan, setup.plan.index, block_size, n_blocks, copies,
-                                          setup.num_drafts, setup.max_num_batched_tokens)
-        self.paged = tqkv_ctypes.Paged(setup.plan.plan, config)
+        config = turboquant.paged_config(setup.plan.plan, setup.plan.index, block_size, n_blocks, copies,
+                                         setup.num_drafts, setup.max_num_batched_tokens)
+        self.paged = turboquant.Paged(setup.plan.plan, config)
         self.order = setup.channel_order
         self.paged.batch.blocks = kv_cache.data_ptr()
         self.paged.batch.block_stride_bytes = kv_cache.stride(0)

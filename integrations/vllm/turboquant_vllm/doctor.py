@@ -4,7 +4,9 @@ import argparse
 import os
 import sys
 
-from turboquant_vllm import model_plan, tqkv_ctypes
+import turboquant
+
+from turboquant_vllm import model_plan
 from turboquant_vllm.model_plan import LayerPlan, Refusal
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -30,7 +32,7 @@ def print_layers(plans, dtype_bytes):
     first = 0
     for index in range(1, len(plans) + 1):
         plan = plans[first]
-        if index < len(plans) and bytes(plans[index].shape.token_bytes) == bytes(plan.shape.token_bytes):
+        if index < len(plans) and plans[index].shape.token_bytes == plan.shape.token_bytes:
             continue
         shape = plan.shape
         stock = shape.n_kv_heads * (shape.k_dim + shape.v_dim) * dtype_bytes
@@ -45,7 +47,7 @@ def print_room(plans, dtype_bytes, gib, max_num_seqs, block_size):
     stock_bytes = sum(plan.shape.n_kv_heads * (plan.shape.k_dim + plan.shape.v_dim) * dtype_bytes for plan in plans)
     token_bytes = sum(plan.token_bytes for plan in plans)
     n_blocks = max(1, available // (token_bytes * block_size))
-    beside = sum(tqkv_ctypes.paged_bytes(tqkv_ctypes.paged_config(
+    beside = sum(turboquant.paged_bytes(turboquant.paged_config(
         plan.plan, plan.index, block_size, n_blocks,
         model_plan.copies_for(plan, n_blocks * block_size, max_num_seqs), 0, 2048)) for plan in plans)
     stock, now = available // stock_bytes, max(0, available - beside) // token_bytes
@@ -63,9 +65,8 @@ def doctor(arguments):
         raise Refusal("TQKV_PLAN is not set: vLLM runs as it is. Set it to a .tqkv file, or to f16 or q8")
     loaded = model_plan.load_plan(plan)
     if loaded:
-        info = loaded.info
-        print(f"plan: {plan}, of {info.model.decode()}, profile {info.profile.decode()}, "
-              f"{info.bits_total:.2f} bits per value at {info.context} tokens")
+        print(f"plan: {plan}, of {loaded.model}, profile {loaded.profile}, "
+              f"{loaded.bits_total:.2f} bits per value at {loaded.context} tokens")
     else:
         print(f"plan: {plan}, built in")
     print(f"fingerprint: {model_plan.fingerprint(plan).hex()[:16]}")
@@ -87,5 +88,5 @@ def main():
     command.add_argument("--block-size", type=int, default=128)
     try:
         doctor(parser.parse_args())
-    except (Refusal, tqkv_ctypes.TurboquantError) as error:
+    except (Refusal, turboquant.TurboQuantError) as error:
         sys.exit(f"turboquant: {error}")

@@ -9,11 +9,9 @@ import math
 import os
 
 import torch
+from turboquant import Builtin, Plan, PlanLayer, RopeStyle
 
-from turboquant_vllm import tqkv_ctypes
-from turboquant_vllm.tqkv_ctypes import Plan
-
-ROPE_NONE, ROPE_HALVES, ROPE_PAIRS = 0, 1, 2
+BUILTINS = {"f16": Builtin.F16, "q8": Builtin.Q8}
 
 
 class Refusal(ValueError):
@@ -27,24 +25,25 @@ def plan_name():
 @functools.cache
 def load_plan(name):
     """The plan of a file; None for a built-in one, which is made layer by layer."""
-    return None if name in tqkv_ctypes.BUILTIN else Plan.load(name)
+    return None if name in BUILTINS else Plan.load(name)
 
 
 def fingerprint(name):
     """Bytes that differ whenever stored bytes may mean something else."""
     plan = load_plan(name)
-    return bytes(plan.info.fingerprint) if plan else hashlib.sha256(f"built-in {name} 0".encode()).digest()
+    return plan.fingerprint if plan else hashlib.sha256(f"built-in {name} 0".encode()).digest()
 
 
 class LayerPlan:
-    """The plan of one attention layer: plan, index of its layer, shape (tqkv_ctypes.PlanLayer)."""
+    """The plan of one attention layer: plan, index of its layer, shape (turboquant.PlanLayer)."""
 
     def __init__(self, name, index, n_heads, n_kv_heads, head_size, head_size_v, window):
         loaded = load_plan(name)
-        self.plan = loaded or Plan.builtin(name, n_heads, n_kv_heads, head_size, head_size_v, window or 0)
+        self.plan = loaded or Plan.builtin(
+            BUILTINS[name], PlanLayer(n_heads, n_kv_heads, head_size, head_size_v, window or 0))
         self.index = index if loaded else 0
-        if self.index >= self.plan.info.n_layers:
-            raise Refusal(f"layer {index}: the plan has {self.plan.info.n_layers} layers; it is of another model")
+        if self.index >= self.plan.n_layers:
+            raise Refusal(f"layer {index}: the plan has {self.plan.n_layers} layers; it is of another model")
         self.shape = self.plan.layer(self.index)
         has = (n_heads, n_kv_heads, head_size, head_size_v, window or 0)
         wants = (self.shape.n_heads, self.shape.n_kv_heads, self.shape.k_dim, self.shape.v_dim, self.shape.window)
@@ -54,7 +53,7 @@ class LayerPlan:
 
     @property
     def n_tiers(self):
-        return self.plan.info.n_tiers
+        return self.plan.n_tiers
 
     @property
     def token_bytes(self):
@@ -62,8 +61,7 @@ class LayerPlan:
         return self.shape.token_bytes[self.n_tiers - 1]
 
     def inv_freq(self):
-        rope = self.shape.rope
-        return torch.tensor(rope.inv_freq[:rope.n_rot // 2], dtype=torch.float32)
+        return torch.tensor(self.shape.rope.inv_freq)
 
 
 def channel_order(plan, ropes):
@@ -72,18 +70,18 @@ def channel_order(plan, ropes):
     ropes: the model's RoPE modules. A plan made from a GGUF file may pair channels 2i and 2i + 1 where
     the model pairs i and i + n/2; the frequencies must be the same.
     """
-    style, n_rot = plan.shape.rope.style, plan.shape.rope.n_rot
-    if style == ROPE_NONE:
+    style, n_rot = plan.shape.rope.style, 2 * len(plan.shape.rope.inv_freq)
+    if style == RopeStyle.NONE:
         return None
     for rope in ropes:
         if rope.rotary_dim == n_rot and has_frequencies(rope, plan.inv_freq()):
             break
     else:
         raise Refusal(f"layer {plan.index}: no RoPE of the model has the plan's {n_rot} channels and frequencies")
-    if rope.is_neox_style == (style == ROPE_HALVES):
+    if rope.is_neox_style == (style == RopeStyle.HALVES):
         return None
     channels = torch.arange(n_rot)
-    pairs = channels.view(2, -1).t() if style == ROPE_PAIRS else channels.view(-1, 2).t()
+    pairs = channels.view(2, -1).t() if style == RopeStyle.PAIRS else channels.view(-1, 2).t()
     return torch.cat([pairs.flatten(), torch.arange(n_rot, plan.shape.k_dim)])
 
 
@@ -101,5 +99,5 @@ def copies_for(plan, n_tokens, max_num_seqs):
     The plan counts its tiers at a context, so older tiers get copies for as many sequences as fit at
     that context. The youngest tier, which is small, gets them for eight times as many.
     """
-    at_context = max(1, math.ceil(n_tokens / plan.plan.info.context))
+    at_context = max(1, math.ceil(n_tokens / plan.plan.context))
     return [min(max_num_seqs, at_context * (8 if tier == 0 else 1)) for tier in range(plan.n_tiers - 1)]

@@ -5,11 +5,7 @@ import functools
 import pathlib
 
 import torch
-
-
-class Parallel(ctypes.Structure):
-    """tqkv_parallel."""
-    _fields_ = [("user", ctypes.c_void_p), ("n_workers", ctypes.c_size_t), ("run", ctypes.c_void_p)]
+from turboquant import abi
 
 
 @functools.cache
@@ -19,15 +15,14 @@ def n_workers():
 
 @functools.cache
 def parallel():
-    """Pointer to a tqkv_parallel; None where one thread does everything."""
+    """The tqkv_parallel; None where one thread does everything."""
     if n_workers() == 1:
         return None
     # The bridge takes OpenMP from what is loaded (libgomp-....so within torch, or a preloaded libiomp5).
     for path in openmp_libraries():
         ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
     bridge = ctypes.CDLL(str(pathlib.Path(__file__).with_name("libturboquant_openmp.so")))
-    run = ctypes.cast(bridge.turboquant_openmp_run, ctypes.c_void_p)
-    return ctypes.pointer(Parallel(n_workers(), n_workers(), run))
+    return abi.Parallel(n_workers(), n_workers(), ctypes.cast(bridge.turboquant_openmp_run, abi.RUN))
 
 
 def openmp_libraries():

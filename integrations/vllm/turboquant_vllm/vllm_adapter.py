@@ -12,9 +12,10 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import turboquant
 from vllm.logger import init_logger
 
-from turboquant_vllm import model_plan, tqkv_ctypes
+from turboquant_vllm import model_plan
 from turboquant_vllm.model_plan import LayerPlan, Refusal
 
 logger = init_logger("vllm.turboquant")
@@ -105,7 +106,7 @@ def set_up(layer, vllm_config, plan):
                           max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
                           max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
                           num_drafts=speculative.num_speculative_tokens if speculative else 0)
-    except (Refusal, tqkv_ctypes.TurboquantError) as error:
+    except (Refusal, turboquant.TurboQuantError) as error:
         raise Refusal(f"{layer.layer_name}: {error}") from error
 
 
@@ -152,7 +153,7 @@ def bytes_beside_blocks(vllm_config, available):
     layers = [layer.turboquant for layer in vllm_config.compilation_config.static_forward_context.values()]
     block_size = vllm_config.cache_config.block_size
     n_blocks = max(1, available // (block_size * sum(setup.plan.token_bytes for setup in layers)))
-    return sum(tqkv_ctypes.paged_bytes(tqkv_ctypes.paged_config(
+    return sum(turboquant.paged_bytes(turboquant.paged_config(
         setup.plan.plan, setup.plan.index, block_size, n_blocks,
         model_plan.copies_for(setup.plan, n_blocks * block_size, setup.max_num_seqs), setup.num_drafts,
         setup.max_num_batched_tokens))
