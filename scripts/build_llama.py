@@ -36,6 +36,10 @@ COMMON_OPTIONS = [
     "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_APP=OFF",
 ]
+# Some virtual machines list AMX and trap on its first instruction. Nothing here is about that unit.
+WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+if platform.machine() == "x86_64":
+    COMMON_OPTIONS += [f"-DCMAKE_C_FLAGS={WITHOUT_AMX}", f"-DCMAKE_CXX_FLAGS={WITHOUT_AMX}"]
 OPTIONS = {"api3": ["-DGGML_OPENMP=ON"], "api2": ["-DGGML_OPENMP=OFF"]}
 STAGES = {
     "lib": ["llama"],
