@@ -24,13 +24,28 @@ template <int D, int N> struct tqkvc_columns {
     }
 };
 
-/* Rows 16 m .. 16 m + 15 of matrix times all columns: c[n] is the product with columns 8 n .. 8 n + 7. */
-template <int D, int N, int UNROLL = 8>
+static __device__ __forceinline__ uint32_t transposed(uint32_t x)
+{
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+/* An operand of 16 x 16. */
+static __device__ __forceinline__ uint4 transposed(const uint4 &x)
+{
+    return make_uint4(transposed(x.x), transposed(x.z), transposed(x.y), transposed(x.w));
+}
+
+/*
+ * Rows 16 m .. 16 m + 15 of matrix, or of the transposed matrix, times all columns: c[n] is the product
+ * with columns 8 n .. 8 n + 7.
+ */
+template <bool TRANSPOSED, int UNROLL, int D, int N>
 static __device__ __forceinline__ void
 multiply_columns(const uint4 *__restrict__ matrix, uint32_t m, const tqkvc_columns<D, N> &columns,
                  uint32_t lane, float (&c)[N / 8][4])
 {
-    const uint4 *operand = matrix + (size_t)m * (D / 16) * 64 + lane;
     const uint32_t g = lane / 4, t = lane % 4;
 
     for (int n = 0; n < N / 8; n++)
@@ -38,7 +53,13 @@ multiply_columns(const uint4 *__restrict__ matrix, uint32_t m, const tqkvc_colum
             c[n][i] = 0.0f;
 #pragma unroll UNROLL
     for (uint32_t k = 0; k < D / 16; k++) {
-        const uint4 high = __ldg(operand + k * 64), low = __ldg(operand + k * 64 + 32);
+        const uint32_t at = TRANSPOSED ? k * (D / 16) + m : m * (D / 16) + k;
+        const uint4 *operand = matrix + (size_t)at * 64 + lane;
+        uint4 high = __ldg(operand), low = __ldg(operand + 32);
+        if (TRANSPOSED) {
+            high = transposed(high);
+            low = transposed(low);
+        }
 #pragma unroll
         for (uint32_t n = 0; n < N / 8; n++) {
             const uint32_t *b_high =

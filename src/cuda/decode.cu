@@ -122,50 +122,39 @@ template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t f
 /* Blocks of one tier on their way into a warp's memory. */
 template <int D, int R> struct segment {
     worker<D, R> &w;
-    const tqkvc_layout *layout;
-    uint32_t tier, end, each;  /* last block + 1, blocks of a tile: 1, 2 or 4 */
-    uint32_t bytes[2];         /* of the sections of a block */
-    uint32_t window;           /* block whose page lane 0 has in `pages` */
-    int32_t pages, next_pages; /* of this window of 32 blocks and the next */
-    const uint8_t *source;     /* this lane's block of the next tile */
-    uint32_t n;                /* blocks of it */
+    const uint8_t *pool; /* the head's sections in the first block of page 0 */
+    const int32_t *table;
+    uint32_t end, each; /* last block + 1, blocks of a tile: 1, 2 or 4 */
+    uint32_t bytes[2];  /* of the sections of a block */
+    uint32_t block_bytes, page_bytes;
+    uint32_t page_blocks;
+    uint32_t entry,
+        in_page;  /* of this lane's block of the next tile: in the block table, in its page */
+    int32_t page; /* read a tile ahead */
+    const uint8_t *source; /* this lane's block of the tile whose V is still to be copied */
 
-    __device__ int32_t load_pages(uint32_t first) const
+    __device__ void start(uint32_t block)
     {
-        const uint32_t block = first + w.lane;
-        if (block >= end)
-            return 0;
-        return __ldg(w.p.pages.block_table + (size_t)w.t.seq * w.p.pages.table_stride +
-                     block * TQKVC_BLOCK_TOKENS / w.p.pages.page_tokens);
+        page_blocks = w.p.pages.page_tokens / TQKVC_BLOCK_TOKENS;
+        entry = (block + w.lane % each) / page_blocks;
+        in_page = (block + w.lane % each) % page_blocks;
+        page = __ldg(table + min(entry, (end - 1) / page_blocks));
     }
 
-    __device__ void start(uint32_t first)
-    {
-        window = first;
-        pages = load_pages(first);
-        next_pages = load_pages(first + 32);
-    }
-
-    /* Copies one side of the tile at `block`; K first. */
+    /* Copies one side of the tile at `block`, if there is one; K first. */
     __device__ void copy(uint32_t block, int side)
     {
+        if (block >= end)
+            return;
         if (side == 0) {
-            const uint32_t page_blocks = w.p.pages.page_tokens / TQKVC_BLOCK_TOKENS;
-            if (block >= window + 32) {
-                window += 32;
-                pages = next_pages;
-                next_pages = load_pages(window + 32);
-            }
-            n = min(end - block, each);
-            const uint32_t mine = block + min(w.lane, n - 1);
-            const int32_t page = __shfl_sync(ALL, pages, mine - window);
-            source = static_cast<const uint8_t *>(w.p.pages.pool[tier]) +
-                     (size_t)page * w.p.page_bytes[tier] +
-                     (size_t)(mine % page_blocks) * w.p.frames.shape.block_bytes[tier] +
-                     layout->offset;
+            source = pool + (size_t)page * page_bytes + (size_t)in_page * block_bytes;
+            for (in_page += each; in_page >= page_blocks; in_page -= page_blocks)
+                entry++;
+            if (block + each + w.lane % each < end)
+                page = __ldg(table + entry);
         }
         ring_copy(&w.barriers[side], w.tile + side * each * bytes[0] + w.lane * bytes[side],
-                  source + side * bytes[0], bytes[side], n, w.lane);
+                  source + side * bytes[0], bytes[side], min(end - block, each), w.lane);
     }
 };
 
@@ -174,54 +163,58 @@ template <int D, int R>
 __device__ void run_segment(worker<D, R> &w, uint32_t first, uint32_t end, uint32_t tier)
 {
     const tqkvc_shape &shape = w.p.frames.shape;
-    const tqkvc_layout *layout =
-        reinterpret_cast<const tqkvc_layout *>(w.p.frames.image + shape.parts.layouts) +
-        tier * shape.n_kv_heads + w.t.g;
-    const uint32_t bytes[2] = {layout->bytes[0], layout->bytes[1]},
+    const tqkvc_layout &layout = reinterpret_cast<const tqkvc_layout *>(
+        w.p.frames.image + shape.parts.layouts)[tier * shape.n_kv_heads + w.t.g];
+    const uint32_t bytes[2] = {layout.bytes[0], layout.bytes[1]},
                    fit = w.p.tile_bytes / (bytes[0] + bytes[1]);
     const uint32_t each = fit >= 4   ? 4
                           : fit >= 2 ? 2
                                      : 1,
                    frame_blocks = w.p.frames.frame_tokens / TQKVC_BLOCK_TOKENS;
     const uint32_t n_blocks = (w.t.length + TQKVC_BLOCK_TOKENS - 1) / TQKVC_BLOCK_TOKENS;
-    segment<D, R> s = {
-        w, layout, tier, min(end * TQKVC_TILE_BLOCKS, n_blocks), each, {bytes[0], bytes[1]}};
-    tqkvc_sections k = {w.tile, bytes[0], each, layout->widths[0]};
-    tqkvc_sections v = {w.tile + each * bytes[0], bytes[1], each, layout->widths[1]};
-    uint32_t frame = ~0u;
+    segment<D, R> s = {w,
+                       static_cast<const uint8_t *>(w.p.pages.pool[tier]) + layout.offset,
+                       w.p.pages.block_table + (size_t)w.t.seq * w.p.pages.table_stride,
+                       min(end * TQKVC_TILE_BLOCKS, n_blocks),
+                       each,
+                       {bytes[0], bytes[1]},
+                       shape.block_bytes[tier],
+                       w.p.page_bytes[tier]};
+    const tqkvc_sections k = {w.tile, bytes[0], each - 1},
+                         v = {w.tile + each * bytes[0], bytes[1], each - 1};
+    uint32_t block = first * TQKVC_TILE_BLOCKS, end_frame = 0;
 
-    s.start(first * TQKVC_TILE_BLOCKS);
-    s.copy(first * TQKVC_TILE_BLOCKS, 0);
-    s.copy(first * TQKVC_TILE_BLOCKS, 1);
+    s.start(block);
+    s.copy(block, 0);
+    s.copy(block, 1);
+    if (w.lane < 2)
+        find_runs<D / 16>(layout.widths[w.lane], w.memory.runs[w.lane]);
     wait_for_previous();
 #pragma unroll 1
-    for (uint32_t block = first * TQKVC_TILE_BLOCKS; block < s.end; block += each) {
-        const uint32_t token = block * TQKVC_BLOCK_TOKENS, next = block + each;
+    for (; block < s.end; block += each) {
+        const uint32_t token = block * TQKVC_BLOCK_TOKENS,
+                       end_token = min(token + each * TQKVC_BLOCK_TOKENS, w.t.length);
         tqkvc_product<R> products[TQKVC_TILE_BLOCKS];
         tqkvc_probabilities<R> weights;
         uint32_t k_scales[TQKVC_TILE_BLOCKS / 2], v_scales[TQKVC_TILE_BLOCKS / 2];
 
-        k.n_blocks = v.n_blocks = min(each, s.end - block);
-        if (block / frame_blocks != frame) {
-            frame = block / frame_blocks;
-            load_queries<D, R>(w, frame, tier);
+        if (block >= end_frame) {
+            load_queries<D, R>(w, block / frame_blocks, tier);
+            end_frame = (block / frame_blocks + 1) * frame_blocks;
         }
         ring_wait(&w.barriers[0], w.phase);
         k.load_scales(w.lane / 4, k_scales);
         score_tile<D, R>(k, w.memory, w.shared.tables, w.rows, w.lane, products);
         __syncwarp();
-        if (next < s.end)
-            s.copy(next, 0);
+        s.copy(block + each, 0);
         ring_wait(&w.barriers[1], w.phase);
         w.phase ^= 1u;
         v.load_scales(w.lane / 4, v_scales);
-        weigh_tile<R>(products, k_scales, v_scales, token,
-                      min(token + k.n_blocks * TQKVC_BLOCK_TOKENS, w.t.length), w.all_see, w.lane,
-                      w.rows, weights);
+        weigh_tile<R>(products, k_scales, v_scales, token, end_token, w.all_see, w.lane, w.rows,
+                      weights);
         add_values<D, R>(v, weights, w.shared.tables, w.shared.steps, w.lane, w.memory);
         __syncwarp();
-        if (next < s.end)
-            s.copy(next, 1);
+        s.copy(block + each, 1);
     }
 }
 
@@ -294,12 +287,15 @@ __device__ void find_factors(uint32_t n, GET &&get, float (*factors)[R], float (
 {
     const uint32_t lane = threadIdx.x % 32;
 
+#pragma unroll 1
     for (uint32_t r = threadIdx.x / 32; r < R; r += TQKVC_WARPS) {
         float top = TQKVC_LOWEST, sum = 0, nonzero = 0;
+#pragma unroll 1
         for (uint32_t i = lane; i < n; i += 32)
             top = fmaxf(top, get(i, 0, r));
         for (int d = 16; d > 0; d /= 2)
             top = fmaxf(top, __shfl_xor_sync(ALL, top, d));
+#pragma unroll 1
         for (uint32_t i = lane; i < n; i += 32) {
             const float factor = exp2_fast(get(i, 0, r) - top);
             factors[i][r] = factor;
@@ -325,8 +321,10 @@ template <int D, int R> __device__ void merge_warps(block_memory<D, R> &shared)
         TQKVC_WARPS, [&](uint32_t i, int what, uint32_t r) { return shared.stats[i][what][r]; },
         shared.factors, shared.total);
     __syncthreads();
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < D * R; i += 32 * TQKVC_WARPS) {
         float v = 0;
+#pragma unroll
         for (int w = 0; w < TQKVC_WARPS; w++)
             v += (&shared.warps[w].sums[0][0][0])[i] * shared.factors[w][element_row<R>(i)];
         (&shared.warps[0].sums[0][0][0])[i] = v;
@@ -397,17 +395,18 @@ __device__ void finish(const tqkvc_decode &p, const task &t, block_memory<D, R> 
     const float *mean =
         reinterpret_cast<const float *>(p.frames.image + shape.parts.mean[1]) + t.g * D;
 
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < 8 * D; i += 32 * TQKVC_WARPS) {
         const bool exists = i < D * R;
         const uint32_t r = exists ? element_row<R>(i) : R + (i - D * R) / D;
         const float sum = exists ? shared.total[1][r] : 0.0f;
-        const float v = sum > 0 ? (&shared.warps[0].sums[0][0][0])[i] / sum : 0.0f;
+        const float v = sum > 0 ? __fdividef((&shared.warps[0].sums[0][0][0])[i], sum) : 0.0f;
         columns.set(r, exists ? element_channel<R>(i) : i % D, v * GAIN);
     }
     __syncthreads();
     for (uint32_t m = threadIdx.x / 32; m < D / 16; m += TQKVC_WARPS) {
         float c[1][4];
-        multiply_columns<D, 8>(matrix, m, columns, lane, c);
+        multiply_columns<false, 4>(matrix, m, columns, lane, c);
         for (uint32_t i = 0; i < 4; i++) {
             const uint32_t r = lane % 4 * 2 + i % 2, row = t.row_tile * R + r,
                            d = m * 16 + lane / 4 + i / 2 * 8;
@@ -416,7 +415,7 @@ __device__ void finish(const tqkvc_decode &p, const task &t, block_memory<D, R> 
             const size_t at = (size_t)(t.seq * p.frames.q_len + row / group) * shape.n_heads +
                               t.g * group + row % group;
             const float sum = shared.total[1][r];
-            const float share = sum > 0 ? shared.total[2][r] / sum : 0.0f;
+            const float share = sum > 0 ? __fdividef(shared.total[2][r], sum) : 0.0f;
             store_value(p.out, at * D + d, p.frames.type,
                         c[0][i] * (row_scale[d] / GAIN) + mean[d] * share);
             if (p.lse && d == 0)
@@ -450,6 +449,7 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, R == 4 ? 4 : 3)
     worker<D, R> w = {
         p, t, shared, shared.warps[warp], tiles + warp * p.tile_bytes, shared.barriers[warp], lane};
     run_tiles(w);
+    let_next_start();
     __syncthreads();
     merge_warps(shared);
     if (t.n_parts == 1 || merge_splits(p, t, shared))
@@ -459,8 +459,6 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, R == 4 ? 4 : 3)
 template <int D, int R> tqkv_status launch(const tqkvc_decode &p, cudaStream_t stream)
 {
     const size_t bytes = tqkvc_decode_shared_bytes(D, R, p.tile_bytes);
-    cudaLaunchAttribute beside = {};
-    cudaLaunchConfig_t config = {};
 
     static_assert(sizeof(block_memory<D, R>) % 16 == 0, "tiles are 16-aligned");
     if (cudaFuncSetAttribute(decode_kernel<D, R>, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -468,16 +466,9 @@ template <int D, int R> tqkv_status launch(const tqkvc_decode &p, cudaStream_t s
         (void)cudaGetLastError();
         return TQKV_ERR_UNSUPPORTED;
     }
-    beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    beside.val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim =
-        dim3(p.n_splits, p.frames.shape.n_kv_heads * p.frames.n_row_tiles, p.frames.n_seqs);
-    config.blockDim = dim3(32 * TQKVC_WARPS);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    config.attrs = &beside;
-    config.numAttrs = 1;
-    const cudaError_t error = cudaLaunchKernelEx(&config, decode_kernel<D, R>, p);
+    const dim3 grid(p.n_splits, p.frames.shape.n_kv_heads * p.frames.n_row_tiles, p.frames.n_seqs);
+    const cudaError_t error =
+        launch_beside(decode_kernel<D, R>, grid, 32 * TQKVC_WARPS, bytes, stream, p);
     (void)cudaGetLastError();
     return error == cudaSuccess ? TQKV_OK : TQKV_ERR_UNSUPPORTED;
 }

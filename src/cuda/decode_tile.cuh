@@ -24,12 +24,6 @@ constexpr float TQKVC_LOWEST = -1e30f; /* instead of -inf, of which differences 
 constexpr uint32_t TQKVC_MAGIC =
     0x4b000000u; /* 2^23: adding it leaves a whole number in the low bits */
 
-/* Shared memory of a warp besides its tile. */
-template <int D, int R> struct tqkvc_warp_memory {
-    float sums[D / 16][32][R / 2];               /* of V: [unit][lane][channel g or g + 8, row] */
-    __align__(16) uint32_t q[R / 4][D / 16][32]; /* column operands; see query.cuh */
-};
-
 template <int R> struct tqkvc_row_state {
     static constexpr int H = R / 4;
     float top[H]; /* largest score so far */
@@ -40,39 +34,65 @@ template <int R> struct tqkvc_row_state {
     uint32_t limit[H]; /* tokens below it are seen */
 };
 
-/* Sections of one side of the blocks of a tile; blocks past the last one there repeat the first. */
+/* Sections of one side of the blocks of a tile, in shared memory. */
 struct tqkvc_sections {
     const uint8_t *first;
-    uint32_t bytes, n_blocks;
-    uint64_t widths;
+    uint32_t bytes;
+    uint32_t last; /* blocks past this one repeat it: a tier may have tiles of fewer than four */
 
     __device__ __forceinline__ uint32_t offset(uint32_t block) const
     {
-        return block < n_blocks ? block * bytes : 0;
+        return min(block, last) * bytes;
     }
 
     /* Scale bytes of tokens 2g and 2g + 1 of every block, two blocks a word. */
     __device__ __forceinline__ void load_scales(uint32_t g,
                                                 uint32_t (&out)[TQKVC_TILE_BLOCKS / 2]) const
     {
+#pragma unroll
         for (int b = 0; b < TQKVC_TILE_BLOCKS; b += 2)
             out[b / 2] =
                 load_u16(first + offset(b) + 2 * g) | load_u16(first + offset(b + 1) + 2 * g) << 16;
     }
 };
 
-/* body(tqkvc_bits, first unit, number of units) for each run of units of one width. */
+/* Neighbouring units of one width. */
+struct tqkvc_run {
+    uint16_t bits, n_units;
+};
+
+/* One thread. runs: at most N of N units. */
+template <int N> static __device__ void find_runs(uint64_t widths, tqkvc_run *runs)
+{
+    tqkvc_run run = {(uint16_t)(widths & 15u), 0};
+
+#pragma unroll 1
+    for (uint32_t u = 0; u < N; u++, widths >>= 4) {
+        if ((widths & 15u) != run.bits) {
+            *runs++ = run;
+            run = {(uint16_t)(widths & 15u), 0};
+        }
+        run.n_units++;
+    }
+    *runs = run;
+}
+
+/* Shared memory of a warp besides its tile. */
+template <int D, int R> struct tqkvc_warp_memory {
+    float sums[D / 16][32][R / 2];               /* of V: [unit][lane][channel g or g + 8, row] */
+    __align__(16) uint32_t q[R / 4][D / 16][32]; /* column operands; see query.cuh */
+    tqkvc_run runs[2][D / 16];                   /* of K and of V */
+};
+
+/* body(tqkvc_bits, number of units) for each run of N units. */
 template <int N, typename BODY>
-static __device__ __forceinline__ void for_runs(uint64_t widths, BODY &&body)
+static __device__ __forceinline__ void for_runs(const tqkvc_run *runs, BODY &&body)
 {
 #pragma unroll 1
-    for (uint32_t u = 0; u < N;) {
-        const uint32_t bits = (uint32_t)widths & 15u;
-        const uint64_t others = widths ^ bits * 0x1111111111111111ull;
-        const uint32_t n = min(others ? (__ffsll((long long)others) - 1) / 4u : 16u, N - u);
-        with_width(bits, [&](auto width) { body(width, u, n); });
-        widths = n < 16 ? widths >> (4 * n) : 0;
-        u += n;
+    for (uint32_t left = N; left > 0; runs++) {
+        const tqkvc_run run = *runs;
+        with_width(run.bits, [&](auto width) { body(width, run.n_units); });
+        left -= run.n_units;
     }
 }
 
@@ -107,6 +127,34 @@ template <int R> struct tqkvc_product {
     }
 };
 
+/* Adds one unit of the tile to the products. q: this lane's operands, [R / 4][D / 16][32]. */
+template <int BITS, int D, int R>
+static __device__ __forceinline__ void
+score_unit(const uint8_t *unit, const uint32_t (&offsets)[TQKVC_TILE_BLOCKS],
+           const tqkvc_table<BITS> &table, const uint32_t *q, uint32_t lane,
+           tqkvc_product<R> (&out)[TQKVC_TILE_BLOCKS])
+{
+    uint32_t operand[R / 4];
+
+#pragma unroll
+    for (int h = 0; h < R / 4; h++)
+        operand[h] = q[h * (D / 16) * 32];
+#pragma unroll
+    for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
+        tqkvc_levels levels;
+        k_levels<BITS>(unit + offsets[b], lane / 4, lane % 4, table, levels);
+        const uint32_t both[4] = {levels.negative[0], levels.negative[1], levels.positive[0],
+                                  levels.positive[1]};
+#pragma unroll
+        for (int h = 0; h < R / 4; h++) {
+            if constexpr (tqkvc_is_shifted(BITS))
+                multiply_k32_signed(out[b].c[h], both, operand[h], operand[h]);
+            else
+                multiply_k16(out[b].c[h], both[0], both[1], operand[h]);
+        }
+    }
+}
+
 /* Products of K with the query for the blocks of the tile. */
 template <int D, int R>
 static __device__ __forceinline__ void
@@ -115,6 +163,7 @@ score_tile(const tqkvc_sections &k, const tqkvc_warp_memory<D, R> &memory,
            tqkvc_product<R> (&out)[TQKVC_TILE_BLOCKS])
 {
     const uint8_t *unit = k.first + TQKVC_BLOCK_TOKENS;
+    const uint32_t *q = &memory.q[0][0][lane];
     uint32_t offsets[TQKVC_TILE_BLOCKS];
 
 #pragma unroll
@@ -122,34 +171,27 @@ score_tile(const tqkvc_sections &k, const tqkvc_warp_memory<D, R> &memory,
         offsets[b] = k.offset(b);
         out[b].start(rows.q_start);
     }
-    for_runs<D / 16>(k.widths, [&](auto width, uint32_t first, uint32_t n) {
+    for_runs<D / 16>(memory.runs[0], [&](auto width, uint32_t n) {
         constexpr int BITS = decltype(width)::value;
-        if constexpr (BITS == 0)
-            return;
+        const uint32_t *end = q + 32 * n;
         tqkvc_table<BITS> table;
         table.load(tables[BITS]);
 #pragma unroll 1
-        for (uint32_t u = first; u < first + n; u++, unit += 32 * BITS) {
-            uint32_t q[R / 4];
-#pragma unroll
-            for (int h = 0; h < R / 4; h++)
-                q[h] = memory.q[h][u][lane];
-#pragma unroll
-            for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
-                tqkvc_levels levels;
-                k_levels<BITS>(unit + offsets[b], lane / 4, lane % 4, table, levels);
-#pragma unroll
-                for (int h = 0; h < R / 4; h++) {
-                    multiply_k16(out[b].c[h], levels.negative[0], levels.negative[1], q[h]);
-                    if constexpr (tqkvc_is_shifted(BITS))
-                        multiply_k16(out[b].c[h], levels.positive[0], levels.positive[1], q[h]);
-                }
-            }
-        }
+        for (; q < end; q += 32, unit += 32 * BITS)
+            if constexpr (BITS != 0)
+                score_unit<BITS, D, R>(unit, offsets, table, q, lane, out);
     });
 }
 
-/* Probabilities of the tile, packed: [block][row] two tokens of 16 bits, and their sum. */
+/* Logarithm of the scale in byte i of block b: the byte becomes the last of 2^23. */
+static __device__ __forceinline__ float scale_log(const uint32_t (&scales)[TQKVC_TILE_BLOCKS / 2],
+                                                  int b, int i)
+{
+    const uint32_t x = permute(scales[b / 2], TQKVC_MAGIC, 0x7540u + 2 * (b % 2) + i);
+    return fmaf(__uint_as_float(x), 0.0625f, -524288.0f - 8.0f);
+}
+
+/* Of one row of a lane: probabilities of the tile as 16 bits, two tokens a word, and their sum. */
 template <int R> struct tqkvc_probabilities {
     static constexpr int H = R / 4;
     uint32_t packed[TQKVC_TILE_BLOCKS][H];
@@ -157,99 +199,92 @@ template <int R> struct tqkvc_probabilities {
     float old_factor[H], new_factor[H]; /* of the sums so far, and of what the tile adds */
 };
 
-/* Byte i of the scales of block b. */
-static __device__ __forceinline__ uint32_t
-scale_byte(const uint32_t (&scales)[TQKVC_TILE_BLOCKS / 2], int b, int i)
-{
-    return scales[b / 2] >> (16 * (b % 2) + 8 * i) & 255u;
-}
+constexpr float TQKVC_ZERO_LOG = -7.97f; /* byte 0 gives -8, byte 1 -7.94 */
 
 /*
- * One row of a lane. CHECKED: tokens may be hidden or zero; otherwise all are seen and none is zero.
- * k: scales of K. v_log: logarithms of the scales of V, -8 for byte 0.
+ * Scores of a lane's rows to probabilities. CHECKED: tokens may be hidden or zero; otherwise all are
+ * seen and none is zero. first_token: of the lane in the first block.
  */
-template <bool CHECKED, int R>
-static __device__ __forceinline__ void
-weigh_row(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
-          const float (&k)[TQKVC_TILE_BLOCKS][2], const float (&v_log)[TQKVC_TILE_BLOCKS][2],
-          uint32_t first_token, uint32_t limit, int h, tqkvc_row_state<R> &rows,
-          tqkvc_probabilities<R> &out)
-{
-    float z[TQKVC_TILE_BLOCKS][2], top = TQKVC_LOWEST, sum = 0, nonzero = 0;
-    uint32_t whole = 0;
-
-#pragma unroll
-    for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float score =
-                fmaf((float)products[b].value(i, h), k[b][i] * rows.q_factor[h], rows.q_mean[h]);
-            if (CHECKED)
-                score = k[b][i] > 0 ? score : 0.0f;
-            z[b][i] = score + v_log[b][i];
-            if (CHECKED)
-                z[b][i] = first_token + b * TQKVC_BLOCK_TOKENS + i < limit ? z[b][i] : -INFINITY;
-            top = fmaxf(top, z[b][i]);
-        }
-    }
-    for (int i = 4; i < 32; i *= 2)
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, i));
-#pragma unroll
-    for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
-        uint32_t p[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const bool on = !CHECKED || v_log[b][i] > -7.97f; /* scale byte 1 has -7.94 */
-            const float e = exp2_fast(z[b][i] - top);
-            const float share = e * exp2_fast(-v_log[b][i]);
-            sum += share;
-            if (CHECKED)
-                nonzero += on ? share : 0.0f;
-            p[i] = __float_as_uint(fmaf(on ? e : 0.0f, TQKVC_P_MAX, __uint_as_float(TQKVC_MAGIC)));
-            whole += p[i];
-        }
-        out.packed[b][h] = permute(p[0], p[1], 0x5410u);
-    }
-    if (!CHECKED)
-        nonzero = sum;
-    whole -= 2 * TQKVC_TILE_BLOCKS * TQKVC_MAGIC;
-    for (int i = 4; i < 32; i *= 2)
-        whole += __shfl_xor_sync(0xffffffffu, whole, i);
-
-    const float new_top = fmaxf(rows.top[h], top);
-    const float old_factor = exp2_fast(rows.top[h] - new_top), factor = exp2_fast(top - new_top);
-    rows.top[h] = new_top;
-    rows.sum[h] = rows.sum[h] * old_factor + sum * factor;
-    rows.nonzero[h] = rows.nonzero[h] * old_factor + nonzero * factor;
-    out.sum[h] = (int)whole;
-    out.old_factor[h] = old_factor;
-    out.new_factor[h] = factor / TQKVC_P_MAX;
-}
-
 template <bool CHECKED, int R>
 static __device__ __forceinline__ void
 weigh_rows(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
            const uint32_t (&k_scales)[TQKVC_TILE_BLOCKS / 2],
            const uint32_t (&v_scales)[TQKVC_TILE_BLOCKS / 2], uint32_t first_token,
-           uint32_t end_token, uint32_t lane, tqkvc_row_state<R> &rows, tqkvc_probabilities<R> &out)
+           uint32_t end_token, tqkvc_row_state<R> &rows, tqkvc_probabilities<R> &out)
 {
-    float k[TQKVC_TILE_BLOCKS][2], v_log[TQKVC_TILE_BLOCKS][2];
+    constexpr int H = R / 4;
+    float z[TQKVC_TILE_BLOCKS][2][H], v_log[TQKVC_TILE_BLOCKS][2], top[H], sum[H], nonzero[H];
+    uint32_t whole[H];
 
+#pragma unroll
+    for (int h = 0; h < H; h++) {
+        top[h] = TQKVC_LOWEST;
+        sum[h] = nonzero[h] = 0;
+        whole[h] = 0;
+    }
 #pragma unroll
     for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const uint32_t byte = scale_byte(k_scales, b, i);
-            k[b][i] = exp2_fast((float)byte * 0.0625f - 8.0f);
-            if (CHECKED && byte == 0)
-                k[b][i] = 0.0f;
-            v_log[b][i] = (float)scale_byte(v_scales, b, i) * 0.0625f - 8.0f;
+            const float k_log = scale_log(k_scales, b, i), k = exp2_fast(k_log);
+            const uint32_t token = first_token + b * TQKVC_BLOCK_TOKENS + i;
+            v_log[b][i] = scale_log(v_scales, b, i);
+#pragma unroll
+            for (int h = 0; h < H; h++) {
+                float score =
+                    fmaf((float)products[b].value(i, h), k * rows.q_factor[h], rows.q_mean[h]);
+                if (CHECKED)
+                    score = k_log > TQKVC_ZERO_LOG ? score : 0.0f;
+                score += v_log[b][i];
+                if (CHECKED)
+                    score = token < min(rows.limit[h], end_token) ? score : -INFINITY;
+                z[b][i][h] = score;
+                top[h] = fmaxf(top[h], score);
+            }
         }
     }
 #pragma unroll
-    for (int h = 0; h < R / 4; h++)
-        weigh_row<CHECKED, R>(products, k, v_log, first_token + 2 * (lane / 4),
-                              min(rows.limit[h], end_token), h, rows, out);
+    for (int h = 0; h < H; h++)
+        for (int i = 4; i < 32; i *= 2)
+            top[h] = fmaxf(top[h], __shfl_xor_sync(0xffffffffu, top[h], i));
+#pragma unroll
+    for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
+        uint32_t p[2][H];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const bool on = !CHECKED || v_log[b][i] > TQKVC_ZERO_LOG;
+            const float inverse = exp2_fast(-v_log[b][i]);
+#pragma unroll
+            for (int h = 0; h < H; h++) {
+                const float e = exp2_fast(z[b][i][h] - top[h]);
+                sum[h] = fmaf(e, inverse, sum[h]);
+                if (CHECKED)
+                    nonzero[h] = fmaf(on ? e : 0.0f, inverse, nonzero[h]);
+                p[i][h] =
+                    __float_as_uint(fmaf(on ? e : 0.0f, TQKVC_P_MAX, __uint_as_float(TQKVC_MAGIC)));
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < H; h++) {
+            whole[h] += p[0][h] + p[1][h];
+            out.packed[b][h] = permute(p[0][h], p[1][h], 0x5410u);
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < H; h++) {
+        whole[h] -= 2 * TQKVC_TILE_BLOCKS * TQKVC_MAGIC;
+        for (int i = 4; i < 32; i *= 2)
+            whole[h] += __shfl_xor_sync(0xffffffffu, whole[h], i);
+        const float new_top = fmaxf(rows.top[h], top[h]);
+        const float old_factor = exp2_fast(rows.top[h] - new_top),
+                    factor = exp2_fast(top[h] - new_top);
+        rows.top[h] = new_top;
+        rows.sum[h] = fmaf(sum[h], factor, rows.sum[h] * old_factor);
+        rows.nonzero[h] = fmaf(CHECKED ? nonzero[h] : sum[h], factor, rows.nonzero[h] * old_factor);
+        out.sum[h] = (int)whole[h];
+        out.old_factor[h] = old_factor;
+        out.new_factor[h] = factor * (1.0f / TQKVC_P_MAX);
+    }
 }
 
 /* Whether any of the four bytes is 0. */
@@ -270,82 +305,116 @@ weigh_tile(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
     const bool zeros = has_zero(k_scales[0]) || has_zero(k_scales[1]) || has_zero(v_scales[0]) ||
                        has_zero(v_scales[1]);
     const bool whole = end_token == first_token + TQKV_CUDA_TILE_TOKENS && end_token <= all_see;
+    const uint32_t token = first_token + 2 * (lane / 4);
 
     if (__any_sync(0xffffffffu, zeros) || !whole)
-        weigh_rows<true, R>(products, k_scales, v_scales, first_token, end_token, lane, rows, out);
+        weigh_rows<true, R>(products, k_scales, v_scales, token, end_token, rows, out);
     else
-        weigh_rows<false, R>(products, k_scales, v_scales, first_token, end_token, lane, rows, out);
+        weigh_rows<false, R>(products, k_scales, v_scales, token, end_token, rows, out);
 }
 
-/* Column operands of the probabilities of a block: [high or low for R = 8]; k is a token. */
+/*
+ * Column operands of a block's probabilities. V has bytes of two channels in turn (lookup.cuh), so
+ * operands have zeros in turn: token, 0, token', 0 for channels 0..7, and the same a byte on for 8..15;
+ * word 0 is of tokens 4t, 4t + 1, word 1 of 4t + 2, 4t + 3.
+ */
+struct tqkvc_operand {
+    uint32_t even[2], odd[2];
+};
+
+/* [R / 4]: high and low bytes for R = 8, both in one for R = 4. */
 template <int R>
-static __device__ __forceinline__ void spread_probabilities(const uint32_t (&packed)[R / 4],
-                                                            uint32_t lane, uint32_t (&out)[R / 4])
+static __device__ __forceinline__ void
+spread_probabilities(const uint32_t (&packed)[R / 4], uint32_t lane, tqkvc_operand (&out)[R / 4])
 {
     /* Lane (g, t) wants tokens 4t .. 4t + 3 of column g; lanes (2t, .) and (2t + 1, .) have them. */
     const uint32_t g = lane / 4, t = lane % 4, source = 8 * t + g / 2;
-    uint32_t x = __shfl_sync(0xffffffffu, packed[0], source);
-    uint32_t y = __shfl_sync(0xffffffffu, packed[0], source + 4);
-    if constexpr (R == 4) {
-        out[0] = permute(x, y, g & 1 ? 0x6420u : 0x7531u);
-    } else {
-        const uint32_t x1 = __shfl_sync(0xffffffffu, packed[1], source);
-        const uint32_t y1 = __shfl_sync(0xffffffffu, packed[1], source + 4);
-        x = g & 1 ? x1 : x;
-        y = g & 1 ? y1 : y;
-        out[0] = permute(x, y, 0x7531u);
-        out[1] = permute(x, y, 0x6420u);
+
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t x = __shfl_sync(0xffffffffu, packed[0], source + 4 * i);
+        if constexpr (R == 4) {
+            out[0].even[i] = permute(x, 0, g & 1 ? 0x4240u : 0x4341u);
+        } else {
+            const uint32_t y = __shfl_sync(0xffffffffu, packed[1], source + 4 * i);
+            x = g & 1 ? y : x;
+            out[0].even[i] = permute(x, 0, 0x4341u);
+            out[1].even[i] = permute(x, 0, 0x4240u);
+        }
+#pragma unroll
+        for (int h = 0; h < R / 4; h++)
+            out[h].odd[i] = out[h].even[i] << 8;
     }
 }
 
-/* Products of V with the probabilities, two blocks at a time. */
-template <int BITS, int R>
-static __device__ __forceinline__ void
-sum_unit(const uint8_t *unit, const uint32_t (&offsets)[TQKVC_TILE_BLOCKS],
-         const tqkvc_table<BITS> &table, uint32_t lane,
-         const uint32_t (&p)[TQKVC_TILE_BLOCKS][R / 4], tqkvc_product<R> &out)
+/*
+ * Channels g and g + 8 of N units for the rows of a lane: [unit][channel][row]. With N = 2, for widths
+ * of one table, the other unit has the operand's rows that are for the other sign in widths of two.
+ * start: low bytes start from it.
+ */
+template <int BITS, int N, int R>
+static __device__ __forceinline__ void sum_units(const uint8_t *unit,
+                                                 const uint32_t (&offsets)[TQKVC_TILE_BLOCKS],
+                                                 const tqkvc_table<BITS> &table, uint32_t lane,
+                                                 const tqkvc_operand (&p)[TQKVC_TILE_BLOCKS][R / 4],
+                                                 const int (&start)[R / 4], int (&out)[N][2][R / 4])
 {
+    constexpr int H = R / 4;
+    tqkvc_product<R> sums[2] = {};
+
 #pragma unroll
-    for (int b = 0; b < TQKVC_TILE_BLOCKS; b += 2) {
-        tqkvc_levels first, second;
-        v_levels<BITS>(unit + offsets[b], lane / 4, lane % 4, table, first);
-        v_levels<BITS>(unit + offsets[b + 1], lane / 4, lane % 4, table, second);
-        const uint32_t negative[4] = {first.negative[0], first.negative[1], second.negative[0],
-                                      second.negative[1]};
-        const uint32_t positive[4] = {first.positive[0], first.positive[1], second.positive[0],
-                                      second.positive[1]};
+    for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
+        uint32_t a[4];
+        v_levels<BITS>(unit + offsets[b], lane / 4, lane % 4, table, a);
+        if constexpr (N == 2) {
+            uint32_t second[4];
+            v_levels<BITS>(unit + 32 * BITS + offsets[b], lane / 4, lane % 4, table, second);
+            a[1] = second[0];
+            a[3] = second[2];
+        }
 #pragma unroll
-        for (int h = 0; h < R / 4; h++) {
-            multiply_k32(out.c[h], negative, p[b][h], p[b + 1][h]);
-            if constexpr (tqkvc_is_shifted(BITS))
-                multiply_k32(out.c[h], positive, p[b][h], p[b + 1][h]);
+        for (int h = 0; h < H; h++) {
+            const tqkvc_operand &operand = p[b][h];
+            if constexpr (BITS == 8) {
+                multiply_k16_unsigned(sums[0].c[h], a[0], a[1],
+                                      permute(operand.even[0], operand.even[1], 0x6420u));
+            } else {
+                multiply_k32(sums[0].c[h], a, operand.even[0], operand.even[1]);
+                multiply_k32(sums[1].c[h], a, operand.odd[0], operand.odd[1]);
+            }
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < H; h++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if constexpr (N == 2) {
+                out[0][i][h] = sums[i].value(0, h);
+                out[1][i][h] = sums[i].value(1, h);
+            } else {
+                out[0][i][h] = BITS == 8 ? sums[0].value(i, h)
+                                         : sums[i].value(0, h) + sums[i].value(1, h) + start[h];
+            }
         }
     }
 }
 
-/* Sums of a unit: what they were, and what the tile adds. */
-template <int R>
-static __device__ __forceinline__ void add_unit(const tqkvc_product<R> &product,
-                                                const float (&old_factor)[R / 4],
-                                                const float (&new_factor)[R / 4], float *sums)
+/* sums, of a lane: what they were, and what the tile adds. */
+template <int N, int R>
+static __device__ __forceinline__ void add_units(const int (&added)[N][2][R / 4],
+                                                 const float (&old_factor)[R / 4],
+                                                 const float (&factor)[R / 4], float *sums)
 {
     constexpr int H = R / 4;
-    float v[2 * H];
-
-    if constexpr (H == 1)
-        *reinterpret_cast<float2 *>(v) = *reinterpret_cast<const float2 *>(sums);
-    else
-        *reinterpret_cast<float4 *>(v) = *reinterpret_cast<const float4 *>(sums);
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int u = 0; u < N; u++)
 #pragma unroll
-        for (int h = 0; h < H; h++)
-            v[half * H + h] =
-                fmaf((float)product.value(half, h), new_factor[h], v[half * H + h] * old_factor[h]);
-    if constexpr (H == 1)
-        *reinterpret_cast<float2 *>(sums) = *reinterpret_cast<const float2 *>(v);
-    else
-        *reinterpret_cast<float4 *>(sums) = *reinterpret_cast<const float4 *>(v);
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int h = 0; h < H; h++) {
+                float &sum = sums[u * 32 * R / 2 + i * H + h];
+                sum = fmaf((float)added[u][i][h], factor[h], sum * old_factor[h]);
+            }
 }
 
 /* steps: by width. Units without codes in this tier are only brought to the new top. */
@@ -357,36 +426,43 @@ static __device__ __forceinline__ void add_values(const tqkvc_sections &v,
 {
     constexpr int H = R / 4;
     const uint8_t *unit = v.first + TQKVC_BLOCK_TOKENS;
-    uint32_t p[TQKVC_TILE_BLOCKS][H], offsets[TQKVC_TILE_BLOCKS];
+    float *sums = memory.sums[0][lane];
+    tqkvc_operand p[TQKVC_TILE_BLOCKS][H];
+    uint32_t offsets[TQKVC_TILE_BLOCKS];
 
 #pragma unroll
     for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
         offsets[b] = v.offset(b);
         spread_probabilities<R>(weights.packed[b], lane, p[b]);
     }
-    for_runs<D / 16>(v.widths, [&](auto width, uint32_t first, uint32_t n) {
+    for_runs<D / 16>(memory.runs[1], [&](auto width, uint32_t n) {
         constexpr int BITS = decltype(width)::value;
         tqkvc_table<BITS> table;
         float factor[H];
-        int start[H][2];
+        int start[H];
 #pragma unroll
         for (int h = 0; h < H; h++) {
             factor[h] = weights.new_factor[h] * steps[BITS];
-            start[h][0] = 0;
-            start[h][1] = tqkvc_is_shifted(BITS) ? weights.sum[h] : 0;
+            start[h] = tqkvc_is_shifted(BITS) ? weights.sum[h] : 0;
         }
         table.load(tables[BITS]);
+        const auto add = [&](auto count) {
+            constexpr int N = decltype(count)::value;
+            int added[N][2][H] = {};
+            if constexpr (BITS != 0)
+                sum_units<BITS, N, R>(unit, offsets, table, lane, p, start, added);
+            add_units<N, R>(added, weights.old_factor, factor, sums);
+            unit += N * 32 * BITS;
+            sums += N * 32 * R / 2;
+        };
+        if constexpr (BITS >= 1 && BITS <= 3) {
 #pragma unroll 1
-        for (uint32_t u = first; u < first + n; u++, unit += 32 * BITS) {
-            tqkvc_product<R> product;
-            if constexpr (BITS != 0) {
-                product.start(start);
-                sum_unit<BITS, R>(unit, offsets, table, lane, p, product);
-            } else {
-                product = {};
-            }
-            add_unit<R>(product, weights.old_factor, factor, memory.sums[u][lane]);
+            for (; n >= 2; n -= 2)
+                add(tqkvc_bits<2>());
         }
+#pragma unroll 1
+        for (; n > 0; n--)
+            add(tqkvc_bits<1>());
     });
 }
 

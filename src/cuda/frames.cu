@@ -2,11 +2,12 @@
 /*
  * Queries of frames: q' = inverse R(-base) q for every frame of a sequence, as whole numbers.
  *
- * A block takes N = 8 or 32 columns, (frame, row) pairs of one sequence and KV head: turns them into
+ * A block takes N = 8, 16 or 32 columns, (sequence, frame, row), of one KV head: turns them into
  * shared memory as two f16 each, multiplies them with the matrix of the head on tensor cores, and
  * writes operands for the tiers of the frame. It is a kernel of its own because 32 columns share a read
- * of the matrix; decode starts beside it and reads its first tiles meanwhile. With few columns, 8 to a
- * block take less time.
+ * of the matrix, 64 KB for 128 channels, which bounds it: 512 blocks of one sequence each took 15 us of
+ * the 97 of a decode (H100, 32/8/128, 64 x 4096 tokens, 2 bits). Decode starts beside it and reads its
+ * first tiles meanwhile.
  */
 #include "cuda/columns.cuh"
 #include "cuda/launch.h"
@@ -16,7 +17,24 @@
 namespace
 {
 
-constexpr int N_WARPS = 4;
+constexpr uint32_t N_WARPS = 8;
+
+/* A column: frame and query row of a sequence; whether the sequence has that frame. */
+struct column_place {
+    uint32_t seq, frame, row, length;
+    bool there;
+};
+
+__device__ column_place find_column(const tqkvc_frames &p, uint32_t column)
+{
+    const uint32_t n = p.n_frames * p.n_rows;
+    column_place c = {.seq = min(column / n, p.n_seqs - 1),
+                      .frame = column % n / p.n_rows,
+                      .row = column % p.n_rows};
+    c.length = max(p.seq_lens[c.seq], 0);
+    c.there = column < n * p.n_seqs && (uint64_t)c.frame * p.frame_tokens < c.length;
+    return c;
+}
 
 __device__ float sum_lanes(float v)
 {
@@ -32,21 +50,22 @@ __device__ float max_lanes(float v)
 
 /* One row of queries before it is turned, and what its channels are turned by and multiplied with. */
 template <int D> struct query_source {
-    uint32_t row = ~0u;
+    uint32_t seq = ~0u, row = ~0u;
     float a[D / 64], b[D / 64], mean_a[D / 64], mean_b[D / 64];
     double turns[D / 64]; /* of a pair a position, in whole turns */
 
-    __device__ void load(const tqkvc_frames &p, uint32_t g, uint32_t new_row, uint32_t lane)
+    __device__ void load(const tqkvc_frames &p, uint32_t g, const column_place &c, uint32_t lane)
     {
         const uint32_t group = p.shape.n_heads / p.shape.n_kv_heads;
-        const size_t q = ((size_t)(blockIdx.z * p.q_len + new_row / group) * p.shape.n_heads +
-                          g * group + new_row % group) *
+        const size_t q = (((size_t)c.seq * p.q_len + c.row / group) * p.shape.n_heads + g * group +
+                          c.row % group) *
                          D;
         const float *mean =
             reinterpret_cast<const float *>(p.image + p.shape.parts.mean[0]) + g * D;
         const float *inv_freq = reinterpret_cast<const float *>(p.image + p.shape.parts.inv_freq);
 
-        row = new_row;
+        seq = c.seq;
+        row = c.row;
 #pragma unroll
         for (int i = 0; i < D / 64; i++) {
             const tqkvc_pair pair = find_pair(p.shape, 32 * i + lane);
@@ -89,33 +108,33 @@ __device__ float load_column(const tqkvc_shape &shape, const query_source<D> &so
 }
 
 /* Bit per tier that has tokens of the frame. */
-__device__ uint32_t tiers_of(const tqkvc_frames &p, uint32_t frame, uint32_t length, uint32_t lane)
+__device__ uint32_t tiers_of(const tqkvc_frames &p, const column_place &c, uint32_t lane)
 {
     const uint32_t each = p.frame_tokens / TQKV_CUDA_TILE_TOKENS;
     const uint32_t n =
-        min((frame + 1) * each, (length + TQKV_CUDA_TILE_TOKENS - 1) / TQKV_CUDA_TILE_TOKENS);
+        min((c.frame + 1) * each, (c.length + TQKV_CUDA_TILE_TOKENS - 1) / TQKV_CUDA_TILE_TOKENS);
     uint32_t found = 0;
 
     if (!p.tiers)
         return 1u << (p.shape.n_tiers - 1);
-    for (uint32_t i = frame * each + lane; i < n; i += 32)
-        found |= 1u << p.tiers[(size_t)blockIdx.z * p.tiers_stride + i];
+    for (uint32_t i = c.frame * each + lane; i < n; i += 32)
+        found |= 1u << p.tiers[(size_t)c.seq * p.tiers_stride + i];
     return __reduce_or_sync(0xffffffffu, found);
 }
 
 /* Operands of one column for the tiers of its frame. product: [D]. steps: of the tier used last. */
 template <int D>
-__device__ void write_column(const tqkvc_frames &p, uint32_t g, uint32_t frame, uint32_t row,
-                             uint32_t length, const float *product, float factor, float q_mean,
-                             uint32_t lane, tqkvc_query_steps<D> &steps)
+__device__ void write_column(const tqkvc_frames &p, uint32_t g, const column_place &c,
+                             const float *product, float factor, float q_mean, uint32_t lane,
+                             tqkvc_query_steps<D> &steps)
 {
     const tqkvc_layout *layouts =
         reinterpret_cast<const tqkvc_layout *>(p.image + p.shape.parts.layouts);
     const tqkvc_tables *tables = reinterpret_cast<const tqkvc_tables *>(p.image);
-    const size_t place = ((size_t)blockIdx.z * p.shape.n_kv_heads + g) * p.n_frames + frame;
-    const uint32_t tile = row / p.rows_per_tile, r = row % p.rows_per_tile;
+    const size_t place = ((size_t)c.seq * p.shape.n_kv_heads + g) * p.n_frames + c.frame;
+    const uint32_t tile = c.row / p.rows_per_tile, r = c.row % p.rows_per_tile;
 
-    for (uint32_t left = tiers_of(p, frame, length, lane); left != 0; left &= left - 1) {
+    for (uint32_t left = tiers_of(p, c, lane); left != 0; left &= left - 1) {
         const uint32_t tier = __ffs(left) - 1;
         const size_t at = (place * p.shape.n_tiers + tier) * p.n_row_tiles + tile;
         if (steps.tier != tier)
@@ -142,25 +161,27 @@ __global__ void __launch_bounds__(32 * N_WARPS)
         float products[N][D + 4];
     } memory;
     __shared__ float factors[N], q_means[N];
-    const uint32_t g = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t length = max(p.seq_lens[blockIdx.z], 0);
-    const uint32_t n_frames = (length + p.frame_tokens - 1) / p.frame_tokens;
-    const uint32_t n = min(n_frames, p.n_frames) * p.n_rows, first = blockIdx.x * N;
-    float c[D / 16 / N_WARPS][N / 8][4];
+    constexpr uint32_t TILES =
+        (D / 16 + N_WARPS - 1) / N_WARPS; /* 16 rows of the matrix, of a warp */
+    const uint32_t g = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32,
+                   first = blockIdx.x * N;
+    float c[TILES][N / 8][4];
     query_source<D> source;
     tqkvc_query_steps<D> steps;
 
+    /* Decode reads pages before it waits for this kernel: they, too, must be there when it starts. */
+    wait_for_previous();
     let_next_start();
-    if (first >= n)
+    if (!__syncthreads_or(find_column(p, first + lane % N).there))
         return;
 #pragma unroll 1
-    for (uint32_t i = warp; i < N; i += N_WARPS) {     /* mostly one row */
-        const uint32_t column = min(first + i, n - 1); /* columns past the last repeat it */
-        if (column % p.n_rows != source.row)
-            source.load(p, g, column % p.n_rows, lane);
+    for (uint32_t i = warp; i < N; i += N_WARPS) { /* mostly one row */
+        const column_place column = find_column(p, first + i);
+        if (column.seq != source.seq || column.row != source.row)
+            source.load(p, g, column, lane);
         float q_mean;
-        const float factor = load_column<D, N>(p.shape, source, column / p.n_rows * p.frame_tokens,
-                                               i, lane, memory.columns, &q_mean);
+        const float factor = load_column<D, N>(p.shape, source, column.frame * p.frame_tokens, i,
+                                               lane, memory.columns, &q_mean);
         if (lane == 0) {
             factors[i] = factor;
             q_means[i] = q_mean;
@@ -173,13 +194,16 @@ __global__ void __launch_bounds__(32 * N_WARPS)
     const float *row_scale =
         reinterpret_cast<const float *>(p.image + p.shape.parts.row_scale[0]) + g * D;
 #pragma unroll
-    for (uint32_t m = 0; m < D / 16 / N_WARPS; m++)
-        multiply_columns<D, N, N == 8 ? 8 : 2>(matrix, m * N_WARPS + warp, memory.columns, lane,
-                                               c[m]);
+    for (uint32_t i = 0; i < TILES; i++)
+        if (i * N_WARPS + warp < D / 16)
+            multiply_columns<false, N == 8 ? 8 : 2>(matrix, i * N_WARPS + warp, memory.columns,
+                                                    lane, c[i]);
     __syncthreads();
 #pragma unroll
-    for (uint32_t m = 0; m < D / 16 / N_WARPS; m++) {
+    for (uint32_t m = 0; m < TILES; m++) {
         const uint32_t j = (m * N_WARPS + warp) * 16 + lane / 4;
+        if (j >= D)
+            continue;
         const float scale[2] = {row_scale[j], row_scale[j + 8]};
 #pragma unroll
         for (uint32_t i = 0; i < N / 8 * 4; i++)
@@ -188,23 +212,27 @@ __global__ void __launch_bounds__(32 * N_WARPS)
     }
     __syncthreads();
 #pragma unroll 1
-    for (uint32_t i = warp; i < min((uint32_t)N, n - first); i += N_WARPS)
-        write_column<D>(p, g, (first + i) / p.n_rows, (first + i) % p.n_rows, length,
-                        memory.products[i], factors[i], q_means[i], lane, steps);
+    for (uint32_t i = warp; i < N; i += N_WARPS) {
+        const column_place column = find_column(p, first + i);
+        if (column.there)
+            write_column<D>(p, g, column, memory.products[i], factors[i], q_means[i], lane, steps);
+    }
 }
 
-/* Blocks of 8 columns while those of 32 would not fill the device. */
-template <int D> void launch(const tqkvc_frames &p, cudaStream_t stream)
+/* The fewest columns a block with which blocks fit the device at a time; at most 32. */
+template <int D> cudaError_t launch(const tqkvc_frames &p, cudaStream_t stream)
 {
-    constexpr uint32_t BLOCKS_FEW = 512;
-    const uint32_t n_columns = p.n_frames * p.n_rows, heads = p.shape.n_kv_heads * p.n_seqs;
-    const bool few = (n_columns + 31) / 32 * heads < BLOCKS_FEW;
-    const dim3 grid((n_columns + (few ? 7 : 31)) / (few ? 8 : 32), p.shape.n_kv_heads, p.n_seqs);
+    constexpr uint32_t BLOCKS_FEW = 264;
+    const uint32_t n_columns = p.n_frames * p.n_rows * p.n_seqs;
+    uint32_t n = 8;
 
-    if (few)
-        frames_kernel<D, 8><<<grid, 32 * N_WARPS, 0, stream>>>(p);
-    else
-        frames_kernel<D, 32><<<grid, 32 * N_WARPS, 0, stream>>>(p);
+    while (n < 32 && (n_columns + n - 1) / n * p.shape.n_kv_heads > BLOCKS_FEW)
+        n *= 2;
+    const dim3 grid((n_columns + n - 1) / n, p.shape.n_kv_heads);
+    return launch_beside(n == 8    ? frames_kernel<D, 8>
+                         : n == 16 ? frames_kernel<D, 16>
+                                   : frames_kernel<D, 32>,
+                         grid, 32 * N_WARPS, 0, stream, p);
 }
 
 } // namespace
@@ -213,16 +241,9 @@ extern "C" tqkv_status tqkvc_launch_frames(const tqkvc_frames *frames, void *str
 {
     const cudaStream_t s = static_cast<cudaStream_t>(stream);
 
-    switch (frames->shape.dim) {
-    case 64:
-        launch<64>(*frames, s);
-        break;
-    case 128:
-        launch<128>(*frames, s);
-        break;
-    default:
-        launch<256>(*frames, s);
-        break;
-    }
-    return cudaGetLastError() == cudaSuccess ? TQKV_OK : TQKV_ERR_UNSUPPORTED;
+    const cudaError_t error = frames->shape.dim == 64    ? launch<64>(*frames, s)
+                              : frames->shape.dim == 128 ? launch<128>(*frames, s)
+                                                         : launch<256>(*frames, s);
+    (void)cudaGetLastError();
+    return error == cudaSuccess ? TQKV_OK : TQKV_ERR_UNSUPPORTED;
 }

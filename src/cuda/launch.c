@@ -2,6 +2,7 @@
 /* The public launches of cuda.h: check, choose a configuration, hand over to the device code. */
 #include "cuda/launch.h"
 
+#include <math.h>
 #include <stdbool.h>
 
 #include <cuda_runtime_api.h>
@@ -10,7 +11,7 @@
 
 #define SHARED_BYTES_MAX (227u * 1024u) /* of a block on sm_90; smaller devices say so themselves */
 #define SHARED_BYTES_RESERVED 1024u     /* beside what a block asks for */
-#define BLOCKS_WANTED 3 /* blocks for each that runs at a time, so that the end is ragged little */
+#define TILES_OF_BLOCK 1.5f /* tiles of a warp that take as long as the rest of what a block does */
 #define LOG2_E 1.44269504f
 #define SEQUENCES_MAX 65535u /* of a grid's third dimension */
 
@@ -89,12 +90,22 @@ static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan,
     per_sm = per_sm < 1 ? 1 : per_sm > by_registers ? by_registers : per_sm;
     const uint32_t slots = n_sm * per_sm, n = n_seqs * shape->n_kv_heads * plan->n_row_tiles;
     const uint32_t n_tiles = tqkvi_div_up(max_tokens, TQKV_CUDA_TILE_TOKENS);
-    uint32_t splits = n <= slots ? slots / n : tqkvi_div_up(BLOCKS_WANTED * slots, n);
-    const uint32_t most = tqkvi_div_up(n_tiles, TQKVC_WARPS); /* a tile for each warp */
+    const uint32_t by_tiles = tqkvi_div_up(n_tiles, TQKVC_WARPS); /* a tile for each warp */
+    const uint32_t most = by_tiles < TQKVC_SPLITS_MAX ? by_tiles : TQKVC_SPLITS_MAX;
+    uint32_t best = 1;
+    float least = INFINITY;
 
-    splits = splits > most ? most : splits;
-    splits = splits > TQKVC_SPLITS_MAX ? TQKVC_SPLITS_MAX : splits;
-    return splits < 1 ? 1 : splits;
+    /* Rounds of blocks, in tiles of a warp, and what each block costs besides. */
+    for (uint32_t splits = 1; splits <= most; splits++) {
+        const uint32_t tiles = tqkvi_div_up(by_tiles, splits),
+                       rounds = tqkvi_div_up(n * tqkvi_div_up(by_tiles, tiles), slots);
+        const float cost = (float)rounds * ((float)tiles + TILES_OF_BLOCK);
+        if (cost < least) {
+            least = cost;
+            best = splits;
+        }
+    }
+    return best;
 }
 
 static size_t aligned(size_t bytes)

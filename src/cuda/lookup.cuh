@@ -6,15 +6,18 @@
  * A byte permutation is a table of eight levels: four codes as nibbles select four bytes. Bit 3 of a
  * nibble makes the byte's sign bit fill it, so that beside a table of negative levels a code of
  * another table reads -1, and beside one of positive levels 0. Widths 4, 5 and 6 have 1, 2 and 4
- * tables of either sign. Negative ones are merged by AND, positive ones by OR:
+ * tables of either sign. Negative ones are merged by AND, positive ones by OR, and the product adds
+ * what is left of both signs:
  *
  *     negative code   level - 1  +  0                 both add up to level - 1, and the product is
  *     positive code          -1  +  level             corrected by the sum of its other operand
  *
  * With lane = 4 g + t:
  *
- *     K   operand rows are tokens: register i has token 2g + i, its channels 2t, 2t + 8, 2t + 1, 2t + 9
- *     V   operand rows are channels: register i has channel g + 8 i, its tokens 4t .. 4t + 3
+ *     K   operand rows are tokens: register i has token 2g + i, its channels 2t, 2t + 8, 2t + 1, 2t + 9;
+ *         the other sign is another 16 columns, that meet the same query
+ *     V   operand rows are channels: a register has two tokens of channels g and g + 8 in turn, which
+ *         meet probabilities with zeros in turn; the other sign is another 8 rows
  */
 #ifndef TQKVC_LOOKUP_CUH
 #define TQKVC_LOOKUP_CUH
@@ -60,25 +63,34 @@ template <int BITS> struct tqkvc_table {
     __device__ __forceinline__ void find(const tqkvc_codes &c, uint32_t &negative,
                                          uint32_t &positive) const
     {
-        const uint32_t other = c.low ^ 0x8888u;
+        const uint32_t other = c.low ^ 0x88888888u;
         if constexpr (BITS <= 3) {
             negative = part(0, c.low);
+            positive = 0;
         } else if constexpr (BITS == 4) {
             negative = part(0, c.low);
             positive = part(1, other);
         } else if constexpr (BITS == 5) {
-            const uint32_t above = c.bit4 ^ 0x8888u;
+            const uint32_t above = c.bit4 ^ 0x88888888u;
             negative = part(0, c.low | c.bit4) & part(1, other | c.bit4);
             positive = part(2, c.low | above) | part(3, other | above);
         } else if constexpr (BITS == 6) {
-            const uint32_t bit4 = c.bit4 | c.bit5, above = (c.bit4 ^ 0x8888u) | c.bit5;
-            const uint32_t sign = c.bit5 ^ 0x8888u;
-            const uint32_t p_bit4 = c.bit4 | sign, p_above = (c.bit4 ^ 0x8888u) | sign;
+            const uint32_t bit4 = c.bit4 | c.bit5, above = (c.bit4 ^ 0x88888888u) | c.bit5;
+            const uint32_t sign = c.bit5 ^ 0x88888888u;
+            const uint32_t p_bit4 = c.bit4 | sign, p_above = (c.bit4 ^ 0x88888888u) | sign;
             negative = part(0, c.low | bit4) & part(1, other | bit4) & part(2, c.low | above) &
                        part(3, other | above);
             positive = part(4, c.low | p_bit4) | part(5, other | p_bit4) |
                        part(6, c.low | p_above) | part(7, other | p_above);
         }
+    }
+
+    /* Eight codes: those of the lower halves to registers 0 and 1, of the upper ones to 2 and 3. */
+    __device__ __forceinline__ void find2(const tqkvc_codes &c, uint32_t (&out)[4]) const
+    {
+        const tqkvc_codes upper = {c.low >> 16, c.bit4 >> 16, c.bit5 >> 16};
+        find(c, out[0], out[1]);
+        find(upper, out[2], out[3]);
     }
 };
 
@@ -166,23 +178,22 @@ static __device__ __forceinline__ uint32_t v_plane1(const uint8_t *plane, uint32
                                                                                         << to_bit;
 }
 
-/* a[0], a[1]: bytes t0 t0' t1 t1' and t2 t2' t3 t3' of the two channels of a lane to one register each. */
-static __device__ __forceinline__ void part_channels(const uint32_t (&a)[2], uint32_t (&out)[2])
-{
-    out[0] = permute(a[0], a[1], 0x6420u);
-    out[1] = permute(a[0], a[1], 0x7531u);
-}
-
-/* unit: in shared memory, 4-aligned. */
+/*
+ * unit: in shared memory, 4-aligned. out: the four registers of an operand of 32 columns; a byte of
+ * each channel of the lane in turn, tokens 4t, 4t + 1 in registers 0 and 1, the other two in 2 and 3.
+ * Registers 1 and 3 have the other sign of tables of two signs, otherwise 0. Width 8 has registers 0
+ * and 1 of an operand of 16 columns, channels g and g + 8, tokens 4t .. 4t + 3.
+ */
 template <int BITS>
 static __device__ __forceinline__ void v_levels(const uint8_t *unit, uint32_t g, uint32_t t,
-                                                const tqkvc_table<BITS> &table, tqkvc_levels &out)
+                                                const tqkvc_table<BITS> &table, uint32_t (&out)[4])
 {
     if constexpr (BITS == 8) {
         const uint32_t low = load_u32(unit + 32 * t + 4 * g),
                        high = load_u32(unit + 128 + 32 * t + 4 * g);
-        out.negative[0] = ((low & 0x0f0f0f0fu) | (high << 4 & 0xf0f0f0f0u)) ^ 0x80808080u;
-        out.negative[1] = ((low >> 4 & 0x0f0f0f0fu) | (high & 0xf0f0f0f0u)) ^ 0x80808080u;
+        out[0] = ((low & 0x0f0f0f0fu) | (high << 4 & 0xf0f0f0f0u)) ^ 0x80808080u;
+        out[1] = ((low >> 4 & 0x0f0f0f0fu) | (high & 0xf0f0f0f0u)) ^ 0x80808080u;
+        out[2] = out[3] = 0;
         return;
     }
     tqkvc_codes c = {};
@@ -201,13 +212,7 @@ static __device__ __forceinline__ void v_levels(const uint8_t *unit, uint32_t g,
         c.bit4 = codes << 3 & 0x88888888u;
         c.bit5 = codes << 2 & 0x88888888u;
     }
-    const tqkvc_codes upper = {c.low >> 16, c.bit4 >> 16, c.bit5 >> 16};
-    uint32_t negative[2], positive[2];
-    table.find(c, negative[0], positive[0]);
-    table.find(upper, negative[1], positive[1]);
-    part_channels(negative, out.negative);
-    if constexpr (tqkvc_is_shifted(BITS))
-        part_channels(positive, out.positive);
+    table.find2(c, out);
 }
 
 /* A width as a type. */

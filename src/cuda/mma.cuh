@@ -21,25 +21,32 @@ static __device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, 
     return out;
 }
 
-/* c += a b: a [16][16] s8, b [16][8] s8. a0: row g, k = 4t..4t+3; a1: row g + 8; b: column g. */
-static __device__ __forceinline__ void multiply_k16(int (&c)[4], uint32_t a0, uint32_t a1,
-                                                    uint32_t b)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-                 "{%0,%1,%2,%3};"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a0), "r"(a1), "r"(b));
-}
+/* c += a b: a [16][16] s8, b [16][8]. a0: row g, k = 4t..4t+3; a1: row g + 8; b: column g. */
+#define TQKVC_MULTIPLY_K16(name, type)                                                             \
+    static __device__ __forceinline__ void name(int(&c)[4], uint32_t a0, uint32_t a1, uint32_t b)  \
+    {                                                                                              \
+        asm("mma.sync.aligned.m16n8k16.row.col.s32.s8." type ".s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, " \
+            "{%0,%1,%2,%3};"                                                                       \
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                       \
+            : "r"(a0), "r"(a1), "r"(b));                                                           \
+    }
 
-/* c += a b: a [16][32] s8, b [32][8] u8. a[0], a[1]: k = 4t..4t+3 of rows g, g + 8; a[2], a[3]: k + 16. */
-static __device__ __forceinline__ void multiply_k32(int (&c)[4], const uint32_t (&a)[4],
-                                                    uint32_t b0, uint32_t b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-                 "{%8,%9}, {%0,%1,%2,%3};"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+TQKVC_MULTIPLY_K16(multiply_k16, "s8")
+TQKVC_MULTIPLY_K16(multiply_k16_unsigned, "u8")
+
+/* c += a b: a [16][32] s8, b [32][8]. a[0], a[1]: k = 4t..4t+3 of rows g, g + 8; a[2], a[3]: k + 16. */
+#define TQKVC_MULTIPLY_K32(name, type)                                                          \
+    static __device__ __forceinline__ void name(int(&c)[4], const uint32_t(&a)[4], uint32_t b0, \
+                                                uint32_t b1)                                    \
+    {                                                                                           \
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8." type ".s32 {%0,%1,%2,%3}, "             \
+            "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                            \
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                    \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                    \
+    }
+
+TQKVC_MULTIPLY_K32(multiply_k32_signed, "s8")
+TQKVC_MULTIPLY_K32(multiply_k32, "u8")
 
 /* c += a b: a [16][16] f16 as image.h orders it, b [16][8] f16. */
 static __device__ __forceinline__ void multiply_f16(float (&c)[4], const uint4 &a, uint32_t b0,

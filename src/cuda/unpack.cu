@@ -12,45 +12,6 @@ namespace
 
 constexpr uint32_t TOKENS = 32, WARPS = 4;
 
-__device__ uint32_t transposed(uint32_t x)
-{
-    uint32_t y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
-__device__ uint4 transposed(const uint4 &x)
-{
-    return make_uint4(transposed(x.x), transposed(x.z), transposed(x.y), transposed(x.w));
-}
-
-/* Rows 16 m .. 16 m + 15 of the transposed matrix times the columns; see multiply_columns. */
-template <int D>
-__device__ void multiply_transposed(const uint4 *__restrict__ matrix, uint32_t m,
-                                    const tqkvc_columns<D, TOKENS> &columns, uint32_t lane,
-                                    float (&c)[TOKENS / 8][4])
-{
-    const uint32_t g = lane / 4, t = lane % 4;
-
-#pragma unroll
-    for (uint32_t i = 0; i < TOKENS / 8 * 4; i++)
-        c[i / 4][i % 4] = 0.0f;
-    for (uint32_t k = 0; k < D / 16; k++) {
-        const uint4 *operand = matrix + (size_t)(k * (D / 16) + m) * 64 + lane;
-        const uint4 high = transposed(__ldg(operand)), low = transposed(__ldg(operand + 32));
-#pragma unroll
-        for (uint32_t n = 0; n < TOKENS / 8; n++) {
-            const uint32_t *b_high =
-                reinterpret_cast<const uint32_t *>(&columns.high[8 * n + g][16 * k + 2 * t]);
-            const uint32_t *b_low =
-                reinterpret_cast<const uint32_t *>(&columns.low[8 * n + g][16 * k + 2 * t]);
-            multiply_f16(c[n], low, b_high[0], b_high[4]);
-            multiply_f16(c[n], high, b_low[0], b_low[4]);
-            multiply_f16(c[n], high, b_high[0], b_high[4]);
-        }
-    }
-}
-
 /* Code of channel d of a plane of w bits of the token in a slot. */
 __device__ uint32_t plane_code(const uint8_t *plane, uint32_t side, uint32_t slot, uint32_t w,
                                uint32_t d)
@@ -186,9 +147,9 @@ __global__ void __launch_bounds__(32 * WARPS) unpack_kernel(const __grid_constan
 #pragma unroll
     for (uint32_t i = 0; i < D / 16 / WARPS; i++) {
         if (side == TQKV_SIDE_K)
-            multiply_transposed<D>(matrix, i * WARPS + warp, memory.columns, lane, c[i]);
+            multiply_columns<true, 4>(matrix, i * WARPS + warp, memory.columns, lane, c[i]);
         else
-            multiply_columns<D, TOKENS>(matrix, i * WARPS + warp, memory.columns, lane, c[i]);
+            multiply_columns<false, 8>(matrix, i * WARPS + warp, memory.columns, lane, c[i]);
     }
     __syncthreads();
 #pragma unroll
