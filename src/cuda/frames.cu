@@ -5,9 +5,7 @@
  * A block takes N = 8, 16 or 32 columns, (sequence, frame, row), of one KV head: turns them into
  * shared memory as two f16 each, multiplies them with the matrix of the head on tensor cores, and
  * writes operands for the tiers of the frame. It is a kernel of its own because 32 columns share a read
- * of the matrix, 64 KB for 128 channels, which bounds it: 512 blocks of one sequence each took 15 us of
- * the 97 of a decode (H100, 32/8/128, 64 x 4096 tokens, 2 bits). Decode starts beside it and reads its
- * first tiles meanwhile.
+ * of the matrix. Decode starts beside it and reads its first tiles meanwhile.
  */
 #include "cuda/columns.cuh"
 #include "cuda/launch.h"
