@@ -82,6 +82,27 @@ static __device__ __forceinline__ float load_value(const void *p, size_t i, tqkv
     return __bfloat162float(static_cast<const __nv_bfloat16 *>(p)[i]);
 }
 
+/* Several values; their loads do not wait for each other. */
+template <int K>
+static __device__ __forceinline__ void load_values(const void *p, const size_t (&at)[K],
+                                                   tqkv_cuda_type type, float (&out)[K])
+{
+    if (type == TQKV_CUDA_F32) {
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            out[k] = static_cast<const float *>(p)[at[k]];
+        return;
+    }
+    uint16_t halves[K];
+#pragma unroll
+    for (int k = 0; k < K; k++)
+        halves[k] = static_cast<const uint16_t *>(p)[at[k]];
+#pragma unroll
+    for (int k = 0; k < K; k++)
+        out[k] = type == TQKV_CUDA_F16 ? __half2float(__ushort_as_half(halves[k]))
+                                       : __uint_as_float((uint32_t)halves[k] << 16);
+}
+
 static __device__ __forceinline__ void store_value(void *p, size_t i, tqkv_cuda_type type, float v)
 {
     if (type == TQKV_CUDA_F32)

@@ -64,14 +64,22 @@ template <int D> struct query_source {
 
         seq = c.seq;
         row = c.row;
+        size_t at[D / 32];
+        float values[D / 32];
 #pragma unroll
         for (int i = 0; i < D / 64; i++) {
             const tqkvc_pair pair = find_pair(p.shape, 32 * i + lane);
-            a[i] = load_value(p.q, q + pair.a, p.type);
-            b[i] = load_value(p.q, q + pair.b, p.type);
+            at[2 * i] = q + pair.a;
+            at[2 * i + 1] = q + pair.b;
             mean_a[i] = mean[pair.a];
             mean_b[i] = mean[pair.b];
             turns[i] = pair.turns ? turns_per_position(inv_freq[32 * i + lane]) : 0.0;
+        }
+        load_values(p.q, at, p.type, values);
+#pragma unroll
+        for (int i = 0; i < D / 64; i++) {
+            a[i] = values[2 * i];
+            b[i] = values[2 * i + 1];
         }
     }
 };
@@ -217,10 +225,10 @@ __global__ void __launch_bounds__(32 * N_WARPS)
     }
 }
 
-/* The fewest columns a block with which blocks fit the device at a time; at most 32. */
+/* The fewest columns a block with which there are not too many reads of the matrix; at most 32. */
 template <int D> cudaError_t launch(const tqkvc_frames &p, cudaStream_t stream)
 {
-    constexpr uint32_t BLOCKS_FEW = 264;
+    constexpr uint32_t BLOCKS_FEW = 600;
     const uint32_t n_columns = p.n_frames * p.n_rows * p.n_seqs;
     uint32_t n = 8;
 
