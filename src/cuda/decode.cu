@@ -9,8 +9,8 @@
  *
  * Every byte of K and V is read once for up to R rows, by bulk copies of sections (1040 bytes at 4 bits
  * and 128 channels). While a warp works on V of a tile, K of its next tile is on its way, and the
- * reverse: 16 warps of 8 KB fill a multiprocessor of sm_90, and hide each other's latency. 8 warps with
- * three tiles each took 255 us where these take 158 (H100, 32/8/128, 64 x 4096 tokens, 4 bits).
+ * reverse: 16 warps of 8 KB fill a multiprocessor of sm_90, and hide each other's latency.
+ * docs/GPU.md has what other ways took.
  */
 #include "cuda/columns.cuh"
 #include "cuda/decode_tile.cuh"

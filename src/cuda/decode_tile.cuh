@@ -201,6 +201,22 @@ template <int R> struct tqkvc_probabilities {
 
 constexpr float TQKVC_ZERO_LOG = -7.97f; /* byte 0 gives -8, byte 1 -7.94 */
 
+/* The sums of a tile, relative to its top, to those of row h so far. */
+template <int R>
+static __device__ __forceinline__ void add_row(int h, float top, float sum, float nonzero,
+                                               tqkvc_row_state<R> &rows,
+                                               tqkvc_probabilities<R> &out)
+{
+    const float new_top = fmaxf(rows.top[h], top);
+    const float old_factor = exp2_fast(rows.top[h] - new_top), factor = exp2_fast(top - new_top);
+
+    rows.top[h] = new_top;
+    rows.sum[h] = fmaf(sum, factor, rows.sum[h] * old_factor);
+    rows.nonzero[h] = fmaf(nonzero, factor, rows.nonzero[h] * old_factor);
+    out.old_factor[h] = old_factor;
+    out.new_factor[h] = factor * (1.0f / TQKVC_P_MAX);
+}
+
 /*
  * Scores of a lane's rows to probabilities. CHECKED: tokens may be hidden or zero; otherwise all are
  * seen and none is zero. first_token: of the lane in the first block.
@@ -275,15 +291,8 @@ weigh_rows(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
         whole[h] -= 2 * TQKVC_TILE_BLOCKS * TQKVC_MAGIC;
         for (int i = 4; i < 32; i *= 2)
             whole[h] += __shfl_xor_sync(0xffffffffu, whole[h], i);
-        const float new_top = fmaxf(rows.top[h], top[h]);
-        const float old_factor = exp2_fast(rows.top[h] - new_top),
-                    factor = exp2_fast(top[h] - new_top);
-        rows.top[h] = new_top;
-        rows.sum[h] = fmaf(sum[h], factor, rows.sum[h] * old_factor);
-        rows.nonzero[h] = fmaf(CHECKED ? nonzero[h] : sum[h], factor, rows.nonzero[h] * old_factor);
         out.sum[h] = (int)whole[h];
-        out.old_factor[h] = old_factor;
-        out.new_factor[h] = factor * (1.0f / TQKVC_P_MAX);
+        add_row<R>(h, top[h], sum[h], CHECKED ? nonzero[h] : sum[h], rows, out);
     }
 }
 
