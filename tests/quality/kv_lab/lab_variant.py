@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A variant from the options of lab.py: its plan, its score, and the shipped variant's on the same tokens."""
+import copy
+import functools
+
+import numpy as np
+
+from turboquant import RopeStyle, Side
+from turboquant_transformers.calibrate import PAIRED_IN_GGUF
+
+from . import lab_plan, lab_quant, lab_run
+from .lab_model import LabModel, once
+from .lab_stats import moments
+
+N_PROBES = {"smollm2": 8, "qwen": 2, "gemma": 1}
+N_TOKENS = {"smollm2": 16384, "qwen": 8192, "gemma": 8192}  # that statistics are taken from
+TOKENS_LEAST = 4096
+PROFILES = {2.0: "8x", 3.2: "5x"}
+FRAMES = (1024, 1, 64, 256, 0)  # whose moments are made together
+SHIPPED = {"frame": 1024, "frame_full": None, "offsets": False, "transform": "both", "gamma": .75, "band": 0, "step": 0,
+           "no_w_o": False, "widths": lab_plan.WIDTHS, "scale": "search", "calibration": "mixed",
+           "calibration_tokens": 0, "sensitivity": "layer", "k_share": None, "tiers": lab_plan.TIERS, "exact": "",
+           "plan": None}
+SCALES = {"search": {}, "rms": {"below": 0, "above": 0, "is_stable": False},
+          "fine": {"per_octave": 32, "below": 8, "above": 16}, "coarse": {"per_octave": 8, "below": 2, "above": 4},
+          "free": {"is_stable": False}}
+
+
+@functools.cache
+def load(name):
+    return LabModel(name)
+
+
+def frames_of(model, args):
+    return [args.frame if layer.window or args.frame_full is None else args.frame_full for layer in model.layers]
+
+
+def make_plan(model, args):
+    frames = frames_of(model, args)
+    n_tokens = args.calibration_tokens or N_TOKENS.get(model.name, TOKENS_LEAST)
+    make = lab_plan.Make(transform=args.transform, gamma=args.gamma, band=args.band, step=args.step,
+                         has_w_o=not args.no_w_o, has_offsets=args.offsets)
+    together = FRAMES if args.calibration == "mixed" else ()
+    by_frame = {frame: moments(model, frame, together, args.calibration, n_tokens)
+                for frame in sorted(set(frames))}
+    heads = lab_plan.fit([by_frame[frame][index] for index, frame in enumerate(frames)], make)
+    weights = [[1.0, 1.0] for _ in model.layers]
+    if args.sensitivity == "layer":
+        weights = lab_plan.sensitivities(model, SHIPPED["frame"], N_PROBES.get(model.name, 1))
+    budget = lab_plan.Budget(args.bits, args.context, args.tiers, args.widths, args.k_share)
+    return lab_plan.Solver(model.layers, frames, heads, weights, budget).solve()
+
+
+def coder_of(args):
+    if args.scale == "search":
+        return lab_quant.LibraryCoder
+    return functools.partial(lab_quant.ScaleCoder, **SCALES[args.scale])
+
+
+def scores(model, plan, args):
+    options = lab_run.Options(args.chunk, coder_of(args), frozenset(args.exact.split(",")))
+    for text in args.texts.split(","):
+        if args.scored:
+            yield lab_run.score_end(model, text, args.n, args.scored, plan, options)
+        else:
+            yield lab_run.score_text(model, text, args.n, plan, options)
+
+
+def shipped_score(model, args):
+    own = copy.copy(args)
+    vars(own).update(SHIPPED)
+
+    def compute():
+        return lab_run.joined(list(scores(model, make_plan(model, own), own)))
+    return once(compute, "shipped", model.name, args.bits, args.context, args.n, args.scored, args.chunk,
+                args.texts.replace(",", "+"))
+
+
+def run(args):
+    """The row of a variant."""
+    model = load(args.model)
+    plan = lab_plan.read_plan(args.plan, model.layers) if args.plan else make_plan(model, args)
+    if args.save:
+        kind = model.net.config.model_type
+        style = RopeStyle.PAIRS if kind in PAIRED_IN_GGUF else RopeStyle.HALVES
+        lab_plan.write_plan(plan, args.save, style, kind.removesuffix("_text"))
+    base = shipped_score(model, args)
+    is_shipped = all(getattr(args, name) == value for name, value in SHIPPED.items())
+    score = base if is_shipped else lab_run.joined(list(scores(model, plan, args)))
+    ratio, ratio_ci95 = lab_run.paired_ratio(score.kl, base.kl)
+    typical, typical_ci95 = lab_run.typical_ratio(score.kl, base.kl)
+    return {"profile": PROFILES.get(args.bits, f"{args.bits:g} bits"), "model": f"{args.model}-f32", "context": args.n, "plan_context": args.context, "texts": args.texts,
+            "scored": args.scored or args.n // 2, "bits": round(plan.bits_total, 4), **score.numbers(),
+            "ratio": ratio, "ratio_ci95": ratio_ci95, "typical": typical, "typical_ci95": typical_ci95}
+
+
+def old_bits(plan):
+    """[layer][side] mean width of old tokens."""
+    return [[float(np.mean([head.widths[-1].mean() for head in sides[side]])) for side in Side] for sides in plan.heads]

@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Tries a variant of the codec on a real model (tests/quality/kv_lab says how).
+
+    tests/quality/lab.py smollm2 --bits 2.0 --frame 256 --keep "frames of 256"
+
+prints KL and its ratio to the shipped variant on the same tokens; --keep adds the row, with this command, to
+docs/results/variants.json. The library is that of TQKV_LIBRARY or build/release. One thread.
+"""
+import argparse
+import os
+import pathlib
+import shlex
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("scripts", "integrations/python", "integrations/transformers")]
+os.environ.setdefault("TQKV_LIBRARY", str(ROOT / "build" / "release" / "lib" / "libturboquant.so"))
+
+import torch  # noqa: E402
+
+from kv_lab import lab_table, lab_variant  # noqa: E402
+
+
+def numbers(text):
+    return tuple(int(part) for part in text.split(","))
+
+
+def tiers(text):
+    return tuple((int(tokens), float(bits)) for tokens, bits in (part.split("@") for part in text.split(",")))
+
+
+def parser():
+    made = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    add = made.add_argument
+    add("model", choices=["smollm2", "qwen", "gemma"])
+    add("--bits", type=float, default=2.0, help="per value, everything counted at --context")
+    add("--context", type=int, default=8192, help="that the plan is made for")
+    add("--n", type=int, default=4096, help="tokens of each text")
+    add("--scored", type=int, default=256, help="of them at the end; 0: the second half, and errors add up as they do in use")
+    add("--chunk", type=int, default=512, help="tokens attended before they are coded, with --scored 0")
+    add("--texts", default="en,zh")
+    add("--plan", help="a .tqkv instead of a plan made here")
+    add("--save", help="write the plan to this .tqkv")
+    add("--keep", metavar="NAME", help="put the row into docs/results/variants.json")
+    add("--frame", type=int, default=1024, help="tokens; 0: absolute positions")
+    add("--frame-full", type=int, help="of layers without a window, where the model has others")
+    add("--offsets", action="store_true", help="remove mean + R(j) b instead of a mean")
+    add("--transform", choices=["both", "hadamard", "eigen"], default="both")
+    add("--gamma", type=float, default=0.75)
+    add("--band", type=int, default=0, help="channels that one Hadamard mixes")
+    add("--step", type=int, default=0, help="units of 16 channels that share a width")
+    add("--no-w-o", action="store_true", help="in the metric of V")
+    add("--widths", type=numbers, default=(0, 1, 2, 3, 4, 5, 6, 8))
+    add("--scale", choices=["search", "rms", "fine", "coarse", "free"], default="search")
+    add("--calibration", default="mixed")
+    add("--calibration-tokens", type=int, default=0, help="0: 16384 of smollm2, 8192 of larger models")
+    add("--sensitivity", choices=["layer", "none"], default="layer")
+    add("--k-share", type=float, help="of the old tokens' bytes")
+    add("--tiers", type=tiers, default=((32, 8.0), (224, 6.0), (768, 4.0)))
+    add("--exact", default="", help="K or V of layers left exact, as 5K,5V,17K: where the loss comes from")
+    return made
+
+
+def main(argv):
+    args = parser().parse_args(argv)
+    torch.set_num_threads(1)
+    row = lab_variant.run(args)
+    row["command"] = "tests/quality/lab.py " + shlex.join(lab_table.without_keep(argv))
+    print(lab_table.line(row), flush=True)
+    if args.keep:
+        lab_table.keep({"variant": args.keep, **row})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
