@@ -28,6 +28,7 @@ CACHES = {("f16", ""): "llama.cpp f16", ("q8_0", ""): "llama.cpp q8_0", ("q4_0",
 DOMAINS = {"en": "English", "code": "code", "chat": "chat", "fr": "French", "zh": "Chinese", "ja": "Japanese",
            "all": "all"}
 MISSING = "–"
+PROFILES = ["8x", "5x"]  # of variants
 
 # Okabe and Ito's colours, which people who see fewer colours can tell apart; shapes say the same.
 STYLES = {("f16", ""): ("#555555", "s"), ("q8_0", ""): ("#E69F00", "D"), ("q5_0", ""): ("#CC79A7", "v"),
@@ -39,7 +40,8 @@ BAR_CACHES = [("f16", ""), ("turboquant", "near-lossless"), ("turboquant", "5x")
 class Results:
     """The rows, found by what they are of."""
 
-    def __init__(self, rows):
+    def __init__(self, rows, variants=()):
+        self.variants = [row for row in variants if "ratio" in row]
         rows = [row for row in rows if row["ubatch"] == UBATCH]
         self.rows = {(row["model"], row["context"], (row["codec"], row["profile"]), row["domain"]): row for row in rows}
         self.digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
@@ -60,7 +62,10 @@ class Results:
 
 
 def read(path):
-    return Results(json.loads(path.read_text()) if path.exists() else [])
+    """Rows of path, and variants of the codec from the file beside it (tests/quality/lab.py made them)."""
+    rows, variants = (json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+                      for file in (path, path.with_name("variants.json")))
+    return Results(rows, variants)
 
 
 # ---- tables ----
@@ -104,9 +109,34 @@ def domain_table(results, context):
     return table(["model", "cache", *DOMAINS.values()], lines)
 
 
+def variant_table(results, model, context):
+    """A line for each variant: mean KL, its ratio to that of the shipped one, geometric mean of the tokens' ratios."""
+    found = {}
+    for row in results.variants:
+        if row["model"] == f"{model}-f32" and row["context"] == context:
+            found.setdefault(row["variant"], {})[row["profile"]] = row
+    lines = []
+    for variant, by_profile in found.items():
+        cells = []
+        for profile in PROFILES:
+            row = by_profile.get(profile)
+            cells += [kl_text(row["kl_mean"]), *(f"{row[name]:.2f} ± {row[name + '_ci95']:.2f}"
+                                                 for name in ("ratio", "typical"))] if row else [MISSING] * 3
+        tokens = {row["tokens"] for row in by_profile.values()}
+        lines.append([variant, "/".join(str(n) for n in sorted(tokens)), *cells])
+    columns = [f"{what} at {profile}" for profile in PROFILES for what in ("KL", "ratio", "typical")]
+    return table(["variant", "tokens", *columns], lines)
+
+
+def variant_tables(results):
+    kinds = dict.fromkeys((row["model"].removesuffix("-f32"), row["context"]) for row in results.variants)
+    return {f"variants-{model}-{context}": variant_table(results, model, context) for model, context in kinds}
+
+
 def tables(results):
     made = {f"context-{context}": context_table(results, context) for context in CONTEXTS}
-    return made | {f"domains-{context}": domain_table(results, context) for context in CONTEXTS}
+    made |= {f"domains-{context}": domain_table(results, context) for context in CONTEXTS}
+    return made | variant_tables(results)
 
 
 def with_tables(page, made):

@@ -19,7 +19,7 @@ os.environ.setdefault("TQKV_LIBRARY", str(ROOT / "build" / "release" / "lib" / "
 
 import torch  # noqa: E402
 
-from kv_lab import lab_table, lab_variant  # noqa: E402
+from kv_lab import lab_table, lab_tails, lab_variant  # noqa: E402
 
 
 def numbers(text):
@@ -50,6 +50,7 @@ def parser():
     add("--gamma", type=float, default=0.75)
     add("--band", type=int, default=0, help="channels that one Hadamard mixes")
     add("--step", type=int, default=0, help="units of 16 channels that share a width")
+    add("--spread", type=int, default=0, help="tokens: metric of K averaged over queries from so far away")
     add("--no-w-o", action="store_true", help="in the metric of V")
     add("--widths", type=numbers, default=(0, 1, 2, 3, 4, 5, 6, 8))
     add("--scale", choices=["search", "rms", "fine", "coarse", "free"], default="search")
@@ -59,12 +60,17 @@ def parser():
     add("--k-share", type=float, help="of the old tokens' bytes")
     add("--tiers", type=tiers, default=((32, 8.0), (224, 6.0), (768, 4.0)))
     add("--exact", default="", help="K or V of layers left exact, as 5K,5V,17K: where the loss comes from")
+    add("--tails", action="store_true", help="say how heavy the tails are that the codes meet, and nothing else")
     return made
 
 
 def main(argv):
     args = parser().parse_args(argv)
     torch.set_num_threads(1)
+    if args.tails:
+        for row in lab_tails.tails(lab_variant.load(args.model), args.frame, lab_variant.N_TOKENS[args.model]):
+            print(lab_tails.line(row), flush=True)
+        return
     row = lab_variant.run(args)
     row["command"] = "tests/quality/lab.py " + shlex.join(lab_table.without_keep(argv))
     print(lab_table.line(row), flush=True)

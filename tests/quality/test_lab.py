@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import fetch  # noqa: E402
 import lab  # noqa: E402
-from kv_lab import lab_model, lab_plan, lab_quant, lab_run, lab_stats, lab_table, lab_variant  # noqa: E402
+from kv_lab import lab_model, lab_plan, lab_quant, lab_run, lab_stats, lab_table, lab_tails, lab_variant  # noqa: E402
 from turboquant import Batch, Plan, RopeStyle, Side, Store  # noqa: E402
 from turboquant_transformers.held_out import plan_kl  # noqa: E402
 from turboquant_transformers.host_layers import describe  # noqa: E402
@@ -150,7 +150,7 @@ def test_a_plan_read_back_is_the_same(tiny):
 
 
 SWITCHES = ["--frame 64", "--frame 0", "--frame-full 64", "--offsets", "--transform hadamard", "--transform eigen",
-            "--gamma 0", "--band 32", "--step 2", "--no-w-o", "--widths 0,2,4,8", "--sensitivity none", "--k-share 0.3",
+            "--gamma 0", "--spread 4096", "--band 32", "--step 2", "--no-w-o", "--widths 0,2,4,8", "--sensitivity none", "--k-share 0.3",
             "--tiers 32@8,64@5", "--bits 3.2", "--context 4096"]
 
 
@@ -182,6 +182,21 @@ def test_only_w_o_changes_without_w_o(tiny):
         for side in Side:
             same = all(torch.equal(a.transform, b.transform) for a, b in zip(mine[side], theirs[side]))
             assert same == (side == Side.K)
+
+
+def test_tails_show_a_heavy_row():
+    x = torch.randn(4000, 32, generator=torch.Generator().manual_seed(SEED))
+    head = lab_plan.HeadPlan(torch.zeros(32), None, torch.eye(32), np.ones(2), np.ones(2))
+    plain = lab_tails.of_rows(x, head)
+    assert plain["kurtosis"] == pytest.approx(3, abs=.1) and plain["heaviest"] < 3
+    x[7] *= 10
+    assert lab_tails.of_rows(x, head)["heaviest"] > 30
+
+
+def test_tails_of_a_model(tiny):
+    found = list(lab_tails.tails(tiny[0], 64, 4096))
+    assert [(row["layer"], row["side"]) for row in found] == [(i, side) for i in range(3) for side in "KV"]
+    assert all(1 < row["kurtosis"] < 20 and row["top_percent"] >= .01 for row in found)
 
 
 def test_intervals():

@@ -49,6 +49,16 @@ def test_a_row_lands_in_its_cells():
     assert line_of(made["context-2048"], "SmolLM2", "5x") == []
 
 
+def test_a_variant_has_a_line():
+    kept = {"variant": "bands of 32", "model": "smollm2-f32", "context": 4096, "kl_mean": 0.0123, "kl_median": 0.004,
+            "ratio": 0.951, "ratio_ci95": 0.049, "typical": 0.9, "typical_ci95": 0.02, "tokens": 512}
+    older = {"variant": "measured elsewhere", "model": "smollm2-f32", "context": 4096, "kl_mean": 1.0}
+    results = quality_page.Results([], [{**kept, "profile": "8x"}, older, {**kept, "profile": "5x", "kl_mean": 0.003}])
+    made = quality_page.tables(results)["variants-smollm2-4096"]
+    assert line_of(made, "bands of 32") == [".0123", "0.95 ± 0.05", "0.90 ± 0.02", ".0030", "0.95 ± 0.05", "0.90 ± 0.02"]
+    assert "elsewhere" not in made
+
+
 def test_only_tables_change():
     page = "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\n"
     once = quality_page.with_tables(page, {"x": "X\n", "y": "Y\n"})

@@ -6,5 +6,6 @@
     lab_plan    LabPlan: transforms and widths of every head; fitting, solving, reading and writing `.tqkv`
     lab_quant   a row through the codes and back
     lab_run     a model over a text while K and V are what a store would give back
+    lab_tails   how heavy the tails are that the codes meet
     lab_table   docs/results/variants.json
 """

@@ -368,11 +368,11 @@ class Perturber:
         self.found[index][side] = kl / distortion
 
 
-def sensitivities(model, frame=1024, n_probes=8):
+def sensitivities(model, frame=1024, n_probes=8, n_tokens=16384):
     """[layer][side] KL for each unit of distortion, measured with plans as shipped."""
     def measure():
         frames = [frame] * len(model.layers)
-        perturber = Perturber(model.layers, frames, fit(moments(model, frame), Make()), N_SINKS)
+        perturber = Perturber(model.layers, frames, fit(moments(model, frame, n_tokens=n_tokens), Make()), N_SINKS)
         model.net.set_attn_implementation("sdpa")
         sensitivity.measure(model.net, perturber, model.layers, [RowMap.of(layer, RopeStyle.HALVES)
                                                                  for layer in model.layers],

@@ -4,22 +4,24 @@ import copy
 import functools
 
 import numpy as np
+import torch
 
 from turboquant import RopeStyle, Side
 from turboquant_transformers.calibrate import PAIRED_IN_GGUF
 
 from . import lab_plan, lab_quant, lab_run
 from .lab_model import LabModel, once
-from .lab_stats import moments
+from .lab_stats import moments, turn
 
 N_PROBES = {"smollm2": 8, "qwen": 2, "gemma": 1}
 N_TOKENS = {"smollm2": 16384, "qwen": 8192, "gemma": 8192}  # that statistics are taken from
 TOKENS_LEAST = 4096
+SPREAD_STEP = 256
 PROFILES = {2.0: "8x", 3.2: "5x"}
 FRAMES = (1024, 1, 64, 256, 0)  # whose moments are made together
 SHIPPED = {"frame": 1024, "frame_full": None, "offsets": False, "transform": "both", "gamma": .75, "band": 0, "step": 0,
            "no_w_o": False, "widths": lab_plan.WIDTHS, "scale": "search", "calibration": "mixed",
-           "calibration_tokens": 0, "sensitivity": "layer", "k_share": None, "tiers": lab_plan.TIERS, "exact": "",
+           "calibration_tokens": 0, "sensitivity": "layer", "k_share": None, "tiers": lab_plan.TIERS, "exact": "", "spread": 0,
            "plan": None}
 SCALES = {"search": {}, "rms": {"below": 0, "above": 0, "is_stable": False},
           "fine": {"per_octave": 32, "below": 8, "above": 16}, "coarse": {"per_octave": 8, "below": 2, "above": 4},
@@ -43,12 +45,27 @@ def make_plan(model, args):
     together = FRAMES if args.calibration == "mixed" else ()
     by_frame = {frame: moments(model, frame, together, args.calibration, n_tokens)
                 for frame in sorted(set(frames))}
+    if args.spread:
+        spread_metrics(model, by_frame, args.spread)
     heads = lab_plan.fit([by_frame[frame][index] for index, frame in enumerate(frames)], make)
-    weights = [[1.0, 1.0] for _ in model.layers]
+    weights = [[1.0, 1.0] for _ in model.layers]  # those of the shipped text serve every variant
     if args.sensitivity == "layer":
-        weights = lab_plan.sensitivities(model, SHIPPED["frame"], N_PROBES.get(model.name, 1))
+        weights = lab_plan.sensitivities(model, SHIPPED["frame"], N_PROBES.get(model.name, 1),
+                                         N_TOKENS.get(model.name, TOKENS_LEAST))
     budget = lab_plan.Budget(args.bits, args.context, args.tiers, args.widths, args.k_share)
     return lab_plan.Solver(model.layers, frames, heads, weights, budget).solve()
+
+
+def spread_metrics(model, by_frame, reach):
+    """Metrics of K as if queries came from all distances up to reach: averaged over turns by whole frames."""
+    for frame, layers in by_frame.items():
+        for layer, sides in zip(model.layers, layers):
+            if layer.window or not frame:
+                continue
+            for m in sides[Side.K]:
+                turns = range(0, reach, max(frame, SPREAD_STEP))
+                m.metric = sum(turn(turn(m.metric, layer, by).T, layer, by)
+                               for by in map(torch.tensor, turns)) / len(turns)
 
 
 def coder_of(args):
@@ -92,8 +109,3 @@ def run(args):
     return {"profile": PROFILES.get(args.bits, f"{args.bits:g} bits"), "model": f"{args.model}-f32", "context": args.n, "plan_context": args.context, "texts": args.texts,
             "scored": args.scored or args.n // 2, "bits": round(plan.bits_total, 4), **score.numbers(),
             "ratio": ratio, "ratio_ci95": ratio_ci95, "typical": typical, "typical_ci95": typical_ci95}
-
-
-def old_bits(plan):
-    """[layer][side] mean width of old tokens."""
-    return [[float(np.mean([head.widths[-1].mean() for head in sides[side]])) for side in Side] for sides in plan.heads]
