@@ -15,7 +15,6 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("scripts", "integrations/python", "integrations/transformers")]
-os.environ.setdefault("TQKV_LIBRARY", str(ROOT / "build" / "release" / "lib" / "libturboquant.so"))
 
 import torch  # noqa: E402
 
@@ -66,6 +65,7 @@ def parser():
 
 def main(argv):
     args = parser().parse_args(argv)
+    os.environ.setdefault("TQKV_LIBRARY", str(ROOT / "build" / "release" / "lib" / "libturboquant.so"))
     torch.set_num_threads(1)
     if args.tails:
         for row in lab_tails.tails(lab_variant.load(args.model), args.frame, lab_variant.N_TOKENS[args.model]):
