@@ -176,6 +176,9 @@ def generate():
     parts.append(float_table("2 ^ ((2 i - 257) / 32): halfway between scales i - 1 and i.",
                              "tqkvk_peak_thresholds",
                              [0.0] + [power_of_two(2 * i - 257, 32) for i in range(1, 256)]))
+    parts.append("/* 16 log2(L / 127) to the nearest whole number; below every scale for 0. */\n"
+                 "const int16_t tqkvk_level_octaves[128] = {\n%s\n};\n"
+                 % rows([-255] + [round(16 * math.log2(i / LEVEL_MAX)) for i in range(1, LEVEL_MAX + 1)], 16, str))
     parts.append("const tqkvk_width tqkvk_widths[9] = {")
     parts += [width_text(bits) for bits in WIDTHS]
     parts.append("};\n")

@@ -43,6 +43,7 @@ extern const float tqkvk_scale_values[256];
 extern const float tqkvk_scale_inverses[256];
 extern const float tqkvk_energy_thresholds[256]; /* [0] unused */
 extern const float tqkvk_peak_thresholds[256];   /* [0] unused */
+extern const int16_t tqkvk_level_octaves[128];   /* by level; from 127, in steps of a scale */
 extern const tqkvk_width tqkvk_widths[9];        /* by bits */
 extern const tqkvk_bucket tqkvk_buckets[7];      /* by bits */
 

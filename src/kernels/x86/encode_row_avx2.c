@@ -2,16 +2,16 @@
 /*
  * "Encoding a row" of docs/FORMAT.md with the bytes of ref.
  *
- * A unit of 16 channels is the vector. All candidates are tried on a unit before the next one, two
- * at a time: 2 x 16 half levels fit the 32 bytes of a register, where byte look-ups find the level
+ * Sizes become whole numbers of 16 bits, a unit a register. All candidates are tried on a unit
+ * before the next one. Levels are found in bytes, two candidates at a time:
  *
- *     f32 |y| --> t = half levels --> bytes --> level --> f32 value --> squared error, 16 lanes
+ *     sizes --> t = half levels --> bytes --> 2 * level --> 16 bits --> value --> squared error
  *
- * The lanes of the error are those of the contract, so that only the two halves of a unit and the
- * halving tree remain to be added up. Bytes of a register lie as the packs leave them:
+ * Channels of a unit lie as the packs leave them, so that the pairs of a sum are
  *
- *     lane 0: first 0-3, 8-11, second 0-3, 8-11    lane 1: first 4-7, 12-15, second 4-7, 12-15
+ *     lane 0: channels 0-3, 8-11    lane 1: 4-7, 12-15        pairs 0 1 4 5 | 2 3 6 7
  */
+#include <float.h>
 #include <immintrin.h>
 #include <stdbool.h>
 #include <string.h>
@@ -25,151 +25,240 @@
 #define DIM_MAX (TQKV_UNITS_MAX * TQKV_UNIT_CHANNELS)
 #define LANES TQKV_UNIT_CHANNELS
 
-typedef struct coded_row {
-    _Alignas(32) float value[DIM_MAX];
-    __m128i magnitude[TQKV_UNITS_MAX];
-} coded_row;
-
+/* A tqkvk_bucket; levels are doubled. */
 typedef struct byte_table {
-    __m256i index, level, limit[3], gain[3];
+    __m256i index, limit[3], level[2];
 } byte_table;
+
+/* What turns whole sizes to half levels and levels to whole sizes, twice in each word. */
+typedef struct factors {
+    _Alignas(32) uint32_t to_half_levels[TQKVK_CANDIDATES_MAX];
+    _Alignas(32) uint32_t to_size[TQKVK_CANDIDATES_MAX];
+} factors;
+
+/* A row at work. */
+typedef struct search {
+    const tqkvi_layout *layout;
+    __m256i size[TQKV_UNITS_MAX];
+    factors factors[9]; /* by width */
+    tqkvk_row_range range;
+    _Alignas(32) int32_t candidates[TQKVK_CANDIDATES_MAX];
+    size_t n_candidates;
+    _Alignas(16) uint8_t magnitude[DIM_MAX]; /* of the candidate coded last */
+} search;
 
 static inline __m256i broadcast_16(const void *bytes)
 {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes));
 }
 
-static inline byte_table load_table(uint32_t bits)
+static inline __m256i double_levels(const int8_t *levels)
 {
-    const tqkvk_bucket *bucket = &tqkvk_buckets[bits <= 6 ? bits : 0];
-    byte_table table = {broadcast_16(bucket->index), broadcast_16(bucket->level), {{0}}, {{0}}};
-    for (uint32_t r = 0; r < 3; r++) {
+    const __m256i level = broadcast_16(levels);
+    return _mm256_add_epi8(level, level);
+}
+
+/* Widths 2..6. */
+TQKVK_INLINE byte_table load_table(uint32_t bits)
+{
+    const tqkvk_bucket *bucket = &tqkvk_buckets[bits];
+    const int8_t *levels = tqkvk_widths[bits].levels + (1u << (bits - 1));
+    byte_table table = {.index = broadcast_16(bucket->index)};
+    for (uint32_t r = 0; r < 3; r++)
         table.limit[r] = broadcast_16(bucket->limit[r]);
-        table.gain[r] = broadcast_16(bucket->gain[r]);
-    }
+    table.level[0] = double_levels(levels);
+    table.level[1] = double_levels(levels + (bits == 6 ? 16 : 0));
     return table;
 }
 
-/* Positive levels of half levels t (32 bytes). bits is a constant wherever this is inlined. */
-static inline __m256i find_levels(uint32_t bits, const byte_table *table, __m256i t)
+/* Levels of half levels t (32 bytes), doubled; widths 2..6. */
+TQKVK_INLINE __m256i find_double_levels(uint32_t bits, const byte_table *table, __m256i t)
 {
-    if (bits == 1)
-        return _mm256_set1_epi8(TQKVK_LEVEL_MAX);
-    if (bits == 8)
-        return _mm256_avg_epu8(t, _mm256_setzero_si256());
-
     const uint32_t n_rounds = bits == 6 ? 3 : bits == 5 ? 2 : 1;
     const __m256i bucket = _mm256_and_si256(_mm256_srli_epi16(t, 4), _mm256_set1_epi8(15));
     const __m256i t_signed = _mm256_xor_si256(t, _mm256_set1_epi8(-128));
-    __m256i level = _mm256_shuffle_epi8(table->level, bucket);
-    for (uint32_t r = 0; r < n_rounds; r++) {
-        const __m256i above =
-            _mm256_cmpgt_epi8(t_signed, _mm256_shuffle_epi8(table->limit[r], bucket));
-        level = _mm256_add_epi8(
-            level, _mm256_and_si256(above, _mm256_shuffle_epi8(table->gain[r], bucket)));
+    __m256i index = _mm256_shuffle_epi8(table->index, bucket);
+    for (uint32_t r = 0; r < n_rounds; r++)
+        index = _mm256_sub_epi8(
+            index, _mm256_cmpgt_epi8(t_signed, _mm256_shuffle_epi8(table->limit[r], bucket)));
+    const __m256i low = _mm256_shuffle_epi8(table->level[0], index);
+    return bits < 6 ? low
+                    : _mm256_blendv_epi8(low, _mm256_shuffle_epi8(table->level[1], index),
+                                         _mm256_slli_epi16(index, 3));
+}
+
+/* Indices of the levels of half levels t (16 bytes, at most 254). */
+TQKVK_INLINE __m128i find_indices(uint32_t bits, __m128i t)
+{
+    if (bits == 1)
+        return _mm_setzero_si128();
+    if (bits == 8)
+        return _mm_avg_epu8(t, _mm_setzero_si128());
+
+    const tqkvk_bucket *table = &tqkvk_buckets[bits];
+    const __m128i bucket = _mm_and_si128(_mm_srli_epi16(t, 4), _mm_set1_epi8(15));
+    const __m128i t_signed = _mm_xor_si128(t, _mm_set1_epi8(-128));
+    __m128i index =
+        _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)table->index), bucket);
+    for (uint32_t r = 0; r < (bits == 6 ? 3u : bits == 5 ? 2u : 1u); r++) {
+        const __m128i limit = _mm_loadu_si128((const __m128i *)(const void *)table->limit[r]);
+        index = _mm_sub_epi8(index, _mm_cmpgt_epi8(t_signed, _mm_shuffle_epi8(limit, bucket)));
+    }
+    return index;
+}
+
+/* Levels of indices. */
+TQKVK_INLINE __m128i levels_of(uint32_t bits, __m128i index)
+{
+    if (bits == 1)
+        return _mm_set1_epi8(TQKVK_LEVEL_MAX);
+    if (bits == 8)
+        return index;
+    const int8_t *levels = tqkvk_widths[bits].levels + (1u << (bits - 1));
+    const __m128i low = _mm_loadu_si128((const __m128i *)(const void *)levels);
+    __m128i level = _mm_shuffle_epi8(low, index);
+    if (bits == 6) {
+        const __m128i high = _mm_loadu_si128((const __m128i *)(const void *)(levels + 16));
+        const __m128i is_high = _mm_cmpgt_epi8(index, _mm_set1_epi8(15));
+        level = _mm_blendv_epi8(level, _mm_shuffle_epi8(high, index), is_high);
     }
     return level;
 }
 
-/* The same as indices of the levels. */
-static inline __m256i find_indices(uint32_t bits, const byte_table *table, __m256i t)
+/* Half levels of whole sizes. */
+static inline __m256i half_levels_of(__m256i double_size, __m256i to_half_levels)
 {
-    if (bits == 1)
-        return _mm256_setzero_si256();
-    if (bits == 8)
-        return _mm256_avg_epu8(t, _mm256_setzero_si256());
-
-    const __m256i bucket = _mm256_and_si256(_mm256_srli_epi16(t, 4), _mm256_set1_epi8(15));
-    const __m256i t_signed = _mm256_xor_si256(t, _mm256_set1_epi8(-128));
-    __m256i index = _mm256_shuffle_epi8(table->index, bucket);
-    for (uint32_t r = 0; r < 3; r++) /* unused limits are never passed */
-        index = _mm256_sub_epi8(
-            index, _mm256_cmpgt_epi8(t_signed, _mm256_shuffle_epi8(table->limit[r], bucket)));
-    return index;
+    return _mm256_mulhi_epu16(double_size, to_half_levels);
 }
 
-static inline __m256i half_levels(__m256 size, __m256 factor)
+/* sum + weight * v ^ 2, pair by pair */
+static inline __m256 add_squares(__m256 sum, __m256i v, __m256 weight)
 {
-    const __m256 limit = _mm256_set1_ps((float)TQKVK_HALF_LEVELS_MAX);
-    return _mm256_cvttps_epi32(_mm256_min_ps(_mm256_mul_ps(size, factor), limit));
+    return _mm256_fmadd_ps(weight, _mm256_cvtepi32_ps(_mm256_madd_epi16(v, v)), sum);
 }
 
-static inline __m256i to_bytes(__m256i a_lo, __m256i a_hi, __m256i b_lo, __m256i b_hi)
+static inline __m256i broadcast_word(const uint32_t *factor)
 {
-    return _mm256_packus_epi16(_mm256_packs_epi32(a_lo, a_hi), _mm256_packs_epi32(b_lo, b_hi));
+    return _mm256_castps_si256(_mm256_broadcast_ss((const float *)(const void *)factor));
 }
 
-/* Quarter 0..3 of the bytes: first 0-7, first 8-15, second 0-7, second 8-15. */
-static inline __m256 from_bytes(__m256i bytes, int quarter)
+/* The value of doubled levels, of which each 16 bits have one in the upper byte. */
+static inline __m256i values_of(__m256i double_level, __m256i to_size)
 {
-    const __m256i spread = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1, -1, -1));
-    const __m256i select = _mm256_or_si256(spread, _mm256_set1_epi32(4 * quarter));
-    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes, select));
+    return _mm256_mulhi_epu16(double_level, to_size);
 }
 
-/* sum + weight * (size - scale * (step * level)) ^ 2 */
-static inline __m256 add_error(__m256 sum, __m256 size, __m256 level, __m256 step, __m256 scale,
-                               __m256 weight)
+/* The value of 8 bits that is nearest to a size, at candidate i. */
+static inline __m256i nearest_8(__m256i double_size, const factors *f, size_t i)
 {
-    const __m256 difference = _mm256_sub_ps(size, _mm256_mul_ps(scale, _mm256_mul_ps(step, level)));
-    return _mm256_add_ps(sum, _mm256_mul_ps(weight, _mm256_mul_ps(difference, difference)));
+    const __m256i t =
+        _mm256_min_epi16(half_levels_of(double_size, broadcast_word(&f->to_half_levels[i])),
+                         _mm256_set1_epi16(TQKVK_HALF_LEVELS_MAX));
+    const __m256i level = _mm256_slli_epi16(_mm256_avg_epu16(t, _mm256_setzero_si256()), 9);
+    return values_of(level, broadcast_word(&f->to_size[i]));
 }
 
-/* Adds the errors of one unit to sums [n_pairs][first lo, first hi, second lo, second hi]. */
-static inline void add_unit_errors(uint32_t bits, float weight_value, const float *size,
-                                   const uint8_t *candidates, size_t n_pairs, __m256 *sums)
+TQKVK_INLINE void add_unit_8(__m256i size, __m256 weight, const factors *f, __m256 *sums)
 {
-    const byte_table table = load_table(bits);
-    const __m256 step = _mm256_set1_ps(tqkvk_widths[bits].step);
-    const __m256 inv_step2 = _mm256_set1_ps(tqkvk_widths[bits].inv_step2);
+    const __m256i double_size = _mm256_add_epi16(size, size);
+    for (size_t i = 0; i < TQKVK_CANDIDATES_MAX; i++) {
+        const __m256i value = nearest_8(double_size, f, i);
+        sums[i] = add_squares(sums[i], _mm256_sub_epi16(size, value), weight);
+    }
+}
+
+TQKVK_INLINE void add_unit_1(__m256i size, __m256 weight, const factors *f, __m256 *sums)
+{
+    const __m256i level = _mm256_set1_epi16((short)(TQKVK_LEVEL_MAX << 9));
+    for (size_t i = 0; i < TQKVK_CANDIDATES_MAX; i++) {
+        const __m256i value = values_of(level, broadcast_word(&f->to_size[i]));
+        sums[i] = add_squares(sums[i], _mm256_sub_epi16(size, value), weight);
+    }
+}
+
+/* Adds the errors of one unit to those of the candidates. */
+TQKVK_INLINE void add_unit_errors(uint32_t bits, __m256i size, float weight_value, const factors *f,
+                                  __m256 *sums)
+{
     const __m256 weight = _mm256_set1_ps(weight_value);
-    const __m256 lo = _mm256_load_ps(size);
-    const __m256 hi = _mm256_load_ps(size + 8);
-
-    for (size_t i = 0; i < n_pairs; i++, sums += 4) {
-        const uint8_t first = candidates[2 * i], second = candidates[2 * i + 1];
-        const __m256 factor_a =
-            _mm256_mul_ps(_mm256_broadcast_ss(&tqkvk_scale_inverses[first]), inv_step2);
-        const __m256 factor_b =
-            _mm256_mul_ps(_mm256_broadcast_ss(&tqkvk_scale_inverses[second]), inv_step2);
-        const __m256 scale_a = _mm256_broadcast_ss(&tqkvk_scale_values[first]);
-        const __m256 scale_b = _mm256_broadcast_ss(&tqkvk_scale_values[second]);
-        const __m256i t = to_bytes(half_levels(lo, factor_a), half_levels(hi, factor_a),
-                                   half_levels(lo, factor_b), half_levels(hi, factor_b));
-        const __m256i level = find_levels(bits, &table, t);
-        sums[0] = add_error(sums[0], lo, from_bytes(level, 0), step, scale_a, weight);
-        sums[1] = add_error(sums[1], hi, from_bytes(level, 1), step, scale_a, weight);
-        sums[2] = add_error(sums[2], lo, from_bytes(level, 2), step, scale_b, weight);
-        sums[3] = add_error(sums[3], hi, from_bytes(level, 3), step, scale_b, weight);
+    const __m256i zero = _mm256_setzero_si256();
+    if (bits == 8) {
+        add_unit_8(size, weight, f, sums);
+        return;
+    }
+    if (bits == 1) {
+        add_unit_1(size, weight, f, sums);
+        return;
+    }
+    const __m256i double_size = _mm256_add_epi16(size, size);
+    const byte_table table = load_table(bits);
+    for (size_t i = 0; i < TQKVK_CANDIDATES_MAX; i += 2) {
+        const __m256i t_a = half_levels_of(double_size, broadcast_word(&f->to_half_levels[i]));
+        const __m256i t_b = half_levels_of(double_size, broadcast_word(&f->to_half_levels[i + 1]));
+        const __m256i level = find_double_levels(bits, &table, _mm256_packus_epi16(t_a, t_b));
+        const __m256i a =
+            values_of(_mm256_unpacklo_epi8(zero, level), broadcast_word(&f->to_size[i]));
+        const __m256i b =
+            values_of(_mm256_unpackhi_epi8(zero, level), broadcast_word(&f->to_size[i + 1]));
+        sums[i] = add_squares(sums[i], _mm256_sub_epi16(size, a), weight);
+        sums[i + 1] = add_squares(sums[i + 1], _mm256_sub_epi16(size, b), weight);
     }
 }
 
-/*
- * errors: [2 * n_pairs] out, of the candidates.
- * One case per width, each with loops of its own.
- */
-static void find_errors(const tqkvi_layout *layout, const float *weight, const float *size,
-                        const uint8_t *candidates, size_t n_pairs, float *errors)
+/* Of candidates i .. i + 3. */
+static inline void store_errors(const __m256 *sums, float *errors)
 {
-    __m256 sums[2 * TQKVK_CANDIDATES_MAX];
-    for (size_t i = 0; i < 4 * n_pairs; i++)
-        sums[i] = _mm256_setzero_ps();
+    const __m256 a = _mm256_unpacklo_ps(sums[0], sums[1]), b = _mm256_unpacklo_ps(sums[2], sums[3]);
+    const __m256 c = _mm256_unpackhi_ps(sums[0], sums[1]), d = _mm256_unpackhi_ps(sums[2], sums[3]);
+    const __m256 pair[4] = {_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee),
+                            _mm256_shuffle_ps(c, d, 0x44), _mm256_shuffle_ps(c, d, 0xee)};
+    __m128 half[4]; /* pairs 0 + 2, 1 + 3, 4 + 6, 5 + 7 */
+    for (int i = 0; i < 4; i++)
+        half[i] = _mm_add_ps(_mm256_castps256_ps128(pair[i]), _mm256_extractf128_ps(pair[i], 1));
+    _mm_storeu_ps(errors, _mm_add_ps(_mm_add_ps(half[0], half[2]), _mm_add_ps(half[1], half[3])));
+}
 
-    for (uint32_t u = 0; u < layout->n_units; u++, size += LANES) {
-        TQKVK_BY_WIDTH(layout->bits[u], TQKVK_NOTHING, add_unit_errors, weight[u], size, candidates,
-                       n_pairs, sums);
+/* Rows of 8 bits only. The sums stay in registers. errors: [8] out. */
+static void find_errors_8(const search *s, const float *weights, float *errors)
+{
+    const factors *f = &s->factors[8];
+    __m256 sums[8]; /* the last two stay beyond every error */
+    for (size_t i = 0; i < 8; i++)
+        sums[i] = _mm256_set1_ps(i < TQKVK_CANDIDATES_8 ? 0.0f : FLT_MAX / 16);
+    for (uint32_t u = 0; u < s->layout->n_units; u++) {
+        if (s->layout->bits[u] == 0)
+            continue;
+        const __m256i size = s->size[u], double_size = _mm256_add_epi16(size, size);
+        const __m256 weight = _mm256_broadcast_ss(&weights[u]);
+#pragma GCC unroll 6
+        for (size_t i = 0; i < TQKVK_CANDIDATES_8; i++)
+            sums[i] =
+                add_squares(sums[i], _mm256_sub_epi16(size, nearest_8(double_size, f, i)), weight);
     }
-    for (size_t i = 0; i < 2 * n_pairs; i++)
-        errors[i] = tqkvk_sum_lanes(_mm256_add_ps(sums[2 * i], sums[2 * i + 1]));
+    store_errors(sums, errors);
+    store_errors(sums + 4, errors + 4);
+}
+
+/* Others: one case per width, each with loops of its own. errors: [16] out. */
+static void find_errors(const search *s, const float *weight, float *errors)
+{
+    __m256 sums[TQKVK_CANDIDATES_MAX];
+    for (size_t i = 0; i < TQKVK_CANDIDATES_MAX; i++)
+        sums[i] = _mm256_setzero_ps();
+    for (uint32_t u = 0; u < s->layout->n_units; u++) {
+        const uint32_t bits = s->layout->bits[u];
+        TQKVK_BY_WIDTH(bits, TQKVK_NOTHING, add_unit_errors, s->size[u], weight[u],
+                       &s->factors[bits], sums);
+    }
+    for (size_t i = 0; i < TQKVK_CANDIDATES_MAX; i += 4)
+        store_errors(sums + i, errors + i);
 }
 
 /* How many of n thresholds of an octave (8 or 16) the mantissa of value >= 0 reaches. */
-static inline int count_in_octave(const float *thresholds, int n, float value, int *exponent)
+static inline int count_in_octave(const float *thresholds, int n, float value)
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof(bits));
-    *exponent = (int)(bits >> 23) - 127;
     const __m256 mantissa =
         _mm256_castsi256_ps(_mm256_set1_epi32((int)((bits & 0x7fffffu) | 0x3f800000u)));
     unsigned mask = 0;
@@ -180,56 +269,178 @@ static inline int count_in_octave(const float *thresholds, int n, float value, i
     return _mm_popcnt_u32(mask);
 }
 
-static tqkvk_row_range find_range(const tqkvi_layout *layout, const float *size)
+/*
+ * Index of a mean square, less that of 1. Thresholds repeat from octave to octave, eight of energy
+ * (2 ^ (1/16), 2 ^ (3/16), ...) and sixteen of peaks: count by exponent, then within the octave.
+ */
+static int energy_index(float mean)
 {
-    __m256 sum_lo = _mm256_setzero_ps(), sum_hi = _mm256_setzero_ps(), top = _mm256_setzero_ps();
-    int n_coded = 0;
-
-    for (uint32_t u = 0; u < layout->n_units; u++, size += LANES) {
-        if (layout->bits[u] == 0)
-            continue;
-        const __m256 lo = _mm256_load_ps(size);
-        const __m256 hi = _mm256_load_ps(size + 8);
-        const __m256 inv_peak = _mm256_broadcast_ss(&tqkvk_widths[layout->bits[u]].inv_peak);
-        sum_lo = _mm256_add_ps(sum_lo, _mm256_mul_ps(lo, lo));
-        sum_hi = _mm256_add_ps(sum_hi, _mm256_mul_ps(hi, hi));
-        top = _mm256_max_ps(top, _mm256_mul_ps(_mm256_max_ps(lo, hi), inv_peak));
-        n_coded += (int)LANES;
-    }
-    const float mean = tqkvk_sum_lanes(_mm256_add_ps(sum_lo, sum_hi)) / (float)n_coded;
-    int energy_exponent, peak_exponent;
-    const int n_energy = count_in_octave(&tqkvk_energy_thresholds[129], 8, mean, &energy_exponent);
-    const int n_peak =
-        count_in_octave(&tqkvk_peak_thresholds[129], 16, tqkvk_max_lanes(top), &peak_exponent);
-    return tqkvk_range_of(energy_exponent, n_energy, peak_exponent, n_peak);
+    return 8 * tqkvk_exponent_of(mean) + count_in_octave(&tqkvk_energy_thresholds[129], 8, mean);
 }
 
-/* value: [16] out. */
-static inline __m128i code_unit(uint32_t bits, int scale, const float *size, float *value)
+static int peak_index(float peak)
 {
-    const byte_table table = load_table(bits);
-    const __m256 scales = _mm256_set1_ps(tqkvk_scale_values[scale]);
-    const __m256 step = _mm256_set1_ps(tqkvk_widths[bits].step);
-    const __m256 factor =
-        _mm256_set1_ps(tqkvk_scale_inverses[scale] * tqkvk_widths[bits].inv_step2);
-    const __m256i lo = half_levels(_mm256_load_ps(size), factor);
-    const __m256i hi = half_levels(_mm256_load_ps(size + 8), factor);
-    const __m256i t = to_bytes(lo, hi, lo, hi);
-    const __m256i level = find_levels(bits, &table, t);
-    const __m256i index = find_indices(bits, &table, t);
-
-    _mm256_store_ps(value, _mm256_mul_ps(scales, _mm256_mul_ps(step, from_bytes(level, 0))));
-    _mm256_store_ps(value + 8, _mm256_mul_ps(scales, _mm256_mul_ps(step, from_bytes(level, 1))));
-    return _mm_unpacklo_epi32(_mm256_castsi256_si128(index), _mm256_extracti128_si256(index, 1));
+    return 16 * tqkvk_exponent_of(peak) + count_in_octave(&tqkvk_peak_thresholds[129], 16, peak);
 }
 
-static void code_row(const tqkvi_layout *layout, const float *size, int scale, coded_row *out)
+static inline __m256 magnitude_of(const float *y)
 {
+    return _mm256_min_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_load_ps(y)),
+                         _mm256_set1_ps(TQKVK_Y_MAX));
+}
+
+/* Sizes and range of a row. */
+static void measure(search *s, const float *y)
+{
+    const tqkvi_layout *layout = s->layout;
+    __m256 largest = _mm256_set1_ps(TQKVK_SIZE_MIN), peak = _mm256_setzero_ps();
+    uint32_t widths = 0, n_coded = 0;
+
     for (uint32_t u = 0; u < layout->n_units; u++) {
         const uint32_t bits = layout->bits[u];
-        if (bits != 0)
-            out->magnitude[u] = code_unit(bits, scale, size + u * LANES, out->value + u * LANES);
+        if (bits == 0)
+            continue;
+        const __m256 top =
+            _mm256_max_ps(magnitude_of(y + u * LANES), magnitude_of(y + u * LANES + 8));
+        const __m256 inv_peak = _mm256_broadcast_ss(&tqkvk_widths[bits].inv_peak);
+        largest = _mm256_max_ps(largest, top);
+        peak = _mm256_max_ps(peak, _mm256_mul_ps(top, inv_peak));
+        widths |= 1u << bits;
+        n_coded += LANES;
     }
+    const int exponent = tqkvk_size_exponent(tqkvk_max_lanes(largest));
+    const __m256 unit = _mm256_set1_ps(tqkvk_power_of_2(exponent)), one = _mm256_set1_ps(1.0f);
+    __m256 sum = _mm256_setzero_ps();
+    for (uint32_t u = 0; u < layout->n_units; u++) {
+        if (layout->bits[u] == 0)
+            continue;
+        const __m256 lo = _mm256_mul_ps(magnitude_of(y + u * LANES), unit);
+        const __m256 hi = _mm256_mul_ps(magnitude_of(y + u * LANES + 8), unit);
+        s->size[u] = _mm256_packs_epi32(_mm256_cvtps_epi32(lo), _mm256_cvtps_epi32(hi));
+        sum = add_squares(sum, s->size[u], one);
+    }
+    const float mean = tqkvk_sum_lanes(sum) / (float)n_coded;
+    s->range = (tqkvk_row_range){
+        .energy = tqkvk_clamp_scale(128 + energy_index(mean * tqkvk_power_of_2(-2 * exponent))),
+        .peak = tqkvk_clamp_scale(128 + peak_index(tqkvk_max_lanes(peak))),
+        .exponent = exponent,
+        .n_coded = (int)n_coded,
+        .widths = widths};
+}
+
+/* To whole numbers of at most 16 bits, twice in each word. */
+static inline __m256i twice_16(__m256 v)
+{
+    const __m256i whole = _mm256_min_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(65535));
+    return _mm256_or_si256(whole, _mm256_slli_epi32(whole, 16));
+}
+
+/* first, first + 1, ..., all within 1..255 */
+static inline __m256i eight_scales(int first)
+{
+    const __m256i c =
+        _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_max_epi32(_mm256_min_epi32(c, _mm256_set1_epi32(255)), _mm256_set1_epi32(1));
+}
+
+static void list_candidates(search *s)
+{
+    const tqkvk_row_range *range = &s->range;
+    __m256i *out = (__m256i *)(void *)s->candidates;
+
+    if (range->widths == TQKVK_ONLY_8) {
+        s->n_candidates = TQKVK_CANDIDATES_8;
+        _mm256_store_si256(out, eight_scales(range->peak - 2));
+        return;
+    }
+    s->n_candidates = TQKVK_CANDIDATES_MAX;
+    _mm256_store_si256(out, eight_scales(range->energy - 4));
+    _mm256_store_si256(out + 1, _mm256_blend_epi32(eight_scales(range->energy + 4),
+                                                   eight_scales(range->peak - 6), 0xe0));
+}
+
+static void fill_factors(search *s)
+{
+    const int exponent = s->range.exponent;
+    const __m256 up = _mm256_set1_ps(tqkvk_power_of_2(15 - exponent));
+    const __m256 down = _mm256_set1_ps(tqkvk_power_of_2(7 + exponent));
+
+    for (size_t i = 0; i < s->n_candidates; i += 8) {
+        const __m256i c = _mm256_load_si256((const __m256i *)(const void *)(s->candidates + i));
+        const __m256 value = _mm256_i32gather_ps(tqkvk_scale_values, c, 4);
+        const __m256 inverse = _mm256_i32gather_ps(tqkvk_scale_inverses, c, 4);
+        for (uint32_t left = s->range.widths; left != 0; left &= left - 1) {
+            const uint32_t bits = (uint32_t)__builtin_ctz(left);
+            const __m256 step = _mm256_broadcast_ss(&tqkvk_widths[bits].step);
+            const __m256 inv_step2 = _mm256_broadcast_ss(&tqkvk_widths[bits].inv_step2);
+            const __m256 half_levels = _mm256_mul_ps(_mm256_mul_ps(inverse, inv_step2), up);
+            const __m256 size = _mm256_mul_ps(_mm256_mul_ps(value, step), down);
+            factors *f = &s->factors[bits];
+            _mm256_store_si256((__m256i *)(void *)(f->to_half_levels + i), twice_16(half_levels));
+            _mm256_store_si256((__m256i *)(void *)(f->to_size + i), twice_16(size));
+        }
+    }
+}
+
+/* Magnitudes of a unit at candidate i. Returns the levels, as the packs leave them. */
+TQKVK_INLINE __m128i code_unit(uint32_t bits, __m256i size, const uint32_t *to_half_levels,
+                               uint8_t *magnitude)
+{
+    const __m256i t = half_levels_of(_mm256_add_epi16(size, size), broadcast_word(to_half_levels));
+    const __m128i bytes =
+        _mm_min_epu8(_mm_packus_epi16(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1)),
+                     _mm_set1_epi8((char)TQKVK_HALF_LEVELS_MAX));
+    const __m128i index = find_indices(bits, bytes);
+    _mm_store_si128((__m128i *)(void *)magnitude,
+                    _mm_shuffle_epi32(index, _MM_SHUFFLE(3, 1, 2, 0)));
+    return levels_of(bits, index);
+}
+
+static inline uint32_t max_byte(__m128i v)
+{
+    const __m128i left = _mm_xor_si128(v, _mm_set1_epi8(-1)); /* 255 - v */
+    const __m128i words = _mm_min_epu8(left, _mm_srli_epi16(left, 8));
+    return 255u - ((uint32_t)_mm_cvtsi128_si32(_mm_minpos_epu16(words)) & 0xffu);
+}
+
+static tqkvk_row_again code_row_8(search *s, size_t i)
+{
+    __m128i largest = _mm_setzero_si128();
+    for (uint32_t u = 0; u < s->layout->n_units; u++) {
+        if (s->layout->bits[u] != 0)
+            largest =
+                _mm_max_epu8(largest, code_unit(8, s->size[u], &s->factors[8].to_half_levels[i],
+                                                s->magnitude + u * LANES));
+    }
+    return (tqkvk_row_again){.peak = tqkvk_level_octaves[max_byte(largest)]};
+}
+
+/* sum: of the squares of values without scale. */
+TQKVK_INLINE void code_any_unit(uint32_t bits, __m256i size, const uint32_t *to_half_levels,
+                                uint8_t *magnitude, __m256 *sum, __m128i *largest)
+{
+    const __m128i level = code_unit(bits, size, to_half_levels, magnitude);
+    const float step = tqkvk_widths[bits].step;
+    *largest = _mm_max_epu8(*largest, level);
+    *sum = add_squares(*sum, _mm256_cvtepu8_epi16(level), _mm256_set1_ps(step * step));
+}
+
+/* Codes the row at candidate i. */
+static tqkvk_row_again code_row(search *s, size_t i)
+{
+    __m256 sum = _mm256_setzero_ps();
+    __m128i largest = _mm_setzero_si128();
+
+    if (s->range.widths == TQKVK_ONLY_8)
+        return code_row_8(s, i);
+    for (uint32_t u = 0; u < s->layout->n_units; u++) {
+        const uint32_t bits = s->layout->bits[u];
+        TQKVK_BY_WIDTH(bits, TQKVK_NOTHING, code_any_unit, s->size[u],
+                       &s->factors[bits].to_half_levels[i], s->magnitude + u * LANES, &sum,
+                       &largest);
+    }
+    return (tqkvk_row_again){.energy = energy_index(tqkvk_sum_lanes(sum) / (float)s->range.n_coded),
+                             .peak = tqkvk_level_octaves[max_byte(largest)]};
 }
 
 static inline void store_plane4(uint8_t *plane, __m128i code)
@@ -299,16 +510,17 @@ static inline __m128i sign_bytes(const float *y)
     return _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
 }
 
-static void pack_row(const tqkvi_layout *layout, const float *y, const coded_row *row,
-                     uint8_t *codes)
+static void pack_row(const search *s, const float *y, uint8_t *codes)
 {
-    for (uint32_t u = 0; u < layout->n_units; u++, y += LANES) {
-        const uint32_t bits = layout->bits[u];
+    for (uint32_t u = 0; u < s->layout->n_units; u++, y += LANES) {
+        const uint32_t bits = s->layout->bits[u];
         if (bits == 0)
             continue;
+        const __m128i magnitude =
+            _mm_load_si128((const __m128i *)(const void *)(s->magnitude + u * LANES));
         const __m128i half = _mm_set1_epi8((char)(uint8_t)(1u << (bits - 1)));
         const __m128i sign = sign_bytes(y);
-        const __m128i flipped = _mm_xor_si128(row->magnitude[u], sign);
+        const __m128i flipped = _mm_xor_si128(magnitude, sign);
         /* 8 bits: 128 +- m; otherwise the complement, whose excess bits no plane takes. */
         const __m128i code = bits == 8 ? _mm_add_epi8(half, _mm_sub_epi8(flipped, sign))
                                        : _mm_add_epi8(half, flipped);
@@ -317,64 +529,77 @@ static void pack_row(const tqkvi_layout *layout, const float *y, const coded_row
     }
 }
 
-static bool same_values(const tqkvi_layout *layout, const coded_row *a, const coded_row *b)
+/*
+ * The candidate of least error, where it is one and the row was not decoded from codes like these;
+ * otherwise n_candidates. Nearly every row has one.
+ */
+static size_t find_least(const float *errors, size_t n, float near_error)
 {
-    for (uint32_t u = 0; u < layout->n_units; u++) {
-        if (layout->bits[u] == 0)
-            continue;
-        for (uint32_t d = u * LANES; d < (u + 1) * LANES; d += 8) {
-            const __m256 differs = _mm256_cmp_ps(_mm256_load_ps(a->value + d),
-                                                 _mm256_load_ps(b->value + d), _CMP_NEQ_UQ);
-            if (_mm256_movemask_ps(differs) != 0)
-                return false;
-        }
-    }
-    return true;
+    const __m256 a = _mm256_load_ps(errors);
+    const __m256 b = n > 8 ? _mm256_load_ps(errors + 8) : a;
+    const __m256 ab = _mm256_min_ps(a, b);
+    __m128 low = _mm_min_ps(_mm256_castps256_ps128(ab), _mm256_extractf128_ps(ab, 1));
+    low = _mm_min_ps(low, _mm_movehl_ps(low, low));
+    low = _mm_min_ss(low, _mm_movehdup_ps(low));
+    const __m256 least = _mm256_broadcastss_ps(low);
+    uint32_t mask = (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, least, _CMP_EQ_OQ));
+    if (n > 8)
+        mask |= (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(b, least, _CMP_EQ_OQ)) << 8;
+    const bool one = (mask & (mask - 1)) == 0;
+    return one && _mm_cvtss_f32(low) > near_error ? (size_t)__builtin_ctz(mask) : n;
 }
 
-static void take_magnitudes(const float *y, size_t dim, float *size)
+/* Codes the row at candidates in the order of the contest, until one is stable. */
+static int try_in_order(search *s, const float *weight, const float *y, float *errors,
+                        float near_error, tqkvk_row_again *again)
 {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    const __m256 limit = _mm256_set1_ps(TQKVK_Y_MAX);
-    for (size_t d = 0; d < dim; d += 8)
-        _mm256_store_ps(size + d,
-                        _mm256_min_ps(_mm256_andnot_ps(sign, _mm256_load_ps(y + d)), limit));
+    tqkvk_contest contest = {.n = s->n_candidates};
+    size_t i;
+
+    for (i = 0; i < s->n_candidates; i++) {
+        const int c = s->candidates[i];
+        const bool near_row = errors[i] <= near_error;
+        if (near_row) {
+            (void)code_row(s, i);
+            errors[i] = tqkvk_exact_error(s->layout, weight, y, c, s->magnitude);
+        }
+        tqkvk_contest_put(&contest, i, near_row, errors[i], (uint8_t)c);
+    }
+    do { /* some candidate is stable */
+        i = tqkvk_contest_take(&contest);
+        *again = code_row(s, i);
+    } while (!tqkvk_is_stable(&s->range, *again, s->candidates[i]));
+    return s->candidates[i];
 }
 
 uint8_t tqkvk_encode_row_f32_avx2(const tqkvi_layout *layout, const float *weight, const float *y,
                                   uint8_t *codes)
 {
-    _Alignas(32) float size[DIM_MAX];
-    uint8_t candidates[TQKVK_CANDIDATES_MAX];
-    float errors[TQKVK_CANDIDATES_MAX];
-    bool taken[TQKVK_CANDIDATES_MAX] = {false};
-    coded_row row, lower;
-    tqkvk_row_range again;
-    int scale;
+    _Alignas(32) float errors[TQKVK_CANDIDATES_MAX];
+    search s;
+    tqkvk_row_again again = {0};
+    int scale = 0;
 
     if (layout->row_bytes == 0)
         return 1;
-    take_magnitudes(y, (size_t)layout->n_units * LANES, size);
-    size_t n = tqkvk_list_candidates(find_range(layout, size), candidates);
-    if (n % 2 != 0) { /* the last one again: they go in pairs */
-        candidates[n] = candidates[n - 1];
-        n++;
+    s.layout = layout;
+    measure(&s, y);
+    list_candidates(&s);
+    fill_factors(&s);
+    if (s.range.widths == TQKVK_ONLY_8)
+        find_errors_8(&s, weight, errors);
+    else
+        find_errors(&s, weight, errors);
+    const float near_error = 16.0f * (float)s.range.n_coded;
+    const size_t least = find_least(errors, s.n_candidates, near_error);
+    if (least < s.n_candidates) {
+        scale = s.candidates[least];
+        again = code_row(&s, least);
     }
-    find_errors(layout, weight, size, candidates, n / 2, errors);
-    do { /* the first one is nearly always stable, and some candidate is */
-        scale = candidates[tqkvk_take_least(errors, taken, n)];
-        code_row(layout, size, scale, &row);
-        again = find_range(layout, row.value);
-    } while (!tqkvk_is_stable(again, scale));
-
-    const coded_row *best = &row;
-    if (scale > again.peak && (scale - again.peak) % 16 == 0) {
-        code_row(layout, row.value, again.peak, &lower);
-        if (same_values(layout, &row, &lower)) {
-            scale = again.peak;
-            best = &lower;
-        }
-    }
-    pack_row(layout, y, best, codes);
+    if (scale == 0 || !tqkvk_is_stable(&s.range, again, scale))
+        scale = try_in_order(&s, weight, y, errors, near_error, &again);
+    if (tqkvk_may_go_lower(again, scale))
+        scale = tqkvk_use_lower_scale(layout, again, scale, s.magnitude);
+    pack_row(&s, y, codes);
     return (uint8_t)scale;
 }
