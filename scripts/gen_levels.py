@@ -94,14 +94,14 @@ def buckets(levels, thresholds):
     """The thresholds again by t // 16, so that sixteen-byte look-ups can find a level.
 
     Of each bucket: index and level below its first threshold, then for each threshold k inside it
-    (k - 1 - 128, what the level grows by there); 126 is never passed.
+    (k - 1 - 128, what the level grows by there); 127 is never passed, also where t was cut at 255.
     """
     inside = [[k for k in thresholds if k > 16 * b and k < 16 * (b + 1)] for b in range(16)]
     below = [sum(k <= 16 * b for k in thresholds) for b in range(16)]
     assert max(len(ks) for ks in inside) <= ROUNDS
     limits, gains = [], []
     for r in range(ROUNDS):
-        limits.append([ks[r] - 129 if r < len(ks) else 126 for ks in inside])
+        limits.append([ks[r] - 129 if r < len(ks) else 127 for ks in inside])
         gains.append([levels[below[b] + r + 1] - levels[below[b] + r] if r < len(ks) else 0
                       for b, ks in enumerate(inside)])
     return below, [levels[m] for m in below], limits, gains

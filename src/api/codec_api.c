@@ -78,11 +78,11 @@ tqkv_status tqkv_codec_encode(const tqkv_codec *codec, uint32_t head, tqkv_side 
 
     const size_t row_bytes = tqkvi_codec_layout(codec, side, head, tier)->row_bytes;
     turn_init(codec, side, base, &t);
-    for (size_t r = 0; r < n_rows; r++) {
+    for (size_t r = 0; r < n_rows; r += TQKVI_ROWS_AT_ONCE) {
         uint8_t *row_codes = codes ? codes + r * row_bytes : &no_codes;
-        if (!tqkvi_encode_row(codec, side, head, tier, t.cos_or_null, t.sin_or_null, x + r * stride,
-                              &scales[r], row_codes, scratch))
-            bad++;
+        const size_t n = n_rows - r < TQKVI_ROWS_AT_ONCE ? n_rows - r : TQKVI_ROWS_AT_ONCE;
+        bad += tqkvi_encode_few(codec, side, head, tier, t.cos_or_null, t.sin_or_null,
+                                x + r * stride, stride, n, &scales[r], row_codes, scratch);
     }
     if (n_bad)
         *n_bad = bad;

@@ -106,15 +106,18 @@ static size_t encode_rows(const run_part *part, uint32_t tier, uint8_t *block)
     const size_t dim = tqkvi_shape_dim(&paged->codec->layer->shape, side);
     const tqkvi_layout *layout = tqkvi_codec_layout(paged->codec, side, g, tier);
     uint8_t *scales = block + paged->layouts[tier].section[side][g];
-    uint8_t row[TQKVI_ROW_BYTES_MAX];
+    const size_t stride = (size_t)paged->codec->n_kv_heads * dim;
+    uint8_t codes[TQKVI_ROWS_AT_ONCE * TQKVI_ROW_BYTES_MAX];
     size_t n_bad = 0;
 
-    for (uint32_t t = 0; t < run->n; t++) {
-        const float *x =
-            part->rows + ((run->token + t) * (size_t)paged->codec->n_kv_heads + g) * dim;
-        n_bad += !tqkvi_encode_row(paged->codec, side, g, tier, part->turn_cos, part->turn_sin, x,
-                                   &scales[run->slot + t], row, scratch);
-        tqkvi_block_put_row(layout, side, scales + TQKVI_BLOCK_TOKENS, run->slot + t, row);
+    for (uint32_t t = 0; t < run->n; t += TQKVI_ROWS_AT_ONCE) {
+        const uint32_t n = run->n - t < TQKVI_ROWS_AT_ONCE ? run->n - t : TQKVI_ROWS_AT_ONCE;
+        const float *x = part->rows + (run->token + t) * stride + g * dim;
+        n_bad += tqkvi_encode_few(paged->codec, side, g, tier, part->turn_cos, part->turn_sin, x,
+                                  stride, n, &scales[run->slot + t], codes, scratch);
+        for (uint32_t i = 0; i < n; i++)
+            tqkvi_block_put_row(layout, side, scales + TQKVI_BLOCK_TOKENS, run->slot + t + i,
+                                codes + i * layout->row_bytes);
     }
     return n_bad;
 }

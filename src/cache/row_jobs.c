@@ -83,6 +83,35 @@ static size_t group_end(size_t group, size_t n)
     return end < n ? end : n;
 }
 
+/* How many of n spots from the first one on have its tier and base; at most TQKVI_ROWS_AT_ONCE. */
+static size_t count_alike(const tqkvi_spot *spots, size_t n)
+{
+    size_t i = 1;
+    while (i < n && i < TQKVI_ROWS_AT_ONCE && spots[i].tier == spots[0].tier &&
+           spots[i].base == spots[0].base)
+        i++;
+    return i;
+}
+
+/* n rows that are alike, stride floats apart. Returns the number of bad ones. */
+static size_t encode_alike(const tqkv_store *store, tqkv_side side, uint32_t g,
+                           const tqkvi_spot *spots, size_t n, const float *x, size_t stride,
+                           row_scratch *scratch)
+{
+    const turn *t = turn_for(store, side, g, spots[0].base, &scratch->to);
+    const size_t row_bytes = tqkvi_codec_layout(store->codec, side, g, spots[0].tier)->row_bytes;
+    uint8_t codes[TQKVI_ROWS_AT_ONCE * TQKVI_ROW_BYTES_MAX], scales[TQKVI_ROWS_AT_ONCE];
+
+    const size_t n_bad =
+        tqkvi_encode_few(store->codec, side, g, spots[0].tier, t ? t->cos : NULL, t ? t->sin : NULL,
+                         x, stride, n, scales, codes, scratch->codec);
+    for (size_t i = 0; i < n; i++) {
+        *tqkvi_spot_scale(store, &spots[i], side, g) = scales[i];
+        tqkvi_spot_put_row(store, &spots[i], side, g, codes + i * row_bytes);
+    }
+    return n_bad;
+}
+
 static void encode_task(void *user, size_t i, size_t worker)
 {
     encode_job *job = user;
@@ -95,9 +124,12 @@ static void encode_task(void *user, size_t i, size_t worker)
 
     (void)worker;
     scratch.to.known = false;
-    for (size_t t = group * GROUP_TOKENS; t < group_end(group, job->n); t++)
-        n_bad += !encode_one(job->store, job->side, g, &job->spots[t],
-                             job->rows + (t * n_heads + g) * dim, &scratch.to, scratch.codec);
+    const size_t end = group_end(group, job->n);
+    for (size_t t = group * GROUP_TOKENS, n; t < end; t += n) {
+        n = count_alike(&job->spots[t], end - t);
+        n_bad += encode_alike(job->store, job->side, g, &job->spots[t], n,
+                              job->rows + (t * n_heads + g) * dim, n_heads * dim, &scratch);
+    }
     if (n_bad)
         atomic_fetch_add(&job->n_bad, n_bad);
 }

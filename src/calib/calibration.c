@@ -253,7 +253,7 @@ static double weighted_error(const perturb_task *task, size_t head, const float 
     const size_t n_units = task->dim / TQKV_UNIT_CHANNELS;
     double sum = 0.0;
 
-    task->codec->kernels->transform(codec->plan->transform, delta, y, task->dim);
+    task->codec->kernels->transform(codec->plan->transform, delta, y, task->dim, 1);
     for (size_t i = 0; i < task->dim; i++)
         sum += task->group->distortion[head * n_units + i / TQKV_UNIT_CHANNELS] * (double)y[i] * (double)y[i];
     return sum;

@@ -300,7 +300,7 @@ static void add_metric(const add_task *task, head_work *w, size_t g, size_t h)
     for (size_t t = 0; t < w->n_pad; t++) {
         float *u = w->u + t * dv;
 
-        task->kernels->transform(w->root, w->v + t * dv, u, dv);
+        task->kernels->transform(w->root, w->v + t * dv, u, dv, 1);
         w->u_norm[t] = 0.0F;
         for (size_t i = 0; i < dv; i++)
             w->u_norm[t] += u[i] * u[i];
@@ -313,8 +313,7 @@ static void add_metric(const add_task *task, head_work *w, size_t g, size_t h)
             memcpy(w->q + n_rows * dk, piece->q + (i * shape->n_heads + h) * dk, dk * sizeof(*w->q));
         }
         attend_rows(task, w, at, n_rows);
-        for (size_t r = 0; r < n_rows; r++)
-            task->kernels->transform(w->root, w->o + r * dv, w->uo + r * dv, dv);
+        task->kernels->transform(w->root, w->o, w->uo, dv, n_rows);
         task->kernels->dot_tile(w->uo, n_rows, w->u, w->n_pad, dv, w->du, w->n_pad);
         for (size_t r = 0; r < n_rows; r++)
             p2 += add_query(task, w, r, at[r], task->stats->heads[TQKV_SIDE_K][g].metric);

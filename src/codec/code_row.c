@@ -12,17 +12,17 @@
 
 typedef enum row_kind { ROW_ZERO, ROW_GOOD, ROW_BAD } row_kind;
 
-/* The two rows of scratch. The second one is readable past its end, the first one has it there. */
-static float *scratch_row(const tqkvi_head_codec *head, float *scratch, uint32_t i)
+/* Two groups of rows of scratch. All are readable past their end. */
+static float *scratch_rows(const tqkvi_head_codec *head, float *scratch, uint32_t i)
 {
-    return scratch + (size_t)i * head->dim;
+    return scratch + (size_t)i * TQKVI_ROWS_AT_ONCE * head->dim;
 }
 
 size_t tqkvi_codec_scratch_floats(const tqkv_codec *codec)
 {
     const tqkv_plan_layer *shape = &codec->layer->shape;
     const size_t dim = shape->k_dim > shape->v_dim ? shape->k_dim : shape->v_dim;
-    return 2 * dim + TQKV_ALIGN / sizeof(float);
+    return 2 * TQKVI_ROWS_AT_ONCE * dim + TQKV_ALIGN / sizeof(float);
 }
 
 /* On the bits: exponent 255 is NaN or Inf, and -0 is zero. */
@@ -54,7 +54,7 @@ static void encode_plain(const tqkv_codec *codec, const tqkvi_head_codec *head,
                          const tqkvi_layout *layout, const float *x, uint8_t *scale, uint8_t *codes,
                          float *scratch)
 {
-    float *row = scratch_row(head, scratch, 0);
+    float *row = scratch_rows(head, scratch, 0);
     uint32_t any = 0;
 
     for (uint32_t d = 0; d < head->dim; d++)
@@ -70,7 +70,7 @@ static void encode_plain(const tqkv_codec *codec, const tqkvi_head_codec *head,
 static void decode_plain(const tqkv_codec *codec, const tqkvi_head_codec *head,
                          const uint8_t *codes, float *x, float *scratch)
 {
-    float *row = scratch_row(head, scratch, 0);
+    float *row = scratch_rows(head, scratch, 0);
     codec->kernels->half_to_float(codes, row, head->dim);
     for (uint32_t d = 0; d < head->dim; d++)
         x[d] =
@@ -100,37 +100,71 @@ static void quantise(const tqkv_codec *codec, const tqkvi_head_codec *head,
     }
 }
 
-bool tqkvi_encode_row(const tqkv_codec *codec, tqkv_side side, uint32_t head_index, uint32_t tier,
-                      const float *turn_cos, const float *turn_sin, const float *x, uint8_t *scale,
-                      uint8_t *codes, float *scratch)
+/* z = x, turned back, less the mean. */
+static void centre(const tqkv_codec *codec, const tqkvi_head_codec *head, const float *turn_cos,
+                   const float *turn_sin, const float *x, float *z)
+{
+    if (turn_cos) {
+        memcpy(z, x, head->dim * sizeof(*z));
+        tqkvi_turn_apply(&codec->rope, turn_cos, turn_sin, true, z);
+        x = z;
+    }
+    for (uint32_t d = 0; d < head->dim; d++)
+        z[d] = x[d] - head->plan->mean[d];
+}
+
+static void transform(const tqkv_codec *codec, const tqkvi_head_codec *head, const float *z,
+                      float *y, size_t n)
+{
+    if (head->hadamard_block == 0) {
+        codec->kernels->transform(head->plan->transform, z, y, head->dim, n);
+        return;
+    }
+    for (size_t r = 0; r < n; r++)
+        codec->kernels->hadamard(head->factor, z + r * head->dim, y + r * head->dim, head->dim,
+                                 head->hadamard_block);
+}
+
+size_t tqkvi_encode_few(const tqkv_codec *codec, tqkv_side side, uint32_t head_index, uint32_t tier,
+                        const float *turn_cos, const float *turn_sin, const float *x, size_t stride,
+                        size_t n, uint8_t *scales, uint8_t *codes, float *scratch)
 {
     const tqkvi_head_codec *head = &codec->heads[side][head_index];
     const tqkvi_layout *layout = &head->plan->layout[tier];
-    const row_kind kind = classify(x, head->dim);
+    float *z = scratch_rows(head, scratch, 0);
+    float *y = scratch_rows(head, scratch, 1);
+    row_kind kind[TQKVI_ROWS_AT_ONCE];
+    size_t n_bad = 0;
 
-    if (kind != ROW_GOOD) {
-        store_zero(layout, scale, codes);
-        return kind != ROW_BAD;
+    for (size_t r = 0; r < n; r++) {
+        kind[r] = classify(x + r * stride, head->dim);
+        if (!head->plain)
+            centre(codec, head, turn_cos, turn_sin, x + r * stride, z + r * head->dim);
     }
-    if (head->plain) {
-        encode_plain(codec, head, layout, x, scale, codes, scratch);
-        return true;
+    if (!head->plain)
+        transform(codec, head, z, y, n);
+    for (size_t r = 0; r < n; r++) {
+        float *row = y + r * head->dim;
+        uint8_t *row_codes = codes + r * layout->row_bytes;
+        if (kind[r] == ROW_GOOD && !head->plain && classify(row, head->dim) == ROW_BAD)
+            kind[r] = ROW_BAD;
+        n_bad += kind[r] == ROW_BAD;
+        if (kind[r] != ROW_GOOD)
+            store_zero(layout, &scales[r], row_codes);
+        else if (head->plain)
+            encode_plain(codec, head, layout, x + r * stride, &scales[r], row_codes, scratch);
+        else
+            quantise(codec, head, layout, row, &scales[r], row_codes);
     }
+    return n_bad;
+}
 
-    float *z = scratch_row(head, scratch, 0);
-    float *y = scratch_row(head, scratch, 1);
-    memcpy(z, x, head->dim * sizeof(*z));
-    if (turn_cos)
-        tqkvi_turn_apply(&codec->rope, turn_cos, turn_sin, true, z);
-    for (uint32_t d = 0; d < head->dim; d++)
-        z[d] = z[d] - head->plan->mean[d];
-    codec->kernels->transform(head->plan->transform, z, y, head->dim);
-    if (classify(y, head->dim) == ROW_BAD) {
-        store_zero(layout, scale, codes);
-        return false;
-    }
-    quantise(codec, head, layout, y, scale, codes);
-    return true;
+bool tqkvi_encode_row(const tqkv_codec *codec, tqkv_side side, uint32_t head, uint32_t tier,
+                      const float *turn_cos, const float *turn_sin, const float *x, uint8_t *scale,
+                      uint8_t *codes, float *scratch)
+{
+    return tqkvi_encode_few(codec, side, head, tier, turn_cos, turn_sin, x, 0, 1, scale, codes,
+                            scratch) == 0;
 }
 
 void tqkvi_decode_row(const tqkv_codec *codec, tqkv_side side, uint32_t head_index, uint32_t tier,
@@ -148,10 +182,10 @@ void tqkvi_decode_row(const tqkv_codec *codec, tqkv_side side, uint32_t head_ind
         return;
     }
 
-    float *yhat = scratch_row(head, scratch, 0);
-    float *row = scratch_row(head, scratch, 1);
+    float *yhat = scratch_rows(head, scratch, 0);
+    float *row = scratch_rows(head, scratch, 1);
     dequantise(codec, &head->plan->layout[tier], scale, codes, yhat);
-    codec->kernels->transform(head->inverse, yhat, row, head->dim);
+    codec->kernels->transform(head->inverse, yhat, row, head->dim, 1);
     for (uint32_t d = 0; d < head->dim; d++)
         row[d] = head->plan->mean[d] + row[d];
     if (turn_cos)
@@ -173,7 +207,7 @@ void tqkvi_recode_row(const tqkv_codec *codec, tqkv_side side, uint32_t head_ind
         *scale_to = scale_from;
         memcpy(codes_to, codes_from, to->row_bytes);
     } else {
-        float *yhat = scratch_row(head, scratch, 0);
+        float *yhat = scratch_rows(head, scratch, 0);
         dequantise(codec, from, scale_from, codes_from, yhat);
         quantise(codec, head, to, yhat, scale_to, codes_to);
     }

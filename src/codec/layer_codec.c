@@ -38,6 +38,34 @@ static bool decodes_finite(const tqkvi_head_codec *head)
     return true;
 }
 
+static bool is_odd(uint32_t bits)
+{
+    bool odd = false;
+    for (; bits != 0; bits &= bits - 1)
+        odd = !odd;
+    return odd;
+}
+
+/*
+ * Whether the transform is Walsh-Hadamard matrices on the diagonal, as large as the largest power of
+ * two that divides dim, times a factor for each input channel. Sets the factors.
+ */
+static bool find_factors(const float *transform, uint32_t dim, uint32_t block, float *factor)
+{
+    for (uint32_t i = 0; i < dim; i++) {
+        const uint32_t first = i / block * block;
+        const float *row = transform + (size_t)i * dim;
+        factor[i] = row[first];
+        for (uint32_t j = 0; j < dim; j++) {
+            const bool inside = j / block == i / block;
+            const float wanted = !inside ? 0.0f : is_odd((i & j) % block) ? -factor[i] : factor[i];
+            if (row[j] != wanted)
+                return false;
+        }
+    }
+    return true;
+}
+
 static tqkv_status init_head(const tqkv_codec *codec, tqkvi_head_codec *head, double *work)
 {
     const tqkv_allocator *mem = &codec->mem;
@@ -45,13 +73,17 @@ static tqkv_status init_head(const tqkv_codec *codec, tqkvi_head_codec *head, do
 
     head->weight = tqkvi_alloc(mem, head->dim / TQKV_UNIT_CHANNELS * sizeof(float));
     head->inverse = tqkvi_alloc(mem, square_bytes);
-    if (!head->weight || !head->inverse)
+    head->factor = tqkvi_alloc(mem, head->dim * sizeof(float));
+    if (!head->weight || !head->inverse || !head->factor)
         return TQKV_ERR_NO_MEMORY;
 
     head->zero_mean = true;
     for (uint32_t d = 0; d < head->dim; d++)
         head->zero_mean = head->zero_mean && head->plan->mean[d] == 0.0f;
     init_weight(head);
+    const uint32_t block = head->dim & (~head->dim + 1u);
+    if (find_factors(head->plan->transform, head->dim, block, head->factor))
+        head->hadamard_block = block;
     if (!tqkvi_invert(head->plan->transform, head->dim, head->inverse, work) ||
         !decodes_finite(head))
         return TQKV_ERR_INVALID_ARG;
@@ -134,6 +166,7 @@ void tqkvi_codec_destroy(tqkv_codec *codec)
         for (uint32_t g = 0; codec->heads[side] && g < codec->n_kv_heads; g++) {
             tqkvi_free(&codec->mem, codec->heads[side][g].weight);
             tqkvi_free(&codec->mem, codec->heads[side][g].inverse);
+            tqkvi_free(&codec->mem, codec->heads[side][g].factor);
         }
         tqkvi_free(&codec->mem, codec->heads[side]);
     }

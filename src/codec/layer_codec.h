@@ -20,8 +20,10 @@ typedef struct tqkvi_head_codec {
     bool plain;     /* every tier is f16: no mean, no transform, no scale */
     bool zero_mean; /* the mean is 0 in every channel */
     const tqkvi_head_plan *plan;
-    float *weight;  /* [dim / 16] the plan's, divided by the largest, at least 2^-20 */
-    float *inverse; /* [dim][dim]: x[i] = mean[i] + sum_j inverse[j * dim + i] * y[j],
+    uint32_t hadamard_block; /* channels of the Walsh-Hadamard blocks of the transform, or 0 */
+    float *factor;           /* [dim] of the input channels then */
+    float *weight;           /* [dim / 16] the plan's, divided by the largest, at least 2^-20 */
+    float *inverse;          /* [dim][dim]: x[i] = mean[i] + sum_j inverse[j * dim + i] * y[j],
                      * so q'[j] = sum_i inverse[j * dim + i] * q[i] gives q.x = q'.y + q.mean */
 } tqkvi_head_codec;
 
@@ -63,8 +65,11 @@ void tqkvi_turn_init(const tqkv_rope *rope, int32_t base, float *cos_out, float 
 void tqkvi_turn_apply(const tqkv_rope *rope, const float *cos_in, const float *sin_in, bool inverse,
                       float *row);
 
+/* Rows that are encoded at once at most: they share what is read of the transform. */
+#define TQKVI_ROWS_AT_ONCE 4
+
 /* Floats of scratch that the row functions below need, TQKV_ALIGN-aligned. */
-#define TQKVI_CODEC_SCRATCH_MAX (2 * TQKVI_DIM_MAX + TQKV_ALIGN)
+#define TQKVI_CODEC_SCRATCH_MAX (2 * TQKVI_ROWS_AT_ONCE * TQKVI_DIM_MAX + TQKV_ALIGN)
 size_t tqkvi_codec_scratch_floats(const tqkv_codec *codec);
 
 /*
@@ -74,6 +79,13 @@ size_t tqkvi_codec_scratch_floats(const tqkv_codec *codec);
 bool tqkvi_encode_row(const tqkv_codec *codec, tqkv_side side, uint32_t head, uint32_t tier,
                       const float *turn_cos, const float *turn_sin, const float *x, uint8_t *scale,
                       uint8_t *codes, float *scratch);
+/*
+ * Up to TQKVI_ROWS_AT_ONCE rows of one head, tier and base. x: [n] rows, stride floats apart. scales:
+ * [n], codes: [n][row_bytes] out. Returns how many had NaN or Inf.
+ */
+size_t tqkvi_encode_few(const tqkv_codec *codec, tqkv_side side, uint32_t head, uint32_t tier,
+                        const float *turn_cos, const float *turn_sin, const float *x, size_t stride,
+                        size_t n, uint8_t *scales, uint8_t *codes, float *scratch);
 void tqkvi_decode_row(const tqkv_codec *codec, tqkv_side side, uint32_t head, uint32_t tier,
                       const float *turn_cos, const float *turn_sin, uint8_t scale,
                       const uint8_t *codes, float *x, float *scratch);

@@ -3,7 +3,7 @@
  * The kernels: plain functions over arrays, one table per instruction set, every table complete.
  *
  * Exact kernels decide stored bytes: the same bits on every CPU and GPU. They multiply and add
- * apart (no fused operations), in the order that the contract gives. Bounded kernels only produce
+ * fused only where the contract says so, and in the order that it gives. Bounded kernels only produce
  * output; they may fuse and reorder, and state their error.
  *
  * Arrays are TQKV_ALIGN-aligned and readable TQKV_ALIGN bytes past their end unless said otherwise.
@@ -18,10 +18,20 @@
 #include "format/row_layout.h"
 
 /*
- * y[j] = sum over i = 0, 1, ..., dim - 1 of m[i * dim + j] * x[i], starting from 0. Exact: each
- * product is rounded, then added, in ascending i.
+ * Rows times matrix; x, y: [n_rows][dim]. y[j] = sum over i = 0, 1, ..., dim - 1 of
+ * m[i * dim + j] * x[i], starting from 0. Exact: each product is added fused, in ascending i.
  */
-typedef void tqkvk_transform_fn(const float *m, const float *x, float *y, size_t dim);
+typedef void tqkvk_transform_fn(const float *m, const float *x, float *y, size_t dim,
+                                size_t n_rows);
+
+/*
+ * The same for Walsh-Hadamard matrices of `block` channels (a power of two, at least 16, that
+ * divides dim) times a factor for each input channel: y = factor[i] * x[i], then within each block,
+ * for n = 1, 2, 4, ... block / 2, the pairs (j, j + n) where j & n is 0 become their sum and their
+ * difference. x, y: [dim]. Exact.
+ */
+typedef void tqkvk_hadamard_fn(const float *factor, const float *x, float *y, size_t dim,
+                               size_t block);
 
 /*
  * Chooses the scale and the codes of one row and packs them, as docs/FORMAT.md "Encoding a row"
@@ -147,6 +157,7 @@ typedef void tqkvk_weigh_blocks_fn(const tqkvi_layout *layout, const uint8_t *co
 typedef struct tqkvk_table {
     const char *name; /* "ref", "avx2", ... */
     tqkvk_transform_fn *transform;
+    tqkvk_hadamard_fn *hadamard;
     tqkvk_encode_row_fn *encode_row;
     tqkvk_unpack_rows_fn *unpack_rows;
     tqkvk_unpack_block_fn *unpack_block;

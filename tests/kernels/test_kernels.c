@@ -108,10 +108,10 @@ static void test_dispatch(void **state)
     const tqkvk_table *want = all[n - 1];
     for (size_t i = 0; i < n; i++) {
         const tqkvk_table *t = all[i];
-        assert_true(t->transform && t->encode_row && t->unpack_rows && t->unpack_block &&
-                    t->half_to_float && t->float_to_half && t->dot_tile && t->softmax_step &&
-                    t->accumulate_tile && t->round_query && t->score_blocks && t->scale_scores &&
-                    t->round_weights && t->weigh_blocks);
+        assert_true(t->transform && t->hadamard && t->encode_row && t->unpack_rows &&
+                    t->unpack_block && t->half_to_float && t->float_to_half && t->dot_tile &&
+                    t->softmax_step && t->accumulate_tile && t->round_query && t->score_blocks &&
+                    t->scale_scores && t->round_weights && t->weigh_blocks);
         if (isa && strcmp(isa, t->name) == 0)
             want = t;
     }
@@ -128,13 +128,14 @@ static void check_transform(test_random *random, size_t dim, float size)
     size_t n;
     const tqkvk_table *const *all = tables(&n);
     float *m = test_random_floats(random, dim * dim, size);
-    float *x = test_random_floats(random, dim, 1.0f);
-    float *want = test_aligned(dim * sizeof(float));
+    const size_t n_rows = 1 + test_random_u32(random) % 6;
+    float *x = test_random_floats(random, n_rows * dim, 1.0f);
+    float *want = test_aligned(n_rows * dim * sizeof(float));
     x[3] = -0.0f;
     x[5] = 1e-42f;
     x[7] = 1e30f;
 
-    all[0]->transform(m, x, want, dim);
+    all[0]->transform(m, x, want, dim, n_rows);
     for (size_t j = 0; j < dim; j++) {
         double sum = 0.0, terms = 0.0;
         for (size_t i = 0; i < dim; i++) {
@@ -145,9 +146,9 @@ static void check_transform(test_random *random, size_t dim, float size)
     }
     for (size_t i = 1; i < n; i++) {
         test_guarded y;
-        test_guarded_init(&y, dim * sizeof(float), 0);
-        all[i]->transform(m, x, test_guarded_floats(&y), dim);
-        assert_memory_equal(y.data, want, dim * sizeof(float));
+        test_guarded_init(&y, n_rows * dim * sizeof(float), 0);
+        all[i]->transform(m, x, test_guarded_floats(&y), dim, n_rows);
+        assert_memory_equal(y.data, want, n_rows * dim * sizeof(float));
         test_guarded_deinit(&y);
     }
     free(m);
@@ -164,6 +165,51 @@ static void test_transform(void **state)
         check_transform(&random, dim, 1e-3f);
     }
     check_transform(&random, 1024, 10.0f);
+}
+
+/* Butterflies against the matrix that they stand for, and every table against ref. */
+static void check_hadamard(test_random *random, size_t dim, size_t block)
+{
+    size_t n;
+    const tqkvk_table *const *all = tables(&n);
+    float *factor = test_random_floats(random, dim, 1.0f);
+    float *x = test_random_floats(random, dim, 3.0f);
+    float *want = test_aligned(dim * sizeof(float));
+
+    all[0]->hadamard(factor, x, want, dim, block);
+    for (size_t j = 0; j < dim; j++) {
+        double sum = 0.0, terms = 0.0;
+        for (size_t i = j / block * block; i < j / block * block + block; i++) {
+            const double term = (double)factor[i] * (double)x[i];
+            size_t both = i & j & (block - 1);
+            bool odd = false;
+            for (; both != 0; both &= both - 1)
+                odd = !odd;
+            sum += odd ? -term : term;
+            terms += fabs(term);
+        }
+        assert_true(fabs(sum - (double)want[j]) <= 12 * EPS * terms);
+    }
+    for (size_t i = 1; i < n; i++) {
+        test_guarded y;
+        test_guarded_init(&y, dim * sizeof(float), 0);
+        all[i]->hadamard(factor, x, test_guarded_floats(&y), dim, block);
+        assert_memory_equal(y.data, want, dim * sizeof(float));
+        test_guarded_deinit(&y);
+    }
+    free(factor);
+    free(x);
+    free(want);
+}
+
+static void test_hadamard(void **state)
+{
+    (void)state;
+    test_random random = {seed};
+    for (size_t dim = 16; dim <= 1024; dim += 16) {
+        for (size_t block = 16; dim % block == 0; block *= 2)
+            check_hadamard(&random, dim, block);
+    }
 }
 
 /* Every half, and floats around every half, at every offset of both arrays. */
@@ -471,7 +517,7 @@ typedef struct bench {
 static void bench_transform(void *arg)
 {
     const bench *b = arg;
-    b->table->transform(b->m, b->y, b->out, b->dim);
+    b->table->transform(b->m, b->y, b->out, b->dim, 1);
 }
 
 /* 64 different rows, so that branches cannot learn one row by heart. */
@@ -553,17 +599,12 @@ int main(int argc, char **argv)
     const bool with_bench = test_arguments(argc, argv, &seed);
 
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_levels),
-        cmocka_unit_test(test_distortion),
-        cmocka_unit_test(test_generator),
-        cmocka_unit_test(test_dispatch),
-        cmocka_unit_test(test_transform),
-        cmocka_unit_test(test_half),
-        cmocka_unit_test(test_half_rounding),
-        cmocka_unit_test(test_encode_row),
-        cmocka_unit_test(test_encode_ties),
-        cmocka_unit_test(test_encode_again),
-        cmocka_unit_test(test_encode_two_scales),
+        cmocka_unit_test(test_levels),       cmocka_unit_test(test_distortion),
+        cmocka_unit_test(test_generator),    cmocka_unit_test(test_dispatch),
+        cmocka_unit_test(test_transform),    cmocka_unit_test(test_hadamard),
+        cmocka_unit_test(test_half),         cmocka_unit_test(test_half_rounding),
+        cmocka_unit_test(test_encode_row),   cmocka_unit_test(test_encode_ties),
+        cmocka_unit_test(test_encode_again), cmocka_unit_test(test_encode_two_scales),
         cmocka_unit_test(test_unpack_rows),
     };
     const int n_failed = cmocka_run_group_tests(tests, NULL, NULL);

@@ -194,7 +194,7 @@ static void transform_whitens_rows_in_their_frame(void **unused)
         tqkvi_turn_apply(&s->shape.rope, cosine, sine, true, x);
         for (size_t i = 0; i < DIM; i++)
             x[i] -= head->mean[i];
-        tqkvk_get()->transform(head->transform, x, y, DIM);
+        tqkvk_get()->transform(head->transform, x, y, DIM, 1);
         for (size_t i = 0; i < DIM; i++) {
             sum[i / 16] += (double)y[i];
             square[i / 16] += (double)y[i] * (double)y[i];

@@ -151,7 +151,7 @@ static void random_row(test_random *random, const tqkv_codec *codec, tqkv_side s
             break;
         }
     }
-    codec->kernels->transform(head->inverse, y, row, dim);
+    codec->kernels->transform(head->inverse, y, row, dim, 1);
     for (uint32_t d = 0; d < dim; d++)
         x[d] = head->plan->mean[d] + row[d];
     if (side == TQKV_SIDE_K && codec->rope.style != TQKV_ROPE_NONE) {
@@ -414,7 +414,7 @@ static void test_distortion(void **state)
             coded row;
             for (uint32_t d = 0; d < 128; d++)
                 y[d] = test_random_normal(&random);
-            codec->kernels->transform(codec->heads[0][0].inverse, y, x, 128);
+            codec->kernels->transform(codec->heads[0][0].inverse, y, x, 128, 1);
             for (uint32_t d = 0; d < 128; d++)
                 x[d] += codec->heads[0][0].plan->mean[d];
             (void)encode(codec, TQKV_SIDE_K, 0, 0, x, &row);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Vector times matrix. Lanes are outputs, so that each output keeps its order of additions; eight
- * vectors of outputs stay in registers while i runs, which hides the latency of the additions.
+ * Rows times matrix. Lanes are outputs, so that each output keeps its order of additions; eight
+ * vectors of outputs stay in registers while i runs, which hides the latency of the additions: of
+ * one row 64 outputs, or of four rows 16, which then share what is read of the matrix.
  */
 #include "kernels/tables.h"
 #include "kernels/x86/block_avx2.h"
@@ -12,8 +13,8 @@ static void transform_64(const float *m, const float *x, float *y, size_t dim)
     tqkvk_four hi = tqkvk_four_zero();
     for (size_t i = 0; i < dim; i++, m += dim) {
         const __m256 xi = _mm256_broadcast_ss(x + i);
-        lo = tqkvk_four_add(lo, tqkvk_four_mul(tqkvk_four_load(m, 8), xi));
-        hi = tqkvk_four_add(hi, tqkvk_four_mul(tqkvk_four_load(m + 32, 8), xi));
+        lo = tqkvk_four_fma(lo, tqkvk_four_load(m, 8), xi);
+        hi = tqkvk_four_fma(hi, tqkvk_four_load(m + 32, 8), xi);
     }
     tqkvk_four_store(y, lo);
     tqkvk_four_store(y + 32, hi);
@@ -25,18 +26,110 @@ static void transform_16(const float *m, const float *x, float *y, size_t dim)
     __m256 hi = _mm256_setzero_ps();
     for (size_t i = 0; i < dim; i++, m += dim) {
         const __m256 xi = _mm256_broadcast_ss(x + i);
-        lo = _mm256_add_ps(lo, _mm256_mul_ps(_mm256_load_ps(m), xi));
-        hi = _mm256_add_ps(hi, _mm256_mul_ps(_mm256_load_ps(m + 8), xi));
+        lo = _mm256_fmadd_ps(_mm256_load_ps(m), xi, lo);
+        hi = _mm256_fmadd_ps(_mm256_load_ps(m + 8), xi, hi);
     }
     _mm256_store_ps(y, lo);
     _mm256_store_ps(y + 8, hi);
 }
 
-void tqkvk_transform_f32_avx2(const float *m, const float *x, float *y, size_t dim)
+/* One vector of the matrix times the same channel of four rows. */
+static inline tqkvk_four four_rows_fma(tqkvk_four sum, __m256 m, const float *x, size_t dim)
 {
-    size_t j = 0;
-    for (; j + 64 <= dim; j += 64)
-        transform_64(m + j, x, y + j, dim);
-    for (; j < dim; j += 16)
-        transform_16(m + j, x, y + j, dim);
+    return (tqkvk_four){_mm256_fmadd_ps(m, _mm256_broadcast_ss(x), sum.v0),
+                        _mm256_fmadd_ps(m, _mm256_broadcast_ss(x + dim), sum.v1),
+                        _mm256_fmadd_ps(m, _mm256_broadcast_ss(x + 2 * dim), sum.v2),
+                        _mm256_fmadd_ps(m, _mm256_broadcast_ss(x + 3 * dim), sum.v3)};
+}
+
+static inline void store_four_rows(float *y, size_t dim, tqkvk_four a)
+{
+    _mm256_store_ps(y, a.v0);
+    _mm256_store_ps(y + dim, a.v1);
+    _mm256_store_ps(y + 2 * dim, a.v2);
+    _mm256_store_ps(y + 3 * dim, a.v3);
+}
+
+static void transform_4_16(const float *m, const float *x, float *y, size_t dim)
+{
+    tqkvk_four lo = tqkvk_four_zero();
+    tqkvk_four hi = tqkvk_four_zero();
+    for (size_t i = 0; i < dim; i++, m += dim) {
+        lo = four_rows_fma(lo, _mm256_load_ps(m), x + i, dim);
+        hi = four_rows_fma(hi, _mm256_load_ps(m + 8), x + i, dim);
+    }
+    store_four_rows(y, dim, lo);
+    store_four_rows(y + 8, dim, hi);
+}
+
+void tqkvk_transform_f32_avx2(const float *m, const float *x, float *y, size_t dim, size_t n_rows)
+{
+    size_t r = 0;
+    for (; r + 4 <= n_rows; r += 4) {
+        for (size_t j = 0; j < dim; j += 16)
+            transform_4_16(m + j, x + r * dim, y + r * dim + j, dim);
+    }
+    for (; r < n_rows; r++) {
+        size_t j = 0;
+        for (; j + 64 <= dim; j += 64)
+            transform_64(m + j, x + r * dim, y + r * dim + j, dim);
+        for (; j < dim; j += 16)
+            transform_16(m + j, x + r * dim, y + r * dim + j, dim);
+    }
+}
+
+/* swapped: the other one of the pair in each lane; differs: the sign bit of the second ones. */
+static inline __m256 butterfly(__m256 v, __m256 swapped, __m256 differs)
+{
+    return _mm256_add_ps(swapped, _mm256_xor_ps(v, differs));
+}
+
+/* Pairs 1, 2 and 4 apart. */
+static inline __m256 butterflies_of_8(__m256 v)
+{
+    const float o = -0.0f;
+    v = butterfly(v, _mm256_permute_ps(v, 0xb1), _mm256_setr_ps(0, o, 0, o, 0, o, 0, o));
+    v = butterfly(v, _mm256_permute_ps(v, 0x4e), _mm256_setr_ps(0, 0, o, o, 0, 0, o, o));
+    return butterfly(v, _mm256_permute2f128_ps(v, v, 1), _mm256_setr_ps(0, 0, 0, 0, o, o, o, o));
+}
+
+/* Pairs n apart, and then 2 n, of four vectors n floats apart. */
+static inline void butterflies_of_four(float *y, size_t n)
+{
+    const tqkvk_four a = tqkvk_four_load(y, n);
+    const __m256 b0 = _mm256_add_ps(a.v0, a.v1), b1 = _mm256_sub_ps(a.v0, a.v1);
+    const __m256 b2 = _mm256_add_ps(a.v2, a.v3), b3 = _mm256_sub_ps(a.v2, a.v3);
+    _mm256_store_ps(y, _mm256_add_ps(b0, b2));
+    _mm256_store_ps(y + n, _mm256_add_ps(b1, b3));
+    _mm256_store_ps(y + 2 * n, _mm256_sub_ps(b0, b2));
+    _mm256_store_ps(y + 3 * n, _mm256_sub_ps(b1, b3));
+}
+
+static inline void butterflies_of_two(float *y, size_t n)
+{
+    const __m256 a = _mm256_load_ps(y), b = _mm256_load_ps(y + n);
+    _mm256_store_ps(y, _mm256_add_ps(a, b));
+    _mm256_store_ps(y + n, _mm256_sub_ps(a, b));
+}
+
+void tqkvk_hadamard_f32_avx2(const float *factor, const float *x, float *y, size_t dim,
+                             size_t block)
+{
+    for (size_t i = 0; i < dim; i += 8) {
+        const __m256 v = _mm256_mul_ps(_mm256_load_ps(factor + i), _mm256_load_ps(x + i));
+        _mm256_store_ps(y + i, butterflies_of_8(v));
+    }
+    size_t n = 8;
+    for (; 4 * n <= block; n *= 4) {
+        for (size_t first = 0; first < dim; first += 4 * n) {
+            for (size_t i = first; i < first + n; i += 8)
+                butterflies_of_four(y + i, n);
+        }
+    }
+    if (2 * n > block)
+        return;
+    for (size_t first = 0; first < dim; first += 2 * n) {
+        for (size_t i = first; i < first + n; i += 8)
+            butterflies_of_two(y + i, n);
+    }
 }
