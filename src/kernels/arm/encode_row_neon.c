@@ -2,13 +2,10 @@
 /*
  * "Encoding a row" of docs/FORMAT.md with the bytes of ref.
  *
- * A unit of 16 channels is four registers of f32, or one of bytes, where look-ups find the level.
- * All candidates are tried on a unit before the next one:
+ * Sizes become whole numbers of 16 bits: a unit is two registers, or one of bytes, where look-ups
+ * find the level. All candidates are tried on a unit before the next one:
  *
- *     f32 |y| --> t = half levels --> bytes --> level --> f32 value --> squared error, 16 lanes
- *
- * The lanes of the error are those of the contract, so that only the halving tree remains to be
- * added up.
+ *     sizes --> t = half levels --> bytes --> level --> 16 bits --> value --> squared error
  */
 #include <stdbool.h>
 #include <string.h>
@@ -21,10 +18,26 @@
 #define DIM_MAX (TQKV_UNITS_MAX * TQKV_UNIT_CHANNELS)
 #define LANES TQKV_UNIT_CHANNELS
 
-typedef struct coded_row {
-    float value[DIM_MAX];
-    uint8x16_t magnitude[TQKV_UNITS_MAX];
-} coded_row;
+/* What turns whole sizes to half levels and levels to whole sizes. */
+typedef struct factors {
+    uint16_t to_half_levels[TQKVK_CANDIDATES_MAX], to_size[TQKVK_CANDIDATES_MAX];
+} factors;
+
+/* Eight sums of pairs: pairs 0..3 and 4..7 of a unit. */
+typedef struct pair_sums {
+    float32x4_t lo, hi;
+} pair_sums;
+
+/* A row at work. */
+typedef struct search {
+    const tqkvi_layout *layout;
+    uint16_t size[DIM_MAX];
+    factors factors[9]; /* by width */
+    tqkvk_row_range range;
+    int candidates[TQKVK_CANDIDATES_MAX];
+    size_t n_candidates;
+    uint8_t magnitude[DIM_MAX]; /* of the candidate coded last */
+} search;
 
 /* A tqkvk_bucket. */
 typedef struct byte_table {
@@ -88,89 +101,93 @@ TQKVK_INLINE uint8x16_t find_indices(uint32_t bits, const byte_table *table, uin
     return vsubq_u8(index, passes(t, bucket, table->limit2));
 }
 
-TQKVK_INLINE uint16x4_t half_levels_4(float32x4_t size, float factor)
+/* Half levels of whole sizes, at most 255. */
+TQKVK_INLINE uint8x16_t half_levels_of(uint16x8_t lo, uint16x8_t hi, uint16_t to_half_levels)
 {
-    const float32x4_t limit = vdupq_n_f32((float)TQKVK_HALF_LEVELS_MAX);
-    return vmovn_u32(vcvtq_u32_f32(vminq_f32(vmulq_n_f32(size, factor), limit)));
+    const uint16x8_t f = vdupq_n_u16(to_half_levels);
+    const uint16x8_t t_lo = vshrn_high_n_u32(
+        vshrn_n_u32(vmull_u16(vget_low_u16(lo), vget_low_u16(f)), 15), vmull_high_u16(lo, f), 15);
+    const uint16x8_t t_hi = vshrn_high_n_u32(
+        vshrn_n_u32(vmull_u16(vget_low_u16(hi), vget_low_u16(f)), 15), vmull_high_u16(hi, f), 15);
+    return vqmovn_high_u16(vqmovn_u16(t_lo), t_hi);
 }
 
-TQKVK_INLINE uint8x16_t half_levels(tqkvk_four size, float factor)
+/* Whole sizes that eight levels stand for. */
+TQKVK_INLINE uint16x8_t values_of(uint16x8_t level, uint16_t to_size)
 {
-    const uint16x8_t lo =
-        vcombine_u16(half_levels_4(size.v0, factor), half_levels_4(size.v1, factor));
-    const uint16x8_t hi =
-        vcombine_u16(half_levels_4(size.v2, factor), half_levels_4(size.v3, factor));
-    return vcombine_u8(vmovn_u16(lo), vmovn_u16(hi));
+    const uint16x8_t f = vdupq_n_u16(to_size);
+    return vshrn_high_n_u32(vshrn_n_u32(vmull_u16(vget_low_u16(level), vget_low_u16(f)), 7),
+                            vmull_high_u16(level, f), 7);
 }
 
-/* scale * (step * level) */
-TQKVK_INLINE tqkvk_four values_of(uint8x16_t level, float step, float scale)
+TQKVK_INLINE float32x4_t pair_squares(int16x8_t v)
 {
-    const uint16x8_t lo = vmovl_u8(vget_low_u8(level)), hi = vmovl_high_u8(level);
-    const tqkvk_four value = {
-        vcvtq_f32_u32(vmovl_u16(vget_low_u16(lo))), vcvtq_f32_u32(vmovl_high_u16(lo)),
-        vcvtq_f32_u32(vmovl_u16(vget_low_u16(hi))), vcvtq_f32_u32(vmovl_high_u16(hi))};
-    return tqkvk_four_mul(tqkvk_four_mul(value, step), scale);
+    return vcvtq_f32_s32(
+        vpaddq_s32(vmull_s16(vget_low_s16(v), vget_low_s16(v)), vmull_high_s16(v, v)));
 }
 
-/* sum + weight * (size - value) ^ 2 */
-TQKVK_INLINE float32x4_t add_error(float32x4_t sum, float32x4_t size, float32x4_t value,
-                                   float weight)
+/* sums + weight * v ^ 2, pair by pair */
+TQKVK_INLINE pair_sums add_squares(pair_sums sums, int16x8_t lo, int16x8_t hi, float weight)
 {
-    const float32x4_t difference = vsubq_f32(size, value);
-    return vaddq_f32(sum, vmulq_n_f32(vmulq_f32(difference, difference), weight));
+    return (pair_sums){vfmaq_n_f32(sums.lo, pair_squares(lo), weight),
+                       vfmaq_n_f32(sums.hi, pair_squares(hi), weight)};
 }
 
-/* Adds the errors of one unit to the sums of every candidate. */
-TQKVK_INLINE void add_unit_errors(uint32_t bits, float weight, const float *size,
-                                  const uint8_t *candidates, size_t n, tqkvk_four *sums)
+static inline pair_sums zero_sums(void)
 {
-    const byte_table table = load_table(bits);
-    const float step = tqkvk_widths[bits].step, inv_step2 = tqkvk_widths[bits].inv_step2;
-    const tqkvk_four unit = tqkvk_four_load(size, 4);
-
-    for (size_t i = 0; i < n; i++) {
-        const uint8_t c = candidates[i];
-        const uint8x16_t t = half_levels(unit, tqkvk_scale_inverses[c] * inv_step2);
-        const uint8x16_t level = find_levels(bits, &table, t);
-        const tqkvk_four value = values_of(level, step, tqkvk_scale_values[c]), sum = sums[i];
-        sums[i] = (tqkvk_four){add_error(sum.v0, unit.v0, value.v0, weight),
-                               add_error(sum.v1, unit.v1, value.v1, weight),
-                               add_error(sum.v2, unit.v2, value.v2, weight),
-                               add_error(sum.v3, unit.v3, value.v3, weight)};
-    }
+    return (pair_sums){vdupq_n_f32(0.0f), vdupq_n_f32(0.0f)};
 }
 
-/* The halving tree. */
-TQKVK_INLINE float sum_lanes(tqkvk_four v)
+/* ((0 + 2) + (4 + 6)) + ((1 + 3) + (5 + 7)) */
+static inline float sum_pairs(pair_sums sums)
 {
-    const float32x4_t four = vaddq_f32(vaddq_f32(v.v0, v.v2), vaddq_f32(v.v1, v.v3));
-    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    const float32x2_t two = vadd_f32(vadd_f32(vget_low_f32(sums.lo), vget_high_f32(sums.lo)),
+                                     vadd_f32(vget_low_f32(sums.hi), vget_high_f32(sums.hi)));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 
-/* errors: [n] out, of the candidates. One case per width, each with a loop of its own. */
-static void find_errors(const tqkvi_layout *layout, const float *weight, const float *size,
-                        const uint8_t *candidates, size_t n, float *errors)
+static inline int16x8_t difference(uint16x8_t size, uint16x8_t value)
 {
-    tqkvk_four sums[TQKVK_CANDIDATES_MAX];
-    for (size_t i = 0; i < n; i++)
-        sums[i] = tqkvk_four_zero();
+    return vreinterpretq_s16_u16(vsubq_u16(size, value));
+}
 
-    for (uint32_t u = 0; u < layout->n_units; u++, size += LANES) {
-        TQKVK_BY_WIDTH(layout->bits[u], TQKVK_NOTHING, add_unit_errors, weight[u], size, candidates,
-                       n, sums);
+/* Adds the errors of one unit to the sums of every candidate. */
+TQKVK_INLINE void add_unit_errors(uint32_t bits, const uint16_t *size, float weight,
+                                  const factors *f, size_t n, pair_sums *sums)
+{
+    const byte_table table = load_table(bits);
+    const uint16x8_t lo = vld1q_u16(size), hi = vld1q_u16(size + 8);
+
+    for (size_t i = 0; i < n; i++) {
+        const uint8x16_t t = half_levels_of(lo, hi, f->to_half_levels[i]);
+        const uint8x16_t level =
+            find_levels(bits, &table, vminq_u8(t, vdupq_n_u8(TQKVK_HALF_LEVELS_MAX)));
+        const uint16x8_t value_lo = values_of(vmovl_u8(vget_low_u8(level)), f->to_size[i]);
+        const uint16x8_t value_hi = values_of(vmovl_high_u8(level), f->to_size[i]);
+        sums[i] = add_squares(sums[i], difference(lo, value_lo), difference(hi, value_hi), weight);
     }
-    for (size_t i = 0; i < n; i++)
-        errors[i] = sum_lanes(sums[i]);
+}
+
+/* errors: of the candidates. One case per width, each with a loop of its own. */
+static void find_errors(const search *s, const float *weight, float *errors)
+{
+    pair_sums sums[TQKVK_CANDIDATES_MAX];
+    for (size_t i = 0; i < s->n_candidates; i++)
+        sums[i] = zero_sums();
+    for (uint32_t u = 0; u < s->layout->n_units; u++) {
+        const uint32_t bits = s->layout->bits[u];
+        TQKVK_BY_WIDTH(bits, TQKVK_NOTHING, add_unit_errors, s->size + u * LANES, weight[u],
+                       &s->factors[bits], s->n_candidates, sums);
+    }
+    for (size_t i = 0; i < s->n_candidates; i++)
+        errors[i] = sum_pairs(sums[i]);
 }
 
 /* How many of n thresholds of an octave (8 or 16) the mantissa of value >= 0 reaches. */
-static inline int count_in_octave(const float *thresholds, int n, float value, int *exponent)
+static inline int count_in_octave(const float *thresholds, int n, float value)
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof(bits));
-    *exponent = (int)(bits >> 23) - 127;
     const float32x4_t mantissa =
         vreinterpretq_f32_u32(vdupq_n_u32((bits & 0x7fffffu) | 0x3f800000u));
     uint32x4_t count = vdupq_n_u32(0);
@@ -179,49 +196,133 @@ static inline int count_in_octave(const float *thresholds, int n, float value, i
     return (int)vaddvq_u32(count);
 }
 
-static tqkvk_row_range find_range(const tqkvi_layout *layout, const float *size)
+/*
+ * Index of a mean square, less that of 1. Thresholds repeat from octave to octave, eight of energy
+ * (2 ^ (1/16), 2 ^ (3/16), ...) and sixteen of peaks: count by exponent, then within the octave.
+ */
+static int energy_index(float mean)
 {
-    tqkvk_four sum = tqkvk_four_zero();
-    float32x4_t top = vdupq_n_f32(0.0f);
-    int n_coded = 0;
-
-    for (uint32_t u = 0; u < layout->n_units; u++, size += LANES) {
-        if (layout->bits[u] == 0)
-            continue;
-        const tqkvk_four v = tqkvk_four_load(size, 4);
-        const float32x4_t largest = vmaxq_f32(vmaxq_f32(v.v0, v.v1), vmaxq_f32(v.v2, v.v3));
-        const tqkvk_four square = {vmulq_f32(v.v0, v.v0), vmulq_f32(v.v1, v.v1),
-                                   vmulq_f32(v.v2, v.v2), vmulq_f32(v.v3, v.v3)};
-        sum = tqkvk_four_add(sum, square);
-        top = vmaxq_f32(top, vmulq_n_f32(largest, tqkvk_widths[layout->bits[u]].inv_peak));
-        n_coded += (int)LANES;
-    }
-    const float mean = sum_lanes(sum) / (float)n_coded, peak = vmaxvq_f32(top);
-    int energy_exponent, peak_exponent;
-    const int n_energy = count_in_octave(&tqkvk_energy_thresholds[129], 8, mean, &energy_exponent);
-    const int n_peak = count_in_octave(&tqkvk_peak_thresholds[129], 16, peak, &peak_exponent);
-    return tqkvk_range_of(energy_exponent, n_energy, peak_exponent, n_peak);
+    return 8 * tqkvk_exponent_of(mean) + count_in_octave(&tqkvk_energy_thresholds[129], 8, mean);
 }
 
-/* Once for the chosen scale, so that a width need not be a constant. value: [16] out. */
-static uint8x16_t code_unit(uint32_t bits, int scale, const float *size, float *value)
+static int peak_index(float peak)
 {
-    const byte_table table = load_table(bits);
-    const tqkvk_width *width = &tqkvk_widths[bits];
-    const uint8x16_t t =
-        half_levels(tqkvk_four_load(size, 4), tqkvk_scale_inverses[scale] * width->inv_step2);
-    const uint8x16_t level = find_levels(bits, &table, t);
-    tqkvk_four_store(value, values_of(level, width->step, tqkvk_scale_values[scale]));
-    return find_indices(bits, &table, t);
+    return 16 * tqkvk_exponent_of(peak) + count_in_octave(&tqkvk_peak_thresholds[129], 16, peak);
 }
 
-static void code_row(const tqkvi_layout *layout, const float *size, int scale, coded_row *out)
+static inline float32x4_t magnitude_of(const float *y)
 {
+    return vminq_f32(vabsq_f32(vld1q_f32(y)), vdupq_n_f32(TQKVK_Y_MAX));
+}
+
+static inline int16x8_t whole_sizes(const float *y, float unit)
+{
+    return vcombine_s16(vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(magnitude_of(y), unit))),
+                        vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(magnitude_of(y + 4), unit))));
+}
+
+/* Sizes and range of a row. */
+static void measure(search *s, const float *y)
+{
+    const tqkvi_layout *layout = s->layout;
+    float32x4_t largest = vdupq_n_f32(TQKVK_SIZE_MIN), peak = vdupq_n_f32(0.0f);
+    uint32_t widths = 0, n_coded = 0;
+
     for (uint32_t u = 0; u < layout->n_units; u++) {
         const uint32_t bits = layout->bits[u];
-        if (bits != 0)
-            out->magnitude[u] = code_unit(bits, scale, size + u * LANES, out->value + u * LANES);
+        const float *unit = y + u * LANES;
+        if (bits == 0)
+            continue;
+        const float32x4_t top =
+            vmaxq_f32(vmaxq_f32(magnitude_of(unit), magnitude_of(unit + 4)),
+                      vmaxq_f32(magnitude_of(unit + 8), magnitude_of(unit + 12)));
+        largest = vmaxq_f32(largest, top);
+        peak = vmaxq_f32(peak, vmulq_n_f32(top, tqkvk_widths[bits].inv_peak));
+        widths |= 1u << bits;
+        n_coded += LANES;
     }
+    const int exponent = tqkvk_size_exponent(vmaxvq_f32(largest));
+    const float unit = tqkvk_power_of_2(exponent);
+    pair_sums sums = zero_sums();
+    for (uint32_t u = 0; u < layout->n_units; u++) {
+        if (layout->bits[u] == 0)
+            continue;
+        const int16x8_t lo = whole_sizes(y + u * LANES, unit);
+        const int16x8_t hi = whole_sizes(y + u * LANES + 8, unit);
+        vst1q_u16(s->size + u * LANES, vreinterpretq_u16_s16(lo));
+        vst1q_u16(s->size + u * LANES + 8, vreinterpretq_u16_s16(hi));
+        sums = add_squares(sums, lo, hi, 1.0f);
+    }
+    const float mean = sum_pairs(sums) / (float)n_coded;
+    s->range = (tqkvk_row_range){
+        .energy = tqkvk_clamp_scale(128 + energy_index(mean * tqkvk_power_of_2(-2 * exponent))),
+        .peak = tqkvk_clamp_scale(128 + peak_index(vmaxvq_f32(peak))),
+        .exponent = exponent,
+        .n_coded = (int)n_coded,
+        .widths = widths};
+}
+
+static void list_candidates(search *s)
+{
+    const tqkvk_row_range *range = &s->range;
+    const int n_energy = range->widths == TQKVK_ONLY_8 ? 0 : TQKVK_CANDIDATES_ENERGY;
+    const int first = range->widths == TQKVK_ONLY_8 ? range->peak - 2 : range->peak - 1;
+
+    s->n_candidates = range->widths == TQKVK_ONLY_8 ? TQKVK_CANDIDATES_8 : TQKVK_CANDIDATES_MAX;
+    for (int i = 0; i < n_energy; i++)
+        s->candidates[i] = tqkvk_clamp_scale(range->energy - 4 + i);
+    for (int i = n_energy; i < (int)s->n_candidates; i++)
+        s->candidates[i] = tqkvk_clamp_scale(first + i - n_energy);
+}
+
+/* To whole numbers of at most 16 bits. */
+static inline uint16_t whole_16(float v)
+{
+    const uint32_t whole = vcvtns_u32_f32(v);
+    return (uint16_t)(whole < 65535 ? whole : 65535);
+}
+
+static void fill_factors(search *s)
+{
+    const float up = tqkvk_power_of_2(15 - s->range.exponent);
+    const float down = tqkvk_power_of_2(7 + s->range.exponent);
+
+    for (uint32_t bits = 1; bits <= 8; bits++) {
+        const tqkvk_width *width = &tqkvk_widths[bits];
+        factors *f = &s->factors[bits];
+        for (size_t i = 0; i < s->n_candidates && (s->range.widths >> bits & 1); i++) {
+            const float inverse = tqkvk_scale_inverses[s->candidates[i]] * width->inv_step2;
+            const float step = tqkvk_scale_values[s->candidates[i]] * width->step;
+            f->to_half_levels[i] = whole_16(inverse * up);
+            f->to_size[i] = whole_16(step * down);
+        }
+    }
+}
+
+/* Codes the row at candidate i: once or twice for a row, so that a width need not be a constant. */
+static tqkvk_row_again code_row(search *s, size_t i)
+{
+    pair_sums sums = zero_sums();
+    uint8x16_t largest = vdupq_n_u8(0);
+
+    for (uint32_t u = 0; u < s->layout->n_units; u++) {
+        const uint32_t bits = s->layout->bits[u];
+        if (bits == 0)
+            continue;
+        const byte_table table = load_table(bits);
+        const float step = tqkvk_widths[bits].step;
+        const uint8x16_t t = vminq_u8(half_levels_of(vld1q_u16(s->size + u * LANES),
+                                                     vld1q_u16(s->size + u * LANES + 8),
+                                                     s->factors[bits].to_half_levels[i]),
+                                      vdupq_n_u8(TQKVK_HALF_LEVELS_MAX));
+        const uint8x16_t level = find_levels(bits, &table, t);
+        vst1q_u8(s->magnitude + u * LANES, find_indices(bits, &table, t));
+        largest = vmaxq_u8(largest, level);
+        sums = add_squares(sums, vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(level))),
+                           vreinterpretq_s16_u16(vmovl_high_u8(level)), step * step);
+    }
+    return (tqkvk_row_again){.energy = energy_index(sum_pairs(sums) / (float)s->range.n_coded),
+                             .peak = tqkvk_level_octaves[vmaxvq_u8(largest)]};
 }
 
 /*
@@ -293,16 +394,15 @@ static inline uint8x16_t sign_bytes(const float *y)
     return vcltzq_s8(vreinterpretq_s8_u8(top));
 }
 
-static void pack_row(const tqkvi_layout *layout, const float *y, const coded_row *row,
-                     uint8_t *codes)
+static void pack_row(const search *s, const float *y, uint8_t *codes)
 {
-    for (uint32_t u = 0; u < layout->n_units; u++, y += LANES) {
-        const uint32_t bits = layout->bits[u];
+    for (uint32_t u = 0; u < s->layout->n_units; u++, y += LANES) {
+        const uint32_t bits = s->layout->bits[u];
         if (bits == 0)
             continue;
         const uint8x16_t half = vdupq_n_u8((uint8_t)(1u << (bits - 1)));
         const uint8x16_t sign = sign_bytes(y);
-        const uint8x16_t flipped = veorq_u8(row->magnitude[u], sign);
+        const uint8x16_t flipped = veorq_u8(vld1q_u8(s->magnitude + u * LANES), sign);
         /* 8 bits: 128 +- m; otherwise the complement, whose excess bits no plane takes. */
         const uint8x16_t code =
             bits == 8 ? vaddq_u8(half, vsubq_u8(flipped, sign)) : vaddq_u8(half, flipped);
@@ -311,57 +411,38 @@ static void pack_row(const tqkvi_layout *layout, const float *y, const coded_row
     }
 }
 
-static bool same_values(const tqkvi_layout *layout, const coded_row *a, const coded_row *b)
-{
-    for (uint32_t u = 0; u < layout->n_units; u++) {
-        if (layout->bits[u] == 0)
-            continue;
-        for (uint32_t d = u * LANES; d < (u + 1) * LANES; d += 4) {
-            const uint32x4_t same = vceqq_f32(vld1q_f32(a->value + d), vld1q_f32(b->value + d));
-            if (vminvq_u32(same) == 0)
-                return false;
-        }
-    }
-    return true;
-}
-
-static void take_magnitudes(const float *y, size_t dim, float *size)
-{
-    const float32x4_t limit = vdupq_n_f32(TQKVK_Y_MAX);
-    for (size_t d = 0; d < dim; d += 4)
-        vst1q_f32(size + d, vminq_f32(vabsq_f32(vld1q_f32(y + d)), limit));
-}
-
 uint8_t tqkvk_encode_row_f32_neon(const tqkvi_layout *layout, const float *weight, const float *y,
                                   uint8_t *codes)
 {
-    float size[DIM_MAX];
-    uint8_t candidates[TQKVK_CANDIDATES_MAX];
     float errors[TQKVK_CANDIDATES_MAX];
-    bool taken[TQKVK_CANDIDATES_MAX] = {false};
-    coded_row row, lower;
-    tqkvk_row_range again;
+    tqkvk_contest contest;
+    search s;
+    tqkvk_row_again again;
     int scale;
 
     if (layout->row_bytes == 0)
         return 1;
-    take_magnitudes(y, (size_t)layout->n_units * LANES, size);
-    const size_t n = tqkvk_list_candidates(find_range(layout, size), candidates);
-    find_errors(layout, weight, size, candidates, n, errors);
-    do { /* the first one is nearly always stable, and some candidate is */
-        scale = candidates[tqkvk_take_least(errors, taken, n)];
-        code_row(layout, size, scale, &row);
-        again = find_range(layout, row.value);
-    } while (!tqkvk_is_stable(again, scale));
-
-    const coded_row *best = &row;
-    if (scale > again.peak && (scale - again.peak) % 16 == 0) {
-        code_row(layout, row.value, again.peak, &lower);
-        if (same_values(layout, &row, &lower)) {
-            scale = again.peak;
-            best = &lower;
+    s.layout = layout;
+    measure(&s, y);
+    list_candidates(&s);
+    fill_factors(&s);
+    find_errors(&s, weight, errors);
+    contest.n = s.n_candidates;
+    for (size_t i = 0; i < s.n_candidates; i++) {
+        const bool near_row = errors[i] <= 16.0f * (float)s.range.n_coded;
+        if (near_row) { /* rare: the row was decoded from codes like these */
+            (void)code_row(&s, i);
+            errors[i] = tqkvk_exact_error(layout, weight, y, s.candidates[i], s.magnitude);
         }
+        tqkvk_contest_put(&contest, i, near_row, errors[i], (uint8_t)s.candidates[i]);
     }
-    pack_row(layout, y, best, codes);
+    do { /* the first one is nearly always stable, and some candidate is */
+        const size_t best = tqkvk_contest_take(&contest);
+        scale = s.candidates[best];
+        again = code_row(&s, best);
+    } while (!tqkvk_is_stable(&s.range, again, scale));
+    if (tqkvk_may_go_lower(again, scale))
+        scale = tqkvk_use_lower_scale(layout, again, scale, s.magnitude);
+    pack_row(&s, y, codes);
     return (uint8_t)scale;
 }
