@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * "Encoding a row" of docs/FORMAT.md from step 4 on, by half a warp: lane d holds channel d of every
- * unit, which is the order of every sum (lanes, then a halving tree). Both halves of a warp work on
- * a row each and take the same path.
+ * unit. Both halves of a warp work on a row each and take the same path.
  */
 #ifndef TQKVC_ENCODE_ROW_CUH
 #define TQKVC_ENCODE_ROW_CUH
@@ -12,12 +11,11 @@
 
 constexpr uint32_t TQKVC_FULL = 0xffffffffu;
 constexpr float TQKVC_Y_MAX = 4096.0f;
-constexpr float TQKVC_HALF_LEVELS_MAX = 254.0f;
 
-/* Tables in shared memory. step_level[width][t]: step times the magnitude nearest to t half levels. */
+/* Tables in shared memory. level[width][t]: the magnitude nearest to t half levels. */
 struct tqkvc_encode_tables {
     tqkvc_tables plain;
-    float step_level[TQKVC_WIDTHS][256];
+    uint8_t level[TQKVC_WIDTHS][256];
 };
 
 static __device__ __forceinline__ void load_encode_tables(const void *image,
@@ -29,16 +27,8 @@ static __device__ __forceinline__ void load_encode_tables(const void *image,
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * 256; i += blockDim.x) {
         const tqkvc_width &width = out.plain.widths[i / 256];
-        out.step_level[i / 256][i % 256] =
-            mul(width.step, (float)width.magnitude[width.nearest[i % 256]]);
+        out.level[i / 256][i % 256] = width.magnitude[width.nearest[i % 256]];
     }
-}
-
-static __device__ __forceinline__ float sum_half_warp(float v)
-{
-    for (int n = 8; n > 0; n /= 2)
-        v = add(v, __shfl_xor_sync(TQKVC_FULL, v, n));
-    return v;
 }
 
 static __device__ __forceinline__ float max_half_warp(float v)
@@ -46,6 +36,27 @@ static __device__ __forceinline__ float max_half_warp(float v)
     for (int n = 8; n > 0; n /= 2)
         v = fmaxf(v, __shfl_xor_sync(TQKVC_FULL, v, n));
     return v;
+}
+
+/* Of lanes 0..15, then the halving tree. */
+static __device__ __forceinline__ float sum_half_warp(float v)
+{
+    for (int n = 8; n > 0; n /= 2)
+        v = add(v, __shfl_xor_sync(TQKVC_FULL, v, n));
+    return v;
+}
+
+/* Of pairs of lanes, whose lanes have the same: ((0 + 2) + (4 + 6)) + ((1 + 3) + (5 + 7)). */
+static __device__ __forceinline__ float sum_pairs(float v)
+{
+    v = add(v, __shfl_xor_sync(TQKVC_FULL, v, 4));
+    v = add(v, __shfl_xor_sync(TQKVC_FULL, v, 8));
+    return add(v, __shfl_xor_sync(TQKVC_FULL, v, 2));
+}
+
+static __device__ __forceinline__ bool all_of_half(bool v)
+{
+    return (__ballot_sync(TQKVC_FULL, v) >> (threadIdx.x & 16u) & 0xffffu) == 0xffffu;
 }
 
 /* Number of thresholds [1..255] at or below value, at least 1. */
@@ -58,140 +69,236 @@ static __device__ __forceinline__ int count_thresholds(const float *thresholds, 
     return max(below, 1);
 }
 
-/* A row of N units at work: magnitudes of y, and of what y decodes to at a scale. */
+static __device__ __forceinline__ int clamp_scale(int c)
+{
+    return min(max(c, 1), 255);
+}
+
+static __device__ __forceinline__ float power_of_2(int exponent)
+{
+    return __int_as_float((127 + exponent) << 23);
+}
+
+/* To a whole number of at most 16 bits. */
+static __device__ __forceinline__ uint32_t whole_16(float v)
+{
+    return (uint32_t)min(__float2int_rn(v), 65535);
+}
+
+/* A row of N units at work: lane d of a half warp has channel d of every unit. */
 template <int N> struct tqkvc_row_encoder {
     const tqkvc_encode_tables &tables;
     uint64_t widths;
     const float *weights; /* [N] */
-    float size[N];
+    float size[N];        /* magnitudes */
+    int whole[N];         /* the same times 2 ^ exponent */
+    int exponent;
+    int energy, peak;
+    float n_coded;
+    bool only_8;
 
     __device__ __forceinline__ uint32_t bits(int u) const
     {
         return (uint32_t)(widths >> (4 * u)) & 15u;
     }
 
-    /* Half levels of a magnitude at a scale, as an index of step_level and nearest. */
-    __device__ __forceinline__ uint32_t half_levels(float v, int scale,
-                                                    const tqkvc_width &width) const
+    /* sum + factor * (v of this lane ^ 2 + v of its neighbour ^ 2) */
+    static __device__ __forceinline__ float add_squares(float sum, int v, float factor)
     {
-        const float t = mul(v, mul(tables.plain.scale_inverses[scale], width.inv_step2));
-        return __float2uint_rz(fminf(t, TQKVC_HALF_LEVELS_MAX));
+        const int square = v * v;
+        return __fmaf_rn(factor, (float)(square + __shfl_xor_sync(TQKVC_FULL, square, 1)), sum);
     }
 
-    __device__ __forceinline__ float value(float v, int scale, int u) const
+    /* Fills everything from `whole` on. */
+    __device__ __forceinline__ void measure()
     {
-        const uint32_t t = half_levels(v, scale, tables.plain.widths[bits(u)]);
-        return mul(tables.plain.scale_values[scale], tables.step_level[bits(u)][t]);
-    }
-
-    __device__ __forceinline__ float coded_channels() const
-    {
+        float largest = 0x1p-7f, relative = 0, sum = 0;
         int n = 0;
-#pragma unroll
-        for (int u = 0; u < N; u++)
-            n += bits(u) != 0 ? TQKV_UNIT_CHANNELS : 0;
-        return (float)n;
-    }
-
-    /* Mean square and relative peak of magnitudes. */
-    __device__ __forceinline__ void find_range(const float (&v)[N], float n_coded, float &energy,
-                                               float &peak) const
-    {
-        float squares = 0, largest = 0;
+        only_8 = true;
 #pragma unroll
         for (int u = 0; u < N; u++) {
             if (bits(u) == 0)
                 continue;
-            squares = add(squares, mul(v[u], v[u]));
-            largest = fmaxf(largest, mul(v[u], tables.plain.widths[bits(u)].inv_peak));
+            largest = fmaxf(largest, size[u]);
+            relative = fmaxf(relative, mul(size[u], tables.plain.widths[bits(u)].inv_peak));
+            only_8 = only_8 && bits(u) == 8;
+            n += TQKV_UNIT_CHANNELS;
         }
-        energy = __fdiv_rn(sum_half_warp(squares), n_coded);
-        peak = max_half_warp(largest);
-    }
-
-    /* Whether the decoded row would be found at this scale again, with a step to spare. */
-    __device__ __forceinline__ bool is_stable(float energy, float peak, int scale) const
-    {
-        const float *energies = tables.plain.energy_thresholds,
-                    *peaks = tables.plain.peak_thresholds;
-        const bool low =
-            scale + 4 > 255 || energies[scale + 4] > energy; /* its index is <= scale + 3 */
-        const bool high = scale - 7 <= 1 || energies[scale - 7] <= energy;
-        const bool at_peak =
-            (scale == 1 || peaks[scale] <= peak) && (scale == 255 || peaks[scale + 1] > peak);
-        return (low && high) || at_peak;
-    }
-
-    __device__ __forceinline__ float code(int scale, float (&values)[N]) const
-    {
-        float error = 0;
+        n_coded = (float)n;
+        exponent = 12 - ((__float_as_int(max_half_warp(largest)) >> 23) - 127);
 #pragma unroll
         for (int u = 0; u < N; u++) {
-            values[u] = 0;
-            if (bits(u) == 0)
-                continue;
-            values[u] = value(size[u], scale, u);
-            const float difference = add(size[u], -values[u]);
-            error = add(error, mul(weights[u], mul(difference, difference)));
+            whole[u] = bits(u) == 0 ? 0 : __float2int_rn(mul(size[u], power_of_2(exponent)));
+            if (bits(u) != 0)
+                sum = add_squares(sum, whole[u], 1.0f);
         }
-        return sum_half_warp(error);
-    }
-
-    /* The scale of least error; the lowest of equals. */
-    __device__ __forceinline__ int choose_scale(float n_coded) const
-    {
-        float energy, peak, values[N], best = INFINITY;
-        int scale = 256;
-
-        find_range(size, n_coded, energy, peak);
-        const int e = count_thresholds(tables.plain.energy_thresholds, energy);
-        const int p = count_thresholds(tables.plain.peak_thresholds, peak);
-#pragma unroll 1
-        for (int i = 0; i < 16; i++) {
-            const int wanted = i < 13 ? e - 4 + i : p - 1 + (i - 13);
-            const int c = min(max(wanted, 1), 255);
-            const float error = code(c, values);
-            find_range(values, n_coded, energy, peak);
-            const bool better = error < best || (error == best && c < scale);
-            if (c == wanted && better && is_stable(energy, peak, c)) {
-                best = error;
-                scale = c;
-            }
-        }
-        return min(scale, 255);
+        const float mean = mul(__fdiv_rn(sum_pairs(sum), n_coded), power_of_2(-2 * exponent));
+        energy = count_thresholds(tables.plain.energy_thresholds, mean);
+        peak = count_thresholds(tables.plain.peak_thresholds, max_half_warp(relative));
     }
 
     /*
-     * Scale and magnitude indices of the row; sizes become what they decode to. Lanes of a half agree.
-     * zero: every value is 0.
+     * What turns whole sizes to half levels (low 16 bits) and levels to whole sizes (high), at a
+     * scale; lane w has those of width w.
+     */
+    __device__ __forceinline__ uint32_t factors(int scale) const
+    {
+        const tqkvc_width &width = tables.plain.widths[min(threadIdx.x % 16, TQKVC_WIDTHS - 1u)];
+        const float inverse = mul(tables.plain.scale_inverses[scale], width.inv_step2);
+        const float step = mul(tables.plain.scale_values[scale], width.step);
+        return whole_16(mul(inverse, power_of_2(15 - exponent))) |
+               whole_16(mul(step, power_of_2(7 + exponent))) << 16;
+    }
+
+    /* Half levels of unit u, as an index of level and nearest. of_widths: factors(). */
+    __device__ __forceinline__ uint32_t half_levels(int u, uint32_t factor) const
+    {
+        return min((uint32_t)whole[u] * (factor & 0xffffu) >> 15, 254u);
+    }
+
+    static __device__ __forceinline__ uint32_t factor_of(uint32_t of_widths, uint32_t width)
+    {
+        return __shfl_sync(TQKVC_FULL, of_widths, (threadIdx.x & 16u) + width);
+    }
+
+    __device__ __forceinline__ float error(int scale) const
+    {
+        const uint32_t of_widths = factors(scale);
+        float sum = 0;
+#pragma unroll
+        for (int u = 0; u < N; u++) {
+            if (bits(u) == 0)
+                continue;
+            const uint32_t factor = factor_of(of_widths, bits(u));
+            const uint32_t level = tables.level[bits(u)][half_levels(u, factor)];
+            sum = add_squares(sum, whole[u] - (int)(level * (factor >> 16) >> 7), weights[u]);
+        }
+        return sum_pairs(sum);
+    }
+
+    __device__ float exact_error(int scale) const
+    {
+        const uint32_t of_widths = factors(scale);
+        float sum = 0;
+#pragma unroll
+        for (int u = 0; u < N; u++) {
+            if (bits(u) == 0)
+                continue;
+            const uint32_t t = half_levels(u, factor_of(of_widths, bits(u)));
+            const float level = mul(tables.plain.widths[bits(u)].step, (float)tables.level[bits(u)][t]);
+            const float difference = add(size[u], -mul(tables.plain.scale_values[scale], level));
+            sum = add(sum, mul(weights[u], mul(difference, difference)));
+        }
+        return sum_half_warp(sum);
+    }
+
+    /*
+     * Lane i gets the place of candidate i in the order of all: rows that may have been decoded from it,
+     * error, scale. Lanes without a candidate get the last place.
+     */
+    __device__ __forceinline__ uint64_t rank() const
+    {
+        const int n = only_8 ? 6 : 16;
+        uint64_t place = ~0ull;
+#pragma unroll 1
+        for (int i = 0; i < n; i++) {
+            const int c = clamp_scale(only_8 ? peak - 2 + i : i < 13 ? energy - 4 + i : peak - 14 + i);
+            float e = error(c);
+            const bool near_row = e <= mul(16.0f, n_coded);
+            if (__any_sync(TQKVC_FULL, near_row)) {
+                const float exact = exact_error(c);
+                e = near_row ? exact : e;
+            }
+            if (threadIdx.x % 16 == i)
+                place = (uint64_t)!near_row << 48 | (uint64_t)__float_as_uint(e) << 16 | c << 8;
+        }
+        return place;
+    }
+
+    /* Levels of the row at a scale. Returns the largest; mean: their mean square, times the steps'. */
+    __device__ __forceinline__ uint32_t code(int scale, uint32_t (&levels)[N], float *mean) const
+    {
+        const uint32_t of_widths = factors(scale);
+        uint32_t largest = 0;
+        float sum = 0;
+#pragma unroll
+        for (int u = 0; u < N; u++) {
+            levels[u] = 0;
+            if (bits(u) == 0)
+                continue;
+            const float step = tables.plain.widths[bits(u)].step;
+            levels[u] = tables.level[bits(u)][half_levels(u, factor_of(of_widths, bits(u)))];
+            largest = max(largest, levels[u]);
+            sum = add_squares(sum, (int)levels[u], mul(step, step));
+        }
+        for (int n = 8; n > 0; n /= 2)
+            largest = max(largest, __shfl_xor_sync(TQKVC_FULL, largest, n));
+        *mean = __fdiv_rn(sum_pairs(sum), n_coded);
+        return largest;
+    }
+
+    /* Whether the decoded row would be found at this scale again, with a step to spare. */
+    __device__ __forceinline__ bool is_stable(int scale, int peak_again, float mean) const
+    {
+        if (only_8)
+            return peak_again - 1 <= scale && scale <= peak_again + 2;
+        const int again =
+            clamp_scale(scale + count_thresholds(tables.plain.energy_thresholds, mean) - 128);
+        return (again - 3 <= scale && scale <= again + 7) || scale == peak_again;
+    }
+
+    /*
+     * Scale and magnitude indices of the row. Lanes of a half agree, and both halves of the warp call
+     * this together. zero: every value is 0.
      */
     __device__ __forceinline__ int encode(uint32_t (&magnitude)[N], bool *zero)
     {
-        const float n_coded = coded_channels();
-        const uint32_t half = threadIdx.x & 16u;
-        float values[N], lower[N], energy, peak;
-        int scale = choose_scale(n_coded);
-        bool same = true, none = true;
+        uint32_t levels[N], tried[N];
+        int scale = 0, lower = 0;
 
-        code(scale, values);
-        find_range(values, n_coded, energy, peak);
-        const int p = count_thresholds(tables.plain.peak_thresholds, peak);
+        measure();
+        uint64_t place = rank();
+        while (!__all_sync(TQKVC_FULL, scale != 0)) {
+            uint64_t best = place;
+            for (int n = 8; n > 0; n /= 2)
+                best = min(best, __shfl_xor_sync(TQKVC_FULL, best, n));
+            const int c = (int)(best >> 8 & 255u);
+            float mean;
+            const uint32_t largest = code(c, tried, &mean);
+            const int again = clamp_scale(c + tables.plain.level_octaves[largest]);
+            place = place == best ? ~0ull : place;
+            if (scale == 0 && is_stable(c, again, mean)) {
+                scale = c;
+                lower = again;
+                *zero = largest == 0;
 #pragma unroll
-        for (int u = 0; u < N; u++) {
-            lower[u] = bits(u) == 0 ? 0.0f : value(values[u], p, u);
-            same = same && lower[u] == values[u];
-            none = none && values[u] == 0.0f;
+                for (int u = 0; u < N; u++)
+                    levels[u] = tried[u];
+            }
         }
-        same = (__ballot_sync(TQKVC_FULL, same) >> half & 0xffffu) == 0xffffu;
-        *zero = (__ballot_sync(TQKVC_FULL, none) >> half & 0xffffu) == 0xffffu;
-        const bool moves = scale > p && (scale - p) % 16 == 0 && same;
+        return find_form(scale, lower, *zero, levels, magnitude);
+    }
+
+    /* The form that is kept: that of the lower scale, if it is whole octaves below and has all levels. */
+    __device__ __forceinline__ int find_form(int scale, int lower, bool zero,
+                                             const uint32_t (&levels)[N],
+                                             uint32_t (&magnitude)[N]) const
+    {
+        const bool asked = scale > lower && (scale - lower) % 16 == 0;
+        const int octaves = asked ? (scale - lower) / 16 : 0;
+        bool exists = asked;
 #pragma unroll
         for (int u = 0; u < N; u++) {
-            const tqkvc_width &width = tables.plain.widths[bits(u)];
+            const uint32_t wanted = levels[u] << octaves;
+            exists = exists && (bits(u) == 0 ||
+                                (wanted <= 127u && tables.level[bits(u)][2 * wanted] == wanted));
+        }
+        const bool moves = all_of_half(exists);
+#pragma unroll
+        for (int u = 0; u < N; u++)
             magnitude[u] =
-                width.nearest[half_levels(moves ? values[u] : size[u], moves ? p : scale, width)];
-        }
-        return moves ? p : scale;
+                tables.plain.widths[bits(u)].nearest[2 * (levels[u] << (moves ? octaves : 0))];
+        return zero ? 1 : moves ? lower : scale;
     }
 };
 

@@ -51,6 +51,7 @@ static void fill_tables(tqkvc_tables *tables)
     memcpy(tables->scale_inverses, tqkvk_scale_inverses, sizeof(tables->scale_inverses));
     memcpy(tables->energy_thresholds, tqkvk_energy_thresholds, sizeof(tables->energy_thresholds));
     memcpy(tables->peak_thresholds, tqkvk_peak_thresholds, sizeof(tables->peak_thresholds));
+    memcpy(tables->level_octaves, tqkvk_level_octaves, sizeof(tables->level_octaves));
 }
 
 static void fill_layouts(tqkvc_shape *shape, const tqkvi_layer_plan *layer, tqkvc_layout *layouts)
@@ -125,7 +126,7 @@ static void fill_side(const tqkvc_shape *shape, const tqkv_codec *codec, tqkv_si
 
     for (size_t g = 0; g < shape->n_kv_heads; g++) {
         const tqkvi_head_codec *head = &codec->heads[side][g];
-        const uint32_t zero_mean = head->zero_mean;
+        const uint32_t zero_mean = head->zero_mean + (head->hadamard_block != 0 ? 2u : 0u);
         memcpy(image + parts->mean[side] + g * dim * 4, head->plan->mean, dim * 4);
         memcpy(image + parts->weight[side] + g * units * 4, head->weight, units * 4);
         memcpy(image + parts->zero_mean[side] + g * 4, &zero_mean, 4);

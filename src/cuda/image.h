@@ -39,6 +39,7 @@ typedef struct tqkvc_width {
 typedef struct tqkvc_tables {
     tqkvc_width widths[TQKVC_WIDTHS];
     float scale_values[256], scale_inverses[256], energy_thresholds[256], peak_thresholds[256];
+    int16_t level_octaves[128]; /* by magnitude; from 127, in steps of a scale */
 } tqkvc_tables;
 
 /* Sections of one KV head in a block of one tier: K at `offset`, V behind it. */
@@ -54,7 +55,8 @@ typedef struct tqkvc_parts {
     uint32_t layouts, inv_freq;
     uint32_t mean[2];      /* f32 [KV head][dim] */
     uint32_t weight[2];    /* f32 [KV head][units], divided by the largest */
-    uint32_t zero_mean[2]; /* u32 [KV head]: the mean is 0 in every channel */
+    uint32_t zero_mean[2]; /* u32 [KV head]: the mean is 0 in every channel; + 2: the transform is a
+                            * Walsh-Hadamard matrix times factors, which its first column has */
     uint32_t transform[2]; /* f32 [KV head][dim][dim] */
     uint32_t matrix[2];    /* u32 [KV head][dim / 16][dim / 16][high, low][32 lanes][4] */
     uint32_t row_scale[2]; /* f32 [KV head][dim]: row i of the matrix was divided by it */

@@ -4,8 +4,8 @@
  *
  * Half a warp takes ROWS tokens of one KV head and side: 4 (of 256 channels 2) where there are many, so that they share
  * the reads of the transform, otherwise 1. Lane d has channel d of every unit. The order of sums is
- * part of the format, so the transform is D x D products and sums in f32 apart: 2 D instructions a
- * value, and about as many again for the search of the scale. This bounds the kernel, not memory.
+ * part of the format, so the transform is D x D fused multiply-adds in f32, and the search of the
+ * scale takes about as long. This bounds the kernel, not memory.
  */
 #include "cuda/columns.cuh"
 #include "cuda/encode_row.cuh"
@@ -114,9 +114,44 @@ __device__ void transform_rows(const float *__restrict__ transform, const float 
             const float m = __ldg(column + i * D + 16 * u);
 #pragma unroll
             for (int r = 0; r < ROWS; r++)
-                y[r][u] = add(y[r][u], mul(m, row[r]));
+                y[r][u] = __fmaf_rn(m, row[r], y[r][u]);
         }
     }
+}
+
+/* The same where the transform is a Walsh-Hadamard matrix times the factors in its first column. */
+template <int D, int ROWS>
+__device__ void butterflies(const float *__restrict__ transform, const float *z,
+                            float (&y)[ROWS][D / 16])
+{
+    const uint32_t d = threadIdx.x % 16;
+
+#pragma unroll
+    for (int u = 0; u < D / 16; u++) {
+        const float factor = __ldg(transform + (16 * u + d) * D);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            float v = mul(factor, z[ROWS * (16 * u + d) + r]);
+            for (uint32_t n = 1; n < 16; n *= 2) {
+                const float other = __shfl_xor_sync(TQKVC_FULL, v, n);
+                v = add(other, d & n ? -v : v);
+            }
+            y[r][u] = v;
+        }
+    }
+#pragma unroll
+    for (int n = 1; n < D / 16; n *= 2)
+#pragma unroll
+        for (int u = 0; u < D / 16; u++) {
+            if (u & n)
+                continue;
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const float a = y[r][u], b = y[r][u + n];
+                y[r][u] = add(a, b);
+                y[r][u + n] = add(a, -b);
+            }
+        }
 }
 
 /* Codes of a row into its block. zero: the zero row. */
@@ -157,8 +192,9 @@ __global__ void __launch_bounds__(THREADS) store_kernel(const __grid_constant__ 
         (size_t)g * D * D;
     const float *weights =
         reinterpret_cast<const float *>(p.image + p.shape.parts.weight[side]) + g * (D / 16);
-    const bool zero_mean =
-        reinterpret_cast<const uint32_t *>(p.image + p.shape.parts.zero_mean[side])[g] != 0;
+    const uint32_t flags =
+        reinterpret_cast<const uint32_t *>(p.image + p.shape.parts.zero_mean[side])[g];
+    const bool zero_mean = (flags & 1u) != 0;
     const bool has_codes = layout.bytes[side] > TQKVC_BLOCK_TOKENS;
     place at[ROWS];
     bool good[ROWS];
@@ -171,7 +207,10 @@ __global__ void __launch_bounds__(THREADS) store_kernel(const __grid_constant__ 
         good[r] = load_row<D, ROWS>(p, at[r], g, side, z[half] + r);
     }
     __syncthreads();
-    transform_rows<D, ROWS>(transform, z[half], y);
+    if (flags & 2u)
+        butterflies<D, ROWS>(transform, z[half], y);
+    else
+        transform_rows<D, ROWS>(transform, z[half], y);
 #pragma unroll 1
     for (int r = 0; r < ROWS; r++) {
         tqkvc_row_encoder<D / 16> row = {tables, layout.widths[side], weights, {}};

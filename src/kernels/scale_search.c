@@ -50,6 +50,8 @@ int tqkvk_use_lower_scale(const tqkvi_layout *layout, tqkvk_row_again again, int
     const int peak = tqkvk_clamp_scale(scale + again.peak);
     uint8_t lower[TQKV_UNITS_MAX * LANES] = {0};
 
+    if (again.peak == TQKVK_NO_OCTAVES)
+        return peak;
     for (uint32_t j = 0; j < layout->n_units * LANES; j++) {
         const uint32_t bits = layout->bits[j / LANES];
         if (bits == 0)

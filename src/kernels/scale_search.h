@@ -60,6 +60,8 @@ static inline int tqkvk_size_exponent(float largest)
 #define TQKVK_CANDIDATES_8 6
 #define TQKVK_CANDIDATES_ENERGY 13
 
+#define TQKVK_NO_OCTAVES (-255) /* tqkvk_level_octaves[0] */
+
 /* Levels of a row at a scale, as far as they say whether it would be found there again. */
 typedef struct tqkvk_row_again {
     int energy; /* index of the mean square of step times level, less that of 1 */
@@ -111,11 +113,14 @@ static inline size_t tqkvk_contest_take(tqkvk_contest *contest)
 float tqkvk_exact_error(const tqkvi_layout *layout, const float *weight, const float *y, int scale,
                         const uint8_t *magnitude);
 
-/* Whether a coded row may exist at the scale that its peak asks for, whole octaves below. */
+/*
+ * Whether a coded row may exist at the scale that its peak asks for, whole octaves below. A row of
+ * zeros does.
+ */
 static inline bool tqkvk_may_go_lower(tqkvk_row_again again, int scale)
 {
     const int peak = tqkvk_clamp_scale(scale + again.peak);
-    return scale > peak && (scale - peak) % 16 == 0;
+    return scale > peak && ((scale - peak) % 16 == 0 || again.peak == TQKVK_NO_OCTAVES);
 }
 
 /*

@@ -221,12 +221,27 @@ static bool is_better(const coded_row *a, const coded_row *b)
     return a->near != b->near ? a->near : a->error < b->error;
 }
 
-/* The same values may exist at the scale that their peak asks for, whole octaves below. */
+static bool is_zero(const tqkvi_layout *layout, const coded_row *row)
+{
+    for (uint32_t j = 0; j < layout->n_units * LANES; j++) {
+        const uint32_t bits = layout->bits[j / LANES];
+        if (bits != 0 && level_of(bits, row->magnitude[j]) != 0)
+            return false;
+    }
+    return true;
+}
+
+/*
+ * The same values may exist at the scale that their peak asks for, whole octaves below; and 0 is 0 at
+ * every scale.
+ */
 static void use_lower_scale(const tqkvi_layout *layout, coded_row *row)
 {
     uint8_t magnitude[DIM_MAX] = {0};
     const int peak = peak_again(layout, row);
 
+    if (is_zero(layout, row))
+        row->scale = 1;
     if (row->scale <= peak || (row->scale - peak) % 16 != 0)
         return;
     for (uint32_t j = 0; j < layout->n_units * LANES; j++) {
