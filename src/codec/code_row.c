@@ -28,15 +28,14 @@ size_t tqkvi_codec_scratch_floats(const tqkv_codec *codec)
 /* On the bits: exponent 255 is NaN or Inf, and -0 is zero. */
 static row_kind classify(const float *x, uint32_t dim)
 {
-    const uint32_t exponent_max = 0x7f800000u;
-    uint32_t any = 0, bad = 0;
+    uint32_t any = 0, carry = 0;
     for (uint32_t d = 0; d < dim; d++) {
         uint32_t bits;
         memcpy(&bits, x + d, sizeof(bits));
         any |= bits & 0x7fffffffu;
-        bad |= (uint32_t)((bits & exponent_max) == exponent_max);
+        carry |= (bits & 0x7fffffffu) + 0x00800000u; /* one more in an exponent of 255 */
     }
-    return bad ? ROW_BAD : any ? ROW_GOOD : ROW_ZERO;
+    return carry & 0x80000000u ? ROW_BAD : any ? ROW_GOOD : ROW_ZERO;
 }
 
 static void store_zero(const tqkvi_layout *layout, uint8_t *scale, uint8_t *codes)

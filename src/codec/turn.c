@@ -22,22 +22,37 @@ void tqkvi_turn_init(const tqkv_rope *rope, int32_t base, float *cos_out, float 
     }
 }
 
+static void turn_pairs(const float *cos_in, const float *sin_in, float direction, float *row,
+                       uint32_t n_pairs)
+{
+    for (uint32_t i = 0; i < n_pairs; i++) {
+        const float c = cos_in[i], s = direction * sin_in[i];
+        const float a = row[2 * i], b = row[2 * i + 1];
+        row[2 * i] = a * c - b * s;
+        row[2 * i + 1] = b * c + a * s;
+    }
+}
+
+static void turn_halves(const float *restrict cos_in, const float *restrict sin_in, float direction,
+                        float *restrict first, float *restrict second, uint32_t n_pairs)
+{
+    for (uint32_t i = 0; i < n_pairs; i++) {
+        const float c = cos_in[i], s = direction * sin_in[i];
+        const float a = first[i], b = second[i];
+        first[i] = a * c - b * s;
+        second[i] = b * c + a * s;
+    }
+}
+
 void tqkvi_turn_apply(const tqkv_rope *rope, const float *cos_in, const float *sin_in, bool inverse,
                       float *row)
 {
-    const uint32_t n_pairs = rope->n_rot / 2;
-    const uint32_t step = rope->style == TQKV_ROPE_PAIRS ? 2 : 1; /* from a pair to the next */
-    const uint32_t apart = rope->style == TQKV_ROPE_PAIRS ? 1 : n_pairs; /* the two of a pair */
+    const float direction = inverse ? -1.0f : 1.0f;
 
     if (rope->style == TQKV_ROPE_NONE)
         return;
-    for (uint32_t i = 0; i < n_pairs; i++) {
-        float *a = row + (size_t)i * step;
-        float *b = a + apart;
-        const float c = cos_in[i];
-        const float s = inverse ? -sin_in[i] : sin_in[i];
-        const float x0 = *a, x1 = *b;
-        *a = x0 * c - x1 * s;
-        *b = x1 * c + x0 * s;
-    }
+    if (rope->style == TQKV_ROPE_PAIRS)
+        turn_pairs(cos_in, sin_in, direction, row, rope->n_rot / 2);
+    else
+        turn_halves(cos_in, sin_in, direction, row, row + rope->n_rot / 2, rope->n_rot / 2);
 }

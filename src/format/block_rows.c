@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Rows in and out of blocks, byte by byte: beside encoding a row this is nothing. */
+/* Rows in and out of blocks. */
 #include "format/block_rows.h"
 
 #include <stdbool.h>
@@ -17,6 +17,43 @@ static void plane_bytes(uint32_t bits, uint32_t n[2])
     n[1] = 2 * bits - n[0];
 }
 
+/* Bytes of a plane that lie together in K: those of a token, up to four. */
+#define K_TOGETHER 4u
+
+/* Where the first byte of a row is in a plane of n bytes a row. */
+static size_t first_byte(tqkv_side side, uint32_t n, uint32_t slot)
+{
+    return tqkvi_block_byte(side, n, slot, 0);
+}
+
+static void put_plane(tqkv_side side, uint32_t n, uint8_t *plane, uint32_t slot, const uint8_t *row)
+{
+    uint8_t *to = plane + first_byte(side, n, slot);
+    if (side == TQKV_SIDE_V) {
+        for (uint32_t i = 0; i < n; i++)
+            to[4 * i] = row[i];
+    } else if (n == 2) {
+        memcpy(to, row, 2);
+    } else {
+        for (uint32_t i = 0; i < n; i += K_TOGETHER)
+            memcpy(to + (size_t)TQKVI_BLOCK_TOKENS * i, row + i, K_TOGETHER);
+    }
+}
+
+static void get_plane(tqkv_side side, uint32_t n, const uint8_t *plane, uint32_t slot, uint8_t *row)
+{
+    const uint8_t *from = plane + first_byte(side, n, slot);
+    if (side == TQKV_SIDE_V) {
+        for (uint32_t i = 0; i < n; i++)
+            row[i] = from[4 * i];
+    } else if (n == 2) {
+        memcpy(row, from, 2);
+    } else {
+        for (uint32_t i = 0; i < n; i += K_TOGETHER)
+            memcpy(row + i, from + (size_t)TQKVI_BLOCK_TOKENS * i, K_TOGETHER);
+    }
+}
+
 void tqkvi_block_put_row(const tqkvi_layout *layout, tqkv_side side, uint8_t *codes, uint32_t slot,
                          const uint8_t *row)
 {
@@ -28,8 +65,7 @@ void tqkvi_block_put_row(const tqkvi_layout *layout, tqkv_side side, uint8_t *co
         uint32_t n[2];
         plane_bytes(layout->bits[u], n);
         for (int plane = 0; plane < 2; plane++) {
-            for (uint32_t i = 0; i < n[plane]; i++)
-                codes[tqkvi_block_byte(side, n[plane], slot, i)] = row[i];
+            put_plane(side, n[plane], codes, slot, row);
             row += n[plane];
             codes += (size_t)TQKVI_BLOCK_TOKENS * n[plane];
         }
@@ -47,8 +83,7 @@ void tqkvi_block_get_row(const tqkvi_layout *layout, tqkv_side side, const uint8
         uint32_t n[2];
         plane_bytes(layout->bits[u], n);
         for (int plane = 0; plane < 2; plane++) {
-            for (uint32_t i = 0; i < n[plane]; i++)
-                row[i] = codes[tqkvi_block_byte(side, n[plane], slot, i)];
+            get_plane(side, n[plane], codes, slot, row);
             row += n[plane];
             codes += (size_t)TQKVI_BLOCK_TOKENS * n[plane];
         }

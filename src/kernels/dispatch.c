@@ -13,10 +13,13 @@
 
 #define TABLES_MAX 8
 
-/* isa: ending of the kernels. dots: of those that another instruction set has products for. */
-#define TABLE(label, isa, dots)                                                                   \
+/*
+ * isa: ending of the kernels. wide: of those that longer vectors are for. dots: of those that another
+ * instruction set has products for.
+ */
+#define TABLE(label, isa, wide, dots)                                                             \
     {                                                                                             \
-        .name = label, .transform = tqkvk_transform_f32_##isa,                                    \
+        .name = label, .transform = tqkvk_transform_f32_##wide,                                   \
         .hadamard = tqkvk_hadamard_f32_##isa, .encode_row = tqkvk_encode_row_f32_##isa,           \
         .unpack_rows = tqkvk_unpack_rows_f32_##isa, .unpack_block = tqkvk_unpack_block_f32_##isa, \
         .half_to_float = tqkvk_half_to_float_##isa, .float_to_half = tqkvk_float_to_half_##isa,   \
@@ -28,14 +31,14 @@
         .weigh_blocks = tqkvk_weigh_blocks_i8_##dots,                                             \
     }
 
-static const tqkvk_table table_ref = TABLE("ref", ref, ref);
+static const tqkvk_table table_ref = TABLE("ref", ref, ref, ref);
 #if TQKV_HAVE_X86
-static const tqkvk_table table_avx2 = TABLE("avx2", avx2, avx2);
-static const tqkvk_table table_avx512 = TABLE("avx512", avx2, avx512);
+static const tqkvk_table table_avx2 = TABLE("avx2", avx2, avx2, avx2);
+static const tqkvk_table table_avx512 = TABLE("avx512", avx2, avx512, avx512);
 #endif
 #if TQKV_HAVE_ARM
-static const tqkvk_table table_neon = TABLE("neon", neon, neon);
-static const tqkvk_table table_neon_dotprod = TABLE("neon-dotprod", neon, dotprod);
+static const tqkvk_table table_neon = TABLE("neon", neon, neon, neon);
+static const tqkvk_table table_neon_dotprod = TABLE("neon-dotprod", neon, neon, dotprod);
 #endif
 
 /* What this CPU runs, lowest first. */

@@ -38,6 +38,7 @@ tqkvk_scale_scores_fn tqkvk_scale_scores_f32_avx2;
 tqkvk_round_weights_fn tqkvk_round_weights_i16_avx2;
 tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx2;
 /* AVX-512 F, BW, DQ, VL and VNNI. */
+tqkvk_transform_fn tqkvk_transform_f32_avx512;
 tqkvk_score_blocks_fn tqkvk_score_blocks_i8_avx512;
 tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx512;
 #endif

@@ -64,8 +64,9 @@ typedef struct layer {
     uint32_t dim, n_heads, n_kv_heads;
 } layer;
 
-static layer make_layer(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
-                        uint32_t style)
+/* n_tiers: 1 for the plan of 8 bits without calibration. */
+static layer make_layer_of(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
+                           uint32_t style, uint32_t n_tiers)
 {
     layer l = {.dim = dim, .n_heads = n_heads, .n_kv_heads = n_kv_heads};
     tqkv_plan_layer shape = test_shape(n_heads, n_kv_heads, dim, dim);
@@ -76,13 +77,22 @@ static layer make_layer(test_random *random, uint32_t dim, uint32_t n_heads, uin
         shape.rope.n_rot = dim / 2;
     if (style == TQKV_ROPE_NONE)
         shape.rope = (tqkv_rope){.style = TQKV_ROPE_NONE};
-    assert_int_equal(test_plan_make(NULL, test_random_u32(random), &shape, 1, N_TIERS, &l.plan),
-                     TQKV_OK);
+    if (n_tiers == 1)
+        assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_Q8, &shape, &l.plan), TQKV_OK);
+    else
+        assert_int_equal(test_plan_make(NULL, test_random_u32(random), &shape, 1, n_tiers, &l.plan),
+                         TQKV_OK);
     assert_int_equal(tqkv_codec_create(l.plan, 0, NULL, NULL, &l.codec), TQKV_OK);
     assert_int_equal(tqkv_cuda_layer_create(l.plan, 0, NULL, NULL, &l.cuda), TQKV_OK);
     const void *image = tqkv_cuda_layer_image(l.cuda, &n);
     l.image = device_bytes(image, n);
     return l;
+}
+
+static layer make_layer(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
+                        uint32_t style)
+{
+    return make_layer_of(random, dim, n_heads, n_kv_heads, style, N_TIERS);
 }
 
 static void free_layer(layer *l)
@@ -295,6 +305,10 @@ static void test_store(void **state)
         check_store(&random, &l, 2, is_short ? 520 : 1000, TQKV_CUDA_BF16);
         for (uint32_t n = 2; n < 12 && !is_short; n++)
             check_store(&random, &l, n % N_TIERS, n * n, TQKV_CUDA_F32);
+        free_layer(&l);
+        l = make_layer_of(&random, dims[i], 4, 2, (uint32_t)i, 1);
+        check_store(&random, &l, 0, 77, TQKV_CUDA_F16);
+        check_store(&random, &l, 0, 600, TQKV_CUDA_F32);
         free_layer(&l);
     }
 }
