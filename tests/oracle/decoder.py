@@ -183,6 +183,18 @@ HALF_MAX = F32(65504)
 CHANNEL_MAX = F32(4096)
 
 
+def fma(a, b, c):
+    """f32(a b + c), rounded once: the sum of f64 is rounded to odd first, so that the second rounding is right."""
+    product, c = np.asarray(a, F64) * np.asarray(b, F64), np.asarray(c, F64)
+    total = np.atleast_1d(product + c)
+    part = total - product
+    lost = np.atleast_1d((product - (total - part)) + (c - part))
+    bits = total.view(np.int64)
+    away = np.where((lost > 0) == (total > 0), 1, -1)
+    bits += np.where((lost != 0) & np.isfinite(total) & (bits % 2 == 0), away, 0)
+    return total.astype(F32).reshape(np.shape(product + c))
+
+
 def lane_sum(values):
     """values: [units][16]."""
     lanes = np.zeros(UNIT, F32)
@@ -193,49 +205,88 @@ def lane_sum(values):
     return lanes[0]
 
 
+def sum_of_squares(values, factors):
+    """values: [units][16] of integers; factors: [units]."""
+    lane = np.zeros(UNIT // 2, F32)
+    for unit, factor in zip(values, factors):
+        lane = fma(factor, (unit[0::2] ** 2 + unit[1::2] ** 2).astype(F32), lane)
+    return ((lane[0] + lane[2]) + (lane[4] + lane[6])) + ((lane[1] + lane[3]) + (lane[5] + lane[7]))
+
+
+def index_of(table, v):
+    return max(1, int((table <= v).sum()))
+
+
+def limited(c):
+    return min(max(c, 1), 255)
+
+
 class Coder:
     """The units of width > 0 of one row; arrays are [units][16]."""
 
-    def __init__(self, widths, weights):
+    def __init__(self, widths, weights, a):
         self.units = [u for u, bits in enumerate(widths) if bits]
         self.bits = [widths[u] for u in self.units]
-        self.weights = weights[self.units][:, None]
-        self.inv_peak = np.array([INV_PEAK[b] for b in self.bits], F32)[:, None]
+        self.only_8 = set(self.bits) == {8}
+        self.weights = weights[self.units]
+        self.a = a[self.units]
+        self.n = F32(UNIT * len(self.units))
+        self.k = 12 - (math.frexp(max(float(self.a.max()), 2.0 ** -7))[1] - 1)
+        self.q = np.rint(self.a * F32(2.0 ** self.k)).astype(int)
 
-    def range(self, v):
-        energy = lane_sum(v * v) / F32(UNIT * len(self.units))
-        peak = (v * self.inv_peak).max()
-        return (max(1, int((ENERGY <= energy).sum())), max(1, int((PEAK <= peak).sum())))
-
-    def code(self, v, c):
-        index, value = np.zeros(v.shape, int), np.zeros(v.shape, F32)
-        for k, bits in enumerate(self.bits):
-            magnitudes = np.array(MAGNITUDES[bits])
-            t = np.minimum(v[k] * (SCALE_INVERSE[c] * INV_STEP2[bits]), F32(254)).astype(int)
-            index[k] = np.searchsorted(magnitudes[:-1] + magnitudes[1:], t, side="right")
-            value[k] = SCALE[c] * (STEP[bits] * magnitudes[index[k]].astype(F32))
-        return index, value
-
-    def choose(self, a):
-        energy, peak = self.range(a)
-        best = None
+    def candidates(self):
+        mean = sum_of_squares(self.q, np.ones(len(self.bits), F32)) / self.n * F32(2.0 ** (-2 * self.k))
+        energy = index_of(ENERGY, mean)
+        inv_peak = np.array([INV_PEAK[b] for b in self.bits], F32)[:, None]
+        peak = index_of(PEAK, (self.a * inv_peak).max())
         for c in range(1, 256):
-            if not (energy - 4 <= c <= energy + 8 or peak - 1 <= c <= peak + 1):
-                continue
-            index, value = self.code(a, c)
-            difference = a - value
-            error = lane_sum(self.weights * (difference * difference))
-            again, peak_again = self.range(value)
-            if (again - 3 <= c <= again + 7 or c == peak_again) and (best is None or error < best[0]):
-                best = (error, c, index, value)
-        need(best is not None, "no candidate is stable")
-        _, c, index, value = best
-        lower = self.range(value)[1]
+            by_energy, by_peak = energy - 4 <= c <= energy + 8, peak - 1 <= c <= peak + 1
+            if peak - 2 <= c <= peak + 3 if self.only_8 else by_energy or by_peak:
+                yield c
+
+    def code(self, c):
+        """Indices, levels, and what comes first in the order of candidates."""
+        index, level, difference = (np.zeros(self.q.shape, int) for _ in range(3))
+        exact = np.zeros(self.q.shape, F32)
+        for i, bits in enumerate(self.bits):
+            magnitudes = np.array(MAGNITUDES[bits])
+            to_half_levels = SCALE_INVERSE[c] * INV_STEP2[bits] * F32(2.0 ** (15 - self.k))
+            to_size = SCALE[c] * STEP[bits] * F32(2.0 ** (self.k + 7))
+            t = self.q[i] * min(int(np.rint(to_half_levels)), 65535) >> 15
+            index[i] = np.searchsorted(magnitudes[:-1] + magnitudes[1:], np.minimum(t, 254), side="right")
+            level[i] = magnitudes[index[i]]
+            difference[i] = self.q[i] - (level[i] * min(int(np.rint(to_size)), 65535) >> 7)
+            exact[i] = self.a[i] - SCALE[c] * (STEP[bits] * level[i].astype(F32))
+        error = sum_of_squares(difference, self.weights)
+        near = error <= F32(16) * self.n
+        if near:
+            error = lane_sum(self.weights[:, None] * (exact * exact))
+        return index, level, (not near, error, c)
+
+    def again(self, c, level):
+        """peak' and energy'."""
+        largest = level.max()
+        peak = c + round(16 * math.log2(largest / 127)) if largest else 1
+        factors = [STEP[bits] * STEP[bits] for bits in self.bits]
+        return limited(peak), limited(c - 128 + index_of(ENERGY, sum_of_squares(level, factors) / self.n))
+
+    def is_stable(self, c, level):
+        peak, energy = self.again(c, level)
+        return peak - 1 <= c <= peak + 2 if self.only_8 else energy - 3 <= c <= energy + 7 or c == peak
+
+    def choose(self):
+        """Scale, indices and levels."""
+        tried = sorted((self.code(c) for c in self.candidates()), key=lambda coded: coded[2])
+        index, level, (_, _, c) = next(coded for coded in tried if self.is_stable(coded[2][2], coded[1]))
+        if not level.any():
+            return 1, index, level
+        lower, _ = self.again(c, level)
         if c > lower and (c - lower) % 16 == 0:
-            index_lower, value_lower = self.code(value, lower)
-            if (value_lower == value).all():
-                return lower, index_lower, value_lower
-        return c, index, value
+            doubled = level << (c - lower) // 16
+            if all(set(unit) <= set(MAGNITUDES[bits]) for unit, bits in zip(doubled.tolist(), self.bits)):
+                index = np.array([np.searchsorted(MAGNITUDES[bits], unit) for unit, bits in zip(doubled, self.bits)])
+                return lower, index, doubled
+        return c, index, level
 
 
 def encode_y(head, widths, y):
@@ -245,10 +296,10 @@ def encode_y(head, widths, y):
     weights = np.ones(len(widths), F32) if largest == 0 else np.maximum(head.weight / largest, F32(2.0 ** -20))
     if not any(widths):
         return zero if not head.mean.any() else (1, b"")
-    coder = Coder(widths, weights)
     y = y.reshape(-1, UNIT)
-    scale, index, value = coder.choose(np.minimum(np.abs(y[coder.units]), CHANNEL_MAX))
-    if scale == 1 and not head.mean.any() and not value.any():
+    coder = Coder(widths, weights, np.minimum(np.abs(y), CHANNEL_MAX))
+    scale, index, level = coder.choose()
+    if scale == 1 and not head.mean.any() and not level.any():
         return zero
     out = b""
     for k, bits in enumerate(coder.bits):
@@ -257,6 +308,35 @@ def encode_y(head, widths, y):
         below = n - index[k] if bits == 8 else n - 1 - index[k]
         out += pack_unit([int(code) for code in np.where(negative, below, n + index[k])], bits)
     return scale, out
+
+
+def hadamard_factors(transform):
+    """Factors of the input channels and the size of the blocks, or None where it is no such matrix."""
+    dim = len(transform)
+    block = dim & -dim
+    i = np.arange(dim)
+    odd = np.array([[bin(a & b & (block - 1)).count("1") % 2 for b in i] for a in i])
+    factors = transform[i, i - i % block]
+    inside = i[:, None] // block == i[None, :] // block
+    wanted = np.where(inside, np.where(odd, -factors[:, None], factors[:, None]), 0)
+    return (factors, block) if (wanted == transform).all() else None
+
+
+def apply_transform(transform, z):
+    hadamard = hadamard_factors(transform)
+    if hadamard is None:
+        y = np.zeros(len(z), F32)
+        for i, row in enumerate(transform):
+            y = fma(row, z[i], y)
+        return y
+    factors, block = hadamard
+    y, n = factors * z, 1
+    while n < block:
+        first = np.array([j for j in range(len(y)) if not j & n])
+        a, b = y[first], y[first + n]
+        y[first], y[first + n] = a + b, a - b
+        n *= 2
+    return y
 
 
 def encode_row(plan, layer, side, head, tier, base, x, rope=None):
@@ -271,10 +351,7 @@ def encode_row(plan, layer, side, head, tier, base, x, rope=None):
     with np.errstate(over="ignore", invalid="ignore"):
         if side == K:
             x = turn(x, rope or plan.layers[layer].rope, base, inverse=True)
-        z = x - h.mean
-        y = np.zeros(len(x), F32)
-        for i, row in enumerate(h.transform):
-            y = y + row * z[i]
+        y = apply_transform(h.transform, x - h.mean)
     return encode_y(h, widths, y) if np.isfinite(y).all() else zero
 
 

@@ -25,11 +25,21 @@ def round_transform(matrix):
     return halves, exponents
 
 
+def hadamard(dim):
+    """Walsh-Hadamard matrices on the diagonal, as large as the largest power of two that divides dim."""
+    block = dim & -dim
+    i = np.arange(block)
+    odd = np.array([[bin(a & b).count("1") % 2 for b in i] for a in i])
+    return np.kron(np.eye(dim // block), 1.0 - 2.0 * odd)
+
+
 def random_head(rng, dim, layouts):
     if layouts[0][0] == 16:
         return {"layouts": layouts}
     gain = np.exp(rng.uniform(-1.5, 1.5, dim))
     matrix = (np.eye(dim) + 0.3 * rng.standard_normal((dim, dim)) / np.sqrt(dim)) * gain
+    if not rng.integers(4):
+        matrix = hadamard(dim) * np.float16(gain)[:, None]
     mean = rng.standard_normal(dim) * 0.5 if rng.integers(4) else np.zeros(dim)
     weight = rng.uniform(0.1, 2.0, dim // 16) if rng.integers(4) else rng.integers(0, 2, dim // 16) * 1.0
     return {"layouts": layouts, "mean": mean.astype(np.float32), "weight": weight.astype(np.float32),
