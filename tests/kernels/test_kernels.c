@@ -293,7 +293,7 @@ static tqkvi_layout random_layout(test_random *random, uint32_t n_units)
 /* Rows that go through every branch of the search. */
 static void random_row(test_random *random, size_t dim, float *y)
 {
-    const uint32_t kind = test_random_u32(random) % 12;
+    const uint32_t kind = test_random_u32(random) % 15;
     const double octave = 16.0 * test_random_uniform(random) - 8.0;
     const float size = (float)exp2(octave);
     const float same = fabsf(test_random_normal(random));
@@ -321,6 +321,17 @@ static void random_row(test_random *random, size_t dim, float *y)
             break;
         case 6: /* small for the smallest scale, denormals, signed zeros */
             y[d] = d % 3 == 0 ? -0.0f : g * (d % 3 == 1 ? 1e-41f : 1e-3f);
+            break;
+        case 8: /* tiny units beside large ones, large ones first or last */
+            y[d] = size * g * (float)exp2(-9.0 * (double)(same < .7f ? d : dim - d) / (double)dim);
+            break;
+        case 9: /* about half of the smallest level of 8 bits: zeros at some scales, not at others */
+            y[d] = d % 5 == 0 ? copysignf(.5f + 1e-6f * g, g) * tqkvk_step(8) *
+                                    tqkvk_scale_value((uint8_t)(1 + (int)(4.0f * same) % 5))
+                              : 0.0f;
+            break;
+        case 10: /* one far beyond the others */
+            y[d] = d == dim / 2 ? size * 300.0f : size * g;
             break;
         case 7: /* sparse */
             y[d] = fabsf(g) > 1.2f ? size * g : 0.0f;
