@@ -126,10 +126,11 @@ static void fill_side(const tqkvc_shape *shape, const tqkv_codec *codec, tqkv_si
 
     for (size_t g = 0; g < shape->n_kv_heads; g++) {
         const tqkvi_head_codec *head = &codec->heads[side][g];
-        const uint32_t zero_mean = head->zero_mean + (head->hadamard_block != 0 ? 2u : 0u);
+        const uint32_t traits = (head->zero_mean ? TQKVC_ZERO_MEAN : 0u) |
+                                (head->hadamard_block != 0 ? TQKVC_HADAMARD : 0u);
         memcpy(image + parts->mean[side] + g * dim * 4, head->plan->mean, dim * 4);
         memcpy(image + parts->weight[side] + g * units * 4, head->weight, units * 4);
-        memcpy(image + parts->zero_mean[side] + g * 4, &zero_mean, 4);
+        memcpy(image + parts->traits[side] + g * 4, &traits, 4);
         memcpy(image + parts->transform[side] + g * dim * dim * 4, head->plan->transform,
                dim * dim * 4);
         fill_matrix(shape->dim, side, head->inverse,
@@ -158,7 +159,7 @@ static size_t place_parts(tqkvc_shape *shape)
     for (uint32_t side = 0; side < 2; side++) {
         parts->mean[side] = take(&used, n * dim * 4);
         parts->weight[side] = take(&used, n * dim / TQKV_UNIT_CHANNELS * 4);
-        parts->zero_mean[side] = take(&used, n * 4);
+        parts->traits[side] = take(&used, n * 4);
         parts->transform[side] = take(&used, n * dim * dim * 4);
         parts->matrix[side] = take(&used, n * dim * dim * 4);
         parts->row_scale[side] = take(&used, n * dim * 4);

@@ -192,9 +192,9 @@ __global__ void __launch_bounds__(THREADS) store_kernel(const __grid_constant__ 
         (size_t)g * D * D;
     const float *weights =
         reinterpret_cast<const float *>(p.image + p.shape.parts.weight[side]) + g * (D / 16);
-    const uint32_t flags =
-        reinterpret_cast<const uint32_t *>(p.image + p.shape.parts.zero_mean[side])[g];
-    const bool zero_mean = (flags & 1u) != 0;
+    const uint32_t traits =
+        reinterpret_cast<const uint32_t *>(p.image + p.shape.parts.traits[side])[g];
+    const bool zero_mean = (traits & TQKVC_ZERO_MEAN) != 0;
     const bool has_codes = layout.bytes[side] > TQKVC_BLOCK_TOKENS;
     place at[ROWS];
     bool good[ROWS];
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(THREADS) store_kernel(const __grid_constant__ 
         good[r] = load_row<D, ROWS>(p, at[r], g, side, z[half] + r);
     }
     __syncthreads();
-    if (flags & 2u)
+    if (traits & TQKVC_HADAMARD)
         butterflies<D, ROWS>(transform, z[half], y);
     else
         transform_rows<D, ROWS>(transform, z[half], y);
