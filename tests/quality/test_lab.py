@@ -80,16 +80,14 @@ def random_heads():
 
 
 def test_search_in_torch_is_that_of_the_library():
-    """Equal but where two scales are as good as equal; ScaleCoder sums in another order."""
+    """As good: the library searches in whole numbers, ScaleCoder in f32; what is next to a threshold differs."""
     weight, tiers, rows = random_heads()
+    weights = torch.from_numpy(np.repeat(weight, 16)).float()
     for widths in tiers:
-        mine = lab_quant.ScaleCoder([(weight, [widths])])(0, 0, rows)
-        theirs = lab_quant.LibraryCoder([(weight, [widths])])(0, 0, rows)
-        same = torch.isclose(mine, theirs, rtol=1e-5, atol=1e-6).all(1)
-        errors = [((coded - rows).square() @ torch.from_numpy(np.repeat(weight, 16)).float()).sum()
-                  for coded in (mine, theirs)]
-        assert same.float().mean() > 0.99, widths
-        assert errors[0].item() == pytest.approx(errors[1].item(), rel=1e-3)
+        mine, theirs = ((coder([(weight, [widths])])(0, 0, rows) - rows).square() @ weights
+                        for coder in (lab_quant.ScaleCoder, lab_quant.LibraryCoder))
+        assert theirs.sum().item() == pytest.approx(mine.sum().item(), rel=1e-3), widths
+        assert ((theirs / mine - 1).abs() < 0.01).float().mean() > 0.998, widths
 
 
 def test_levels_lose_what_allocation_counts_with():
@@ -150,8 +148,8 @@ def test_a_plan_read_back_is_the_same(tiny):
 
 
 SWITCHES = ["--frame 64", "--frame 0", "--frame-full 64", "--offsets", "--transform hadamard", "--transform eigen",
-            "--gamma 0", "--spread 4096", "--band 32", "--step 2", "--no-w-o", "--widths 0,2,4,8", "--sensitivity none", "--k-share 0.3",
-            "--tiers 32@8,64@5", "--bits 3.2", "--context 4096"]
+            "--gamma 0", "--spread 4096", "--band 32", "--step 2", "--no-w-o", "--widths 0,2,4,8", "--sensitivity none",
+            "--k-share 0.3", "--tiers 32@8,64@5", "--bits 3.2", "--context 4096"]
 
 
 def facts(plan):

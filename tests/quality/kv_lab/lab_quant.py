@@ -65,8 +65,9 @@ def _tables():
 
 class ScaleCoder:
     """
-    The same in torch. per_octave: scales an octave (the library has 16). below, above: candidates around the root
-    mean square; 0 and 0 search nothing. is_stable: only scales that would be found again, as the library wants them.
+    The same in torch and in f32. per_octave: scales an octave (the library has 16). below, above: candidates around
+    the root mean square; 0 and 0 search nothing. is_stable: only scales that would be found again, as the library
+    wants them.
     """
 
     def __init__(self, heads, per_octave=16, below=4, above=8, is_stable=True):
