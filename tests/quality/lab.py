@@ -5,7 +5,7 @@
     tests/quality/lab.py smollm2 --bits 2.0 --frame 256 --keep "frames of 256"
 
 prints KL and its ratio to the shipped variant on the same tokens; --keep adds the row, with this command, to
-docs/results/variants.json. The library is that of TQKV_LIBRARY or build/release. One thread.
+docs/results/variants.json. The library is that of TQKV_LIBRARY or build/release.
 """
 import argparse
 import os
@@ -33,12 +33,15 @@ def parser():
     made = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     add = made.add_argument
     add("model", choices=["smollm2", "qwen", "gemma"])
+    add("--device", default="cpu", help="that the model runs on, such as cuda; results are the same but for rounding")
     add("--bits", type=float, default=2.0, help="per value, everything counted at --context")
     add("--context", type=int, default=8192, help="that the plan is made for")
     add("--n", type=int, default=4096, help="tokens of each text")
-    add("--scored", type=int, default=256, help="of them at the end; 0: the second half, and errors add up as they do in use")
+    add("--scored", type=int, default=256,
+        help="of them at the end; 0: the second half, and errors add up as they do in use")
     add("--chunk", type=int, default=512, help="tokens attended before they are coded, with --scored 0")
     add("--texts", default="en,zh")
+    add("--threads", type=int, default=1)
     add("--plan", help="a .tqkv instead of a plan made here")
     add("--save", help="write the plan to this .tqkv")
     add("--keep", metavar="NAME", help="put the row into docs/results/variants.json")
@@ -66,9 +69,10 @@ def parser():
 def main(argv):
     args = parser().parse_args(argv)
     os.environ.setdefault("TQKV_LIBRARY", str(ROOT / "build" / "release" / "lib" / "libturboquant.so"))
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     if args.tails:
-        for row in lab_tails.tails(lab_variant.load(args.model), args.frame, lab_variant.N_TOKENS[args.model]):
+        for row in lab_tails.tails(lab_variant.load(args.model, args.device), args.frame,
+                                  lab_variant.N_TOKENS[args.model]):
             print(lab_tails.line(row), flush=True)
         return
     row = lab_variant.run(args)

@@ -16,23 +16,23 @@ SHIPPED_TEXT = ROOT / "data" / "calibration" / "mixed.txt"
 
 
 class LabModel:
-    """name: smollm2, qwen or gemma."""
+    """name: smollm2, qwen or gemma. device: where the model runs; rows and statistics are on the CPU."""
 
-    def __init__(self, name):
+    def __init__(self, name, device="cpu"):
         self.name = name
         folder, file_name = os.path.split(fetch.fetch(name))
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.net = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name,
-                                                                     dtype=torch.float32).eval()
+                                                                     dtype=torch.float32).eval().to(device)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
         self.layers = describe(self.net)
 
     @functools.cached_property
     def output_projections(self):
         """[layer] of [n_out][n_heads][v_dim] f32."""
-        return [self.net.base_model.layers[index].self_attn.o_proj.weight.detach().unflatten(1, (layer.n_heads, -1))
-                for index, layer in enumerate(self.layers)]
+        return [self.net.base_model.layers[index].self_attn.o_proj.weight.detach().cpu()
+                .unflatten(1, (layer.n_heads, -1)) for index, layer in enumerate(self.layers)]
 
     def text(self, path):
         return read_text(self.tokenizer, [pathlib.Path(path).read_text(encoding="utf-8")])

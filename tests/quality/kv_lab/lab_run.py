@@ -35,9 +35,8 @@ _store = None
 
 @dataclass
 class Options:
-    """chunk: tokens that are attended before they are coded, as -ub of llama.cpp. coder: made for the heads of a side."""
-    chunk: int = 512
-    coder: Callable = LibraryCoder
+    chunk: int = 512                # tokens that are attended before they are coded, as -ub of llama.cpp
+    coder: Callable = LibraryCoder  # made for the heads of a side
     exact: frozenset = frozenset()  # sides of layers that stay as they are, such as "5K"
 
 
@@ -107,17 +106,20 @@ class Store:
 
     def attend(self, index, query, key, value, scaling):
         """query: [n_heads][n][k_dim], key, value: [n_kv_heads][n][dim]. Returns [n][n_heads][v_dim]."""
-        rows = LayerRows(self.plan, index, self.options, key, value)
+        rows = LayerRows(self.plan, index, self.options, key.cpu(), value.cpu())
         n, chunk, window = query.shape[1], self.options.chunk, self.plan.layers[index].window
         group = query.shape[0] // key.shape[0]
-        out = torch.empty(n, query.shape[0], value.shape[2])
+        device = query.device
+        out = torch.empty(n, query.shape[0], value.shape[2], device=device)
         for first in range(0, n, chunk):
             end = min(first + chunk, n)
             begin = max(first - window + 1, 0) if window else 0
-            seen, at = torch.arange(begin, end), torch.arange(first, end)[:, None]
-            hidden = (seen > at) | ((seen <= at - window) if window else torch.zeros(1, dtype=torch.bool))
+            seen, at = torch.arange(begin, end, device=device), torch.arange(first, end, device=device)[:, None]
+            hidden = seen > at
+            if window:
+                hidden |= seen <= at - window
             for g in range(key.shape[0]):
-                k, v = (torch.cat([old[g, begin:first], new[g, first:end]])
+                k, v = (torch.cat([old[g, begin:first].to(device), new[g, first:end]])
                         for old, new in zip(rows.decoded, (key, value)))
                 for h in range(g * group, (g + 1) * group):
                     scores = (query[h, first:end] @ k.T).mul_(scaling).masked_fill_(hidden, -torch.inf)
@@ -146,7 +148,8 @@ def hidden_states(model, tokens, plan=None, options=None):
     model.net.set_attn_implementation(NAME)
     _store = Store(plan, options or Options()) if plan else None
     try:
-        return model.net.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+        made = model.net.base_model(input_ids=tokens[None].to(model.net.device), use_cache=False)
+        return made.last_hidden_state[0].cpu()
     finally:
         _store = None
 
@@ -211,12 +214,13 @@ def score_end(model, text_name, n, n_scored, plan, options=None):
     states of old tokens add.
     """
     tokens = model.held_out(text_name, n)
-    keys, values, base = once(lambda: _exact_start(model, tokens, n_scored), "start", model.name, text_name, n, n_scored)
+    keys, values, base = once(lambda: _exact_start(model, tokens, n_scored),
+                              "start", model.name, text_name, n, n_scored)
     cache = DynamicCache()  # without a config it keeps everything, whatever the window
     for index, (k, v) in enumerate(zip(keys, values)):
         rows = LayerRows(plan, index, options or Options(), k, v)
         rows.store(n - n_scored)
-        cache.update(rows.decoded[Side.K][None], rows.decoded[Side.V][None], index)
+        cache.update(*(side[None].to(model.net.device) for side in rows.decoded), index)
     test = _end(model, tokens[n - n_scored:], cache)
     return compare(model, base, test)
 
@@ -227,17 +231,18 @@ def _exact_start(model, tokens, n_scored):
     cache, n_old = DynamicCache(), len(tokens) - n_scored
     model.net.set_attn_implementation("sdpa")
     for first in range(0, n_old, PIECE):
-        model.net.base_model(input_ids=tokens[None, first:min(first + PIECE, n_old)], use_cache=True,
-                             **{cache_argument(model.net): cache})
-    keys = [layer.keys[0].clone() for layer in cache.layers]
-    values = [layer.values[0].clone() for layer in cache.layers]
+        part = tokens[None, first:min(first + PIECE, n_old)].to(model.net.device)
+        model.net.base_model(input_ids=part, use_cache=True, **{cache_argument(model.net): cache})
+    keys = [layer.keys[0].cpu().clone() for layer in cache.layers]
+    values = [layer.values[0].cpu().clone() for layer in cache.layers]
     return keys, values, _end(model, tokens[n_old:], cache)
 
 
 def _end(model, tokens, cache):
     model.net.set_attn_implementation("sdpa")
-    return model.net.base_model(input_ids=tokens[None], use_cache=True,
-                                **{cache_argument(model.net): cache}).last_hidden_state[0].clone()
+    made = model.net.base_model(input_ids=tokens[None].to(model.net.device), use_cache=True,
+                                **{cache_argument(model.net): cache})
+    return made.last_hidden_state[0].cpu().clone()
 
 
 def compare(model, base, test):
@@ -245,9 +250,9 @@ def compare(model, base, test):
     kl, same = [], []
     for first in range(0, len(base), SCORED_AT_ONCE):
         part = slice(first, first + SCORED_AT_ONCE)
-        logits = [model.net.lm_head(hidden[part]) for hidden in (base, test)]
-        same.append((logits[0].argmax(-1) == logits[1].argmax(-1)).numpy())
-        kl.append(fast_kl(*logits).numpy())
+        logits = [model.net.lm_head(hidden[part].to(model.net.device)) for hidden in (base, test)]
+        same.append((logits[0].argmax(-1) == logits[1].argmax(-1)).cpu().numpy())
+        kl.append(fast_kl(*logits).cpu().numpy())
     return Score(np.concatenate(kl), np.concatenate(same))
 
 

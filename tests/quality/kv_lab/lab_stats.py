@@ -57,15 +57,15 @@ def _record(model, text_name, n_tokens):
 
     def on_layer(module, query, keys, values, scaling, _softcap):
         q, k, v = rows[module.layer_idx]
-        q.append(query[0, :, COLD_AGE::QUERY_STRIDE].transpose(0, 1).clone())
-        k.append(keys[0].transpose(0, 1).clone())
-        v.append(values[0].transpose(0, 1).clone())
+        q.append(query[0, :, COLD_AGE::QUERY_STRIDE].transpose(0, 1).cpu().clone())
+        k.append(keys[0].transpose(0, 1).cpu().clone())
+        v.append(values[0].transpose(0, 1).cpu().clone())
         scales[module.layer_idx] = scaling
 
     n_free = len(text.tokens) - n_pieces * PIECE_TOKENS
     for i in range(n_pieces):
-        observe_piece(model.net, text.piece(i * PIECE_TOKENS + n_free * i // max(n_pieces - 1, 1), PIECE_TOKENS),
-                      on_layer)
+        piece = text.piece(i * PIECE_TOKENS + n_free * i // max(n_pieces - 1, 1), PIECE_TOKENS)
+        observe_piece(model.net, piece.to(model.net.device), on_layer)
     return [Recording(*(torch.stack(part) for part in sides), scales[index]) for index, sides in enumerate(rows)]
 
 
@@ -73,7 +73,8 @@ def turn(rows, layer, bases):
     """rows: [..., dim], turned by bases [...] tokens, as RoPE turns them. Shapes broadcast."""
     if not len(layer.inv_freq):
         return rows
-    angles = torch.as_tensor(bases, dtype=torch.float64)[..., None] * torch.from_numpy(layer.inv_freq.astype(np.float64))
+    inv_freq = torch.from_numpy(layer.inv_freq.astype(np.float64))
+    angles = torch.as_tensor(bases, dtype=torch.float64)[..., None] * inv_freq
     c, s = angles.cos().to(rows.dtype), angles.sin().to(rows.dtype)
     first, second = torch.from_numpy(layer.pairs[:, 0].copy()), torch.from_numpy(layer.pairs[:, 1].copy())
     a, b = rows[..., first], rows[..., second]

@@ -31,5 +31,6 @@ def of_rows(x, head):
 
 
 def line(row):
-    return (f"{row['layer']:3} {row['side']} kurtosis {row['kurtosis']:.1f}, of one channel {row['kurtosis_most']:.1f}; "
-            f"heaviest row {row['heaviest']:.0f} times the mean; the top percent holds {100 * row['top_percent']:.1f} %")
+    return (f"{row['layer']:3} {row['side']} kurtosis {row['kurtosis']:.1f}, of one channel "
+            f"{row['kurtosis_most']:.1f}; heaviest row {row['heaviest']:.0f} times the mean; the top percent holds "
+            f"{100 * row['top_percent']:.1f} %")

@@ -21,16 +21,16 @@ PROFILES = {2.0: "8x", 3.2: "5x"}
 FRAMES = (1024, 1, 64, 256, 0)  # whose moments are made together
 SHIPPED = {"frame": 1024, "frame_full": None, "offsets": False, "transform": "both", "gamma": .75, "band": 0, "step": 0,
            "no_w_o": False, "widths": lab_plan.WIDTHS, "scale": "search", "calibration": "mixed",
-           "calibration_tokens": 0, "sensitivity": "layer", "k_share": None, "tiers": lab_plan.TIERS, "exact": "", "spread": 0,
-           "plan": None}
+           "calibration_tokens": 0, "sensitivity": "layer", "k_share": None, "tiers": lab_plan.TIERS,
+           "exact": "", "spread": 0, "plan": None}
 SCALES = {"search": {}, "rms": {"below": 0, "above": 0, "is_stable": False},
           "fine": {"per_octave": 32, "below": 8, "above": 16}, "coarse": {"per_octave": 8, "below": 2, "above": 4},
           "free": {"is_stable": False}}
 
 
 @functools.cache
-def load(name):
-    return LabModel(name)
+def load(name, device):
+    return LabModel(name, device)
 
 
 def frames_of(model, args):
@@ -95,7 +95,7 @@ def shipped_score(model, args):
 
 def run(args):
     """The row of a variant."""
-    model = load(args.model)
+    model = load(args.model, args.device)
     plan = lab_plan.read_plan(args.plan, model.layers) if args.plan else make_plan(model, args)
     if args.save:
         kind = model.net.config.model_type
@@ -106,6 +106,7 @@ def run(args):
     score = base if is_shipped else lab_run.joined(list(scores(model, plan, args)))
     ratio, ratio_ci95 = lab_run.paired_ratio(score.kl, base.kl)
     typical, typical_ci95 = lab_run.typical_ratio(score.kl, base.kl)
-    return {"profile": PROFILES.get(args.bits, f"{args.bits:g} bits"), "model": f"{args.model}-f32", "context": args.n, "plan_context": args.context, "texts": args.texts,
+    return {"profile": PROFILES.get(args.bits, f"{args.bits:g} bits"), "model": f"{args.model}-f32",
+            "context": args.n, "plan_context": args.context, "texts": args.texts,
             "scored": args.scored or args.n // 2, "bits": round(plan.bits_total, 4), **score.numbers(),
             "ratio": ratio, "ratio_ci95": ratio_ci95, "typical": typical, "typical_ci95": typical_ci95}
