@@ -73,13 +73,6 @@ def shipped_band(dim):
 # ---- fitting ----------------------------------------------------------------------------------------------------
 
 
-def _hadamard(n):
-    h = np.ones((1, 1))
-    while len(h) < n:
-        h = np.block([[h, h], [h, -h]])
-    return h / np.sqrt(n)
-
-
 def fit_head(m, make):
     """HeadPlan without widths for Moments."""
     dim = len(m.mean)
@@ -101,9 +94,10 @@ def fit_head(m, make):
         cost = ((vectors.T @ basis) ** 2 * values[:, None] ** (1 - make.gamma)).sum(0)
     variance = np.maximum(variance, VARIANCE_FLOOR * variance.max())
     rows, loss = basis.T @ a, np.zeros(dim // 16)
+    mixing = oracle("plan_writer").hadamard(band) / np.sqrt(band)
     for first in range(0, dim, band):
         part = slice(first, first + band)
-        mixed = rows[part] if make.transform == "eigen" else _hadamard(band) @ rows[part]
+        mixed = rows[part] if make.transform == "eigen" else mixing @ rows[part]
         spread = np.sqrt(variance[part] if make.transform == "eigen" else np.full(band, variance[part].mean()))
         rows[part] = mixed / spread[:, None]
         if make.transform == "eigen":
