@@ -46,6 +46,12 @@ static inline float tqkvi_float_of_bits(uint32_t bits)
     return value;
 }
 
+/* 2^e, -126 <= e <= 127. */
+static inline float tqkvi_power_of_two(int e)
+{
+    return tqkvi_float_of_bits((uint32_t)(e + 127) << 23);
+}
+
 static inline uint32_t tqkvi_bits_of_float(float value)
 {
     uint32_t bits;

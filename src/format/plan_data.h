@@ -135,12 +135,6 @@ int tqkvi_column_exponent(const float *column, uint32_t dim);
 void tqkvi_column_round(float *column, uint32_t dim);
 void tqkvi_transform_column(const float *m, uint32_t dim, uint32_t j, float *column);
 
-/* 2^e, -126 <= e <= 127. */
-static inline float tqkvi_power_of_two(int e)
-{
-    return tqkvi_float_of_bits((uint32_t)(e + 127) << 23);
-}
-
 /* The reader behind tqkv_plan_read, with an allocator (NULL: malloc). */
 TQKV_NODISCARD tqkv_status tqkvi_plan_parse(const tqkv_allocator *mem, const void *bytes,
                                             size_t n_bytes, const tqkv_logger *log,

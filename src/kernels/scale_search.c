@@ -3,6 +3,7 @@
 #include "kernels/scale_search.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "kernels/levels.h"
 

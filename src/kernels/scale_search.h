@@ -9,8 +9,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <string.h>
 
+#include "format/bytes.h"
 #include "format/row_layout.h"
 
 #define TQKVK_Y_MAX 4096.0f
@@ -31,19 +31,9 @@ static inline int tqkvk_clamp_scale(int i)
     return i < 1 ? 1 : i > 255 ? 255 : i;
 }
 
-static inline float tqkvk_power_of_2(int exponent)
-{
-    const uint32_t bits = (uint32_t)(127 + exponent) << 23;
-    float v;
-    memcpy(&v, &bits, sizeof(v));
-    return v;
-}
-
 static inline int tqkvk_exponent_of(float v)
 {
-    uint32_t bits;
-    memcpy(&bits, &v, sizeof(bits));
-    return (int)(bits >> 23) - 127;
+    return (int)(tqkvi_bits_of_float(v) >> 23) - 127;
 }
 
 /* largest: TQKVK_SIZE_MIN .. TQKVK_Y_MAX; it becomes 2^12 .. 2^13. */
@@ -53,9 +43,9 @@ static inline int tqkvk_size_exponent(float largest)
 }
 
 /*
- * Candidates, in no order and some twice, so that their number does not depend on the row. Rows of 8
- * bits only: peak - 2 and the five that follow; others: energy - 4 and the twelve that follow, then
- * peak - 1 and the two that follow.
+ * Candidates, in no order and some twice, so that their number does not depend on the row. Rows of
+ * 8 bits only: peak - 2 and the five that follow; others: energy - 4 and the twelve that follow,
+ * then peak - 1 and the two that follow.
  */
 #define TQKVK_CANDIDATES_8 6
 #define TQKVK_CANDIDATES_ENERGY 13
@@ -90,9 +80,8 @@ typedef struct tqkvk_contest {
 static inline void tqkvk_contest_put(tqkvk_contest *contest, size_t i, bool near_row, float error,
                                      uint8_t scale)
 {
-    uint32_t bits;
-    memcpy(&bits, &error, sizeof(bits));
-    contest->key[i] = (uint64_t)!near_row << 48 | (uint64_t)bits << 16 | (uint64_t)scale << 8 | i;
+    contest->key[i] = (uint64_t)!near_row << 48 | (uint64_t)tqkvi_bits_of_float(error) << 16 |
+                      (uint64_t)scale << 8 | i;
 }
 
 /* The best one that was not taken yet. */

@@ -37,12 +37,6 @@ static inline tqkvk_four tqkvk_four_mul(tqkvk_four a, float b)
                         vmulq_n_f32(a.v3, b)};
 }
 
-static inline tqkvk_four tqkvk_four_add(tqkvk_four a, tqkvk_four b)
-{
-    return (tqkvk_four){vaddq_f32(a.v0, b.v0), vaddq_f32(a.v1, b.v1), vaddq_f32(a.v2, b.v2),
-                        vaddq_f32(a.v3, b.v3)};
-}
-
 /* sum + a * b, fused; one b for all, or one for each lane. */
 static inline tqkvk_four tqkvk_four_fma_n(tqkvk_four sum, tqkvk_four a, float b)
 {

@@ -186,8 +186,7 @@ static void find_errors(const search *s, const float *weight, float *errors)
 /* How many of n thresholds of an octave (8 or 16) the mantissa of value >= 0 reaches. */
 static inline int count_in_octave(const float *thresholds, int n, float value)
 {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof(bits));
+    const uint32_t bits = tqkvi_bits_of_float(value);
     const float32x4_t mantissa =
         vreinterpretq_f32_u32(vdupq_n_u32((bits & 0x7fffffu) | 0x3f800000u));
     uint32x4_t count = vdupq_n_u32(0);
@@ -242,7 +241,7 @@ static void measure(search *s, const float *y)
         n_coded += LANES;
     }
     const int exponent = tqkvk_size_exponent(vmaxvq_f32(largest));
-    const float unit = tqkvk_power_of_2(exponent);
+    const float unit = tqkvi_power_of_two(exponent);
     pair_sums sums = zero_sums();
     for (uint32_t u = 0; u < layout->n_units; u++) {
         if (layout->bits[u] == 0)
@@ -255,7 +254,7 @@ static void measure(search *s, const float *y)
     }
     const float mean = sum_pairs(sums) / (float)n_coded;
     s->range = (tqkvk_row_range){
-        .energy = tqkvk_clamp_scale(128 + energy_index(mean * tqkvk_power_of_2(-2 * exponent))),
+        .energy = tqkvk_clamp_scale(128 + energy_index(mean * tqkvi_power_of_two(-2 * exponent))),
         .peak = tqkvk_clamp_scale(128 + peak_index(vmaxvq_f32(peak))),
         .exponent = exponent,
         .n_coded = (int)n_coded,
@@ -284,8 +283,8 @@ static inline uint16_t whole_16(float v)
 
 static void fill_factors(search *s)
 {
-    const float up = tqkvk_power_of_2(15 - s->range.exponent);
-    const float down = tqkvk_power_of_2(7 + s->range.exponent);
+    const float up = tqkvi_power_of_two(15 - s->range.exponent);
+    const float down = tqkvi_power_of_two(7 + s->range.exponent);
 
     for (uint32_t bits = 1; bits <= 8; bits++) {
         const tqkvk_width *width = &tqkvk_widths[bits];

@@ -37,12 +37,6 @@ static inline tqkvk_four tqkvk_four_mul(tqkvk_four a, __m256 b)
                         _mm256_mul_ps(a.v3, b)};
 }
 
-static inline tqkvk_four tqkvk_four_add(tqkvk_four a, tqkvk_four b)
-{
-    return (tqkvk_four){_mm256_add_ps(a.v0, b.v0), _mm256_add_ps(a.v1, b.v1),
-                        _mm256_add_ps(a.v2, b.v2), _mm256_add_ps(a.v3, b.v3)};
-}
-
 /* sum + a * b, fused. */
 static inline tqkvk_four tqkvk_four_fma(tqkvk_four sum, tqkvk_four a, __m256 b)
 {

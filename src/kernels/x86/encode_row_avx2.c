@@ -257,8 +257,7 @@ static void find_errors(const search *s, const float *weight, float *errors)
 /* How many of n thresholds of an octave (8 or 16) the mantissa of value >= 0 reaches. */
 static inline int count_in_octave(const float *thresholds, int n, float value)
 {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof(bits));
+    const uint32_t bits = tqkvi_bits_of_float(value);
     const __m256 mantissa =
         _mm256_castsi256_ps(_mm256_set1_epi32((int)((bits & 0x7fffffu) | 0x3f800000u)));
     unsigned mask = 0;
@@ -309,7 +308,7 @@ static void measure(search *s, const float *y)
         n_coded += LANES;
     }
     const int exponent = tqkvk_size_exponent(tqkvk_max_lanes(largest));
-    const __m256 unit = _mm256_set1_ps(tqkvk_power_of_2(exponent)), one = _mm256_set1_ps(1.0f);
+    const __m256 unit = _mm256_set1_ps(tqkvi_power_of_two(exponent)), one = _mm256_set1_ps(1.0f);
     __m256 sum = _mm256_setzero_ps();
     for (uint32_t u = 0; u < layout->n_units; u++) {
         if (layout->bits[u] == 0)
@@ -321,7 +320,7 @@ static void measure(search *s, const float *y)
     }
     const float mean = tqkvk_sum_lanes(sum) / (float)n_coded;
     s->range = (tqkvk_row_range){
-        .energy = tqkvk_clamp_scale(128 + energy_index(mean * tqkvk_power_of_2(-2 * exponent))),
+        .energy = tqkvk_clamp_scale(128 + energy_index(mean * tqkvi_power_of_two(-2 * exponent))),
         .peak = tqkvk_clamp_scale(128 + peak_index(tqkvk_max_lanes(peak))),
         .exponent = exponent,
         .n_coded = (int)n_coded,
@@ -362,8 +361,8 @@ static void list_candidates(search *s)
 static void fill_factors(search *s)
 {
     const int exponent = s->range.exponent;
-    const __m256 up = _mm256_set1_ps(tqkvk_power_of_2(15 - exponent));
-    const __m256 down = _mm256_set1_ps(tqkvk_power_of_2(7 + exponent));
+    const __m256 up = _mm256_set1_ps(tqkvi_power_of_two(15 - exponent));
+    const __m256 down = _mm256_set1_ps(tqkvi_power_of_two(7 + exponent));
 
     for (size_t i = 0; i < s->n_candidates; i += 8) {
         const __m256i c = _mm256_load_si256((const __m256i *)(const void *)(s->candidates + i));
