@@ -10,12 +10,12 @@ enum { TOKENS_MIN = 32, TOKENS_MAX = 1 << 20 };
 
 void tqkv_calib_config_init(tqkv_calib_config *config)
 {
-    /* frame_tokens and gamma: docs/DESIGN.md "What was measured" */
+    /* frame_tokens and gamma: docs/QUALITY.md "What was tried" */
     *config = (tqkv_calib_config){.struct_bytes = sizeof(*config),
                                   .model = "",
                                   .arch = "",
                                   .frame_tokens = 1024,
-                                  .gamma = 0.75F,
+                                  .gamma = 0.5F,
                                   .n_sinks = 4};
 }
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * From losses to a plan. Young tiers get their mean widths first; their bytes at the profile's
- * context, and everything else that is not a code, come off the budget; the rest buys width for
- * the tokens of the last tier.
+ * From losses to a plan. Young tiers get their mean widths first, layers that read everything and
+ * layers of sliding windows each their own; their bytes at the profile's context, and everything
+ * else that is not a code, come off the budget; the rest buys width for the tokens of the last tier.
  */
 #include <stdbool.h>
 #include <string.h>
@@ -25,14 +25,18 @@ enum {
 
 /*
  * Young tiers may take this share of the budget; a short context or a model whose layers mostly slide has
- * little else. Then they are narrowed, and shortened where no window asks for their length; never
- * the newest tokens, of which an error costs most.
+ * little else. Then they are narrowed, those of windows first, which a model minds least, and
+ * shortened where no window asks for their length; never the newest tokens, of which an error costs
+ * most. Where they take little, the last of them is drawn out (docs/QUALITY.md, "Age").
  */
 static const double YOUNG_SHARE = 0.55;
-static const float YOUNG_STEP = 0.5F;         /* bits */
-static const float NARROW_MOST = 1.0F;        /* bits */
-static const float NARROW_MOST_SLIDES = 2.0F; /* the same, in a model with sliding windows */
-static const uint32_t TIER_LEAST = 32;        /* tokens */
+static const double YOUNG_SHARE_LONG = 1.0 / 3.0; /* they may have this after a tier was doubled */
+static const float YOUNG_STEP = 0.5F;             /* bits */
+static const uint32_t TIER_LEAST = 32;            /* tokens */
+
+/* Layers whose young tiers have widths of their own. */
+enum { READS_ALL, SLIDES, N_KINDS };
+static const float NARROW_MOST[N_KINDS] = {[READS_ALL] = 1.0F, [SLIDES] = 2.0F}; /* bits */
 
 /* A unit run that shares one Hadamard band, and where its width goes. */
 typedef struct solve_band {
@@ -42,8 +46,8 @@ typedef struct solve_band {
 typedef struct solver {
     tqkv_calib *calib;
     const tqkv_profile *profile;
-    uint32_t tier_tokens[TQKV_TIERS_MAX]; /* the profile's, or less where the budget asks for it; */
-    float tier_bits[TQKV_TIERS_MAX];      /* so too */
+    uint32_t tier_tokens[TQKV_TIERS_MAX];      /* the profile's, or what the budget asks for; */
+    float tier_bits[N_KINDS][TQKV_TIERS_MAX]; /* so too */
     tqkv_plan *plan;
     solve_band *where;
     tqkvi_band *bands;
@@ -176,16 +180,27 @@ static double band_loss(const solver *s, const solve_band *w)
     return loss;
 }
 
-/* Young tier: mean width over all values, by loss. */
+static int kind_of(const solver *s, uint32_t layer)
+{
+    return s->plan->layers[layer].shape.window ? SLIDES : READS_ALL;
+}
+
+/* Young tier: mean width over all values of a kind of layer, by loss. */
 static tqkv_status solve_young(solver *s, uint32_t tier)
 {
-    double channels = 0.0;
+    memset(s->bands, 0, s->n_bands * sizeof(*s->bands));
+    for (int kind = 0; kind < N_KINDS; kind++) {
+        double channels = 0.0;
 
-    for (size_t b = 0; b < s->n_bands; b++) {
-        s->bands[b] = (tqkvi_band){.loss = band_loss(s, &s->where[b]), .price = (double)s->where[b].n_units};
-        channels += s->bands[b].price;
+        for (size_t b = 0; b < s->n_bands; b++) {
+            const bool is_meant = kind_of(s, s->where[b].layer) == kind;
+
+            s->bands[b].loss = is_meant ? band_loss(s, &s->where[b]) : 0.0; /* without loss it keeps its width */
+            s->bands[b].price = (double)s->where[b].n_units;
+            channels += is_meant ? s->bands[b].price : 0.0;
+        }
+        tqkvi_allocate(s->bands, s->n_bands, WIDTH_MAX, channels * (double)s->tier_bits[kind][tier] + 1e-6);
     }
-    tqkvi_allocate(s->bands, s->n_bands, WIDTH_MAX, channels * (double)s->tier_bits[tier] + 1e-6);
     return set_layouts(s, tier);
 }
 
@@ -236,10 +251,10 @@ static double all_fixed_bytes(const solver *s)
     return bytes;
 }
 
-static bool slides(const solver *s)
+static bool has_kind(const solver *s, int kind)
 {
     for (uint32_t l = 0; l < s->plan->n_layers; l++)
-        if (s->plan->layers[l].shape.window)
+        if (s->plan->layers[l].shape.n_kv_heads && kind_of(s, l) == kind)
             return true;
     return false;
 }
@@ -247,13 +262,12 @@ static bool slides(const solver *s)
 /* Takes half a bit from the oldest young tier that may be narrower. False: none may. */
 static bool narrow_young(solver *s)
 {
-    const float most = slides(s) ? NARROW_MOST_SLIDES : NARROW_MOST;
-
-    for (uint32_t i = s->plan->n_tiers - 1; i-- > 1;)
-        if (s->tier_bits[i] - YOUNG_STEP >= s->profile->tier_bits[i] - most) {
-            s->tier_bits[i] -= YOUNG_STEP;
-            return true;
-        }
+    for (int kind = N_KINDS; kind-- > 0;)
+        for (uint32_t i = s->plan->n_tiers - 1; has_kind(s, kind) && i-- > 1;)
+            if (s->tier_bits[kind][i] - YOUNG_STEP >= s->profile->tier_bits[i] - NARROW_MOST[kind]) {
+                s->tier_bits[kind][i] -= YOUNG_STEP;
+                return true;
+            }
     return false;
 }
 
@@ -273,19 +287,37 @@ static bool shorten_young(solver *s)
     return any;
 }
 
+/* Lengths and widths of the young tiers as they are asked for, and what share of the budget they take. */
+static tqkv_status try_young(solver *s, double *share)
+{
+    for (uint32_t l = 0; l < s->plan->n_layers; l++)
+        if (s->plan->layers[l].shape.n_kv_heads)
+            set_tiers(s, l);
+    for (uint32_t tier = 0; tier + 1 < s->plan->n_tiers; tier++)
+        TQKV_TRY(solve_young(s, tier));
+    *share = all_fixed_bytes(s) / (s->profile->bits_total / 8.0 * s->values);
+    return TQKV_OK;
+}
+
 static tqkv_status solve_all_young(solver *s)
 {
-    const double allowed = YOUNG_SHARE * s->profile->bits_total / 8.0 * s->values;
+    const uint32_t n_young = s->plan->n_tiers - 1;
+    double share;
 
     memcpy(s->tier_tokens, s->profile->tier_tokens, sizeof(s->tier_tokens));
-    memcpy(s->tier_bits, s->profile->tier_bits, sizeof(s->tier_bits));
-    do {
-        for (uint32_t l = 0; l < s->plan->n_layers; l++)
-            if (s->plan->layers[l].shape.n_kv_heads)
-                set_tiers(s, l);
-        for (uint32_t tier = 0; tier + 1 < s->plan->n_tiers; tier++)
-            TQKV_TRY(solve_young(s, tier));
-    } while (all_fixed_bytes(s) > allowed && (narrow_young(s) || shorten_young(s)));
+    for (int kind = 0; kind < N_KINDS; kind++)
+        memcpy(s->tier_bits[kind], s->profile->tier_bits, sizeof(s->tier_bits[kind]));
+    TQKV_TRY(try_young(s, &share));
+    while (share > YOUNG_SHARE && (narrow_young(s) || shorten_young(s)))
+        TQKV_TRY(try_young(s, &share));
+    while (share <= YOUNG_SHARE_LONG && n_young > 1 && s->tier_tokens[n_young - 1] < s->profile->context) {
+        s->tier_tokens[n_young - 1] *= 2;
+        TQKV_TRY(try_young(s, &share));
+        if (share > YOUNG_SHARE_LONG) {
+            s->tier_tokens[n_young - 1] /= 2;
+            return try_young(s, &share);
+        }
+    }
     return TQKV_OK;
 }
 

@@ -49,7 +49,7 @@ def parser():
     add("--frame-full", type=int, help="of layers without a window, where the model has others")
     add("--offsets", action="store_true", help="remove mean + R(j) b instead of a mean")
     add("--transform", choices=["both", "hadamard", "eigen"], default="both")
-    add("--gamma", type=float, default=0.75)
+    add("--gamma", type=float, default=0.5)
     add("--band", type=int, default=0, help="channels that one Hadamard mixes")
     add("--step", type=int, default=0, help="units of 16 channels that share a width")
     add("--spread", type=int, default=0, help="tokens: metric of K averaged over queries from so far away")
@@ -57,8 +57,9 @@ def parser():
     add("--widths", type=numbers, default=(0, 1, 2, 3, 4, 5, 6, 8))
     add("--scale", choices=["search", "rms", "fine", "coarse", "free"], default="search")
     add("--calibration", default="mixed")
-    add("--calibration-tokens", type=int, default=0, help="0: 16384 of smollm2, 8192 of larger models")
-    add("--sensitivity", choices=["layer", "none"], default="layer")
+    add("--calibration-tokens", type=int, default=0, help="0: 16384")
+    add("--sensitivity", choices=["layer", "head", "none"], default="layer")
+    add("--probes", type=int, default=16, help="pieces of text that sensitivities are measured on")
     add("--k-share", type=float, help="of the old tokens' bytes")
     add("--tiers", type=tiers, default=((32, 8.0), (224, 6.0), (768, 4.0)))
     add("--exact", default="", help="K or V of layers left exact, as 5K,5V,17K: where the loss comes from")
@@ -72,7 +73,7 @@ def main(argv):
     torch.set_num_threads(args.threads)
     if args.tails:
         for row in lab_tails.tails(lab_variant.load(args.model, args.device), args.frame,
-                                  lab_variant.N_TOKENS[args.model]):
+                                  lab_variant.N_TOKENS):
             print(lab_tails.line(row), flush=True)
         return
     row = lab_variant.run(args)

@@ -375,6 +375,70 @@ static void newest_tokens_stay_wide_in_a_short_context(void **unused)
     free(s);
 }
 
+/* A layer of a solved plan. */
+static tqkv_plan_layer solved_layer(tqkv_calib *calib, double bits, uint32_t context, uint32_t index)
+{
+    tqkv_profile profile;
+    tqkv_plan_layer layer;
+    tqkv_plan *plan;
+
+    tqkv_profile_init(&profile, NULL, bits, context);
+    assert_int_equal(tqkv_calib_solve(calib, &profile, &plan), TQKV_OK);
+    assert_int_equal(tqkv_plan_get_layer(plan, index, &layer), TQKV_OK);
+    tqkv_plan_destroy(plan);
+    return layer; /* its inv_freq is gone */
+}
+
+/* The last young tier grows with the context while all of them take no more than a third. */
+static void young_tiers_grow_with_the_context(void **unused)
+{
+    sample *s = malloc(sizeof(*s));
+    tqkv_status status;
+    tqkv_calib *calib;
+    uint32_t before = 768;
+
+    (void)unused;
+    sample_make(s, 15);
+    calib = make_calib(s, NULL, &status);
+    assert_int_equal(status, TQKV_OK);
+    for (uint32_t context = 8192; context <= 65536; context *= 2) {
+        const tqkv_plan_layer layer = solved_layer(calib, 3.2, context, 0);
+        double young = 0.0;
+
+        assert_int_equal(layer.tier_tokens[0], 32);
+        assert_int_equal(layer.tier_tokens[1], 224);
+        assert_true(layer.tier_tokens[2] > before || context == 8192);
+        before = layer.tier_tokens[2];
+        for (uint32_t i = 0; i < 3; i++)
+            young += (double)layer.tier_tokens[i] * layer.token_bytes[i];
+        assert_true(young <= 3.2 / 8.0 * context * N_KV * 2 * DIM / 3.0);
+    }
+    tqkv_calib_destroy(calib);
+    free(s);
+}
+
+/* Where the budget is short, tokens of a window are narrower than tokens of the same age elsewhere. */
+static void windows_are_narrowed_first(void **unused)
+{
+    sample *s = malloc(sizeof(*s));
+    tqkv_plan_layer all, slides;
+    tqkv_status status;
+    tqkv_calib *calib;
+
+    (void)unused;
+    sample_make(s, 16);
+    s->window = 512;
+    calib = make_calib(s, NULL, &status);
+    assert_int_equal(status, TQKV_OK);
+    all = solved_layer(calib, 2.0, 3072, 0);
+    slides = solved_layer(calib, 2.0, 3072, N_LAYERS - 1);
+    assert_int_equal(all.token_bytes[0], slides.token_bytes[0]);
+    for (uint32_t i = 1; i < 3; i++)
+        assert_true(slides.token_bytes[i] < all.token_bytes[i]);
+    tqkv_calib_destroy(calib);
+    free(s);
+}
+
 static void budget_below_the_tiers_is_refused(void **unused)
 {
     sample *s = malloc(sizeof(*s));
@@ -492,6 +556,8 @@ int main(void)
         cmocka_unit_test(bits_are_those_of_the_store),
         cmocka_unit_test(same_input_gives_the_same_file),
         cmocka_unit_test(newest_tokens_stay_wide_in_a_short_context),
+        cmocka_unit_test(young_tiers_grow_with_the_context),
+        cmocka_unit_test(windows_are_narrowed_first),
         cmocka_unit_test(budget_below_the_tiers_is_refused),
         cmocka_unit_test(arguments_are_checked),
         cmocka_unit_test(every_allocation_may_fail),

@@ -39,7 +39,7 @@ class CalibrationResult:
     limit: float       # of kl
 
 
-def calibrate(model, tokenizer, texts, path, profile="5x", *, n_tokens=16384, n_probes=8, probe_bits=1.5,
+def calibrate(model, tokenizer, texts, path, profile="5x", *, n_tokens=16384, n_probes=16, probe_bits=1.5,
               context=8192, max_kl=None, progress=None):
     """
     Writes how the KV cache of a model is best stored to `path` (.tqkv). Done once per model.

@@ -23,7 +23,7 @@ DISTORTION = {0: 1.0, 1: 3.63380228e-01, 2: 1.17482235e-01, 3: 3.45898620e-02, 4
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)
 TIERS = ((32, 8.0), (224, 6.0), (768, 4.0))
 METRIC_FLOOR, VARIANCE_FLOOR = 1e-3, 1e-9
-YOUNG_SHARE, YOUNG_STEP, NARROW_MOST, NARROW_MOST_SLIDES, TIER_LEAST = .55, .5, 1.0, 2.0, 32
+YOUNG_SHARE, YOUNG_SHARE_LONG, YOUNG_STEP, NARROW_MOST, TIER_LEAST = .55, 1 / 3, .5, (1.0, 2.0), 32
 STORE_BYTES, SINK_TABLE, SLOT_BYTES, BLOCK, STEP_BACK = 1024, 64, 12, 16, 32
 PERTURB_BITS = 1.5
 
@@ -59,7 +59,7 @@ class LabPlan:
 class Make:
     """How heads are fitted."""
     transform: str = "both"     # hadamard, eigen, both
-    gamma: float = 0.75
+    gamma: float = 0.5
     band: int = 0               # channels that one Hadamard mixes; 0: as shipped, 16, and 64 for heads of 256
     has_w_o: bool = True        # in the metric of V
     has_offsets: bool = False
@@ -151,41 +151,53 @@ class Budget:
 
 
 class Solver:
-    """As src/calib/solve.c. weights: [layer][side] of losses."""
+    """As src/calib/solve.c. weights: [layer][side][head] of losses."""
 
     def __init__(self, layers, frames, heads, weights, budget):
         self.layers, self.heads, self.budget = layers, heads, budget
         self.tiers = [tier for tier in budget.tiers if tier[1] > budget.bits + .5]
         self.n_tiers = len(self.tiers) + 1
-        self.tokens, self.bits = [t for t, _ in self.tiers], [b for _, b in self.tiers]
+        self.tokens = [t for t, _ in self.tiers]
+        self.bits = [[b for _, b in self.tiers] for _ in NARROW_MOST]  # [kind]: of layers that read all, and windows
         self.plan = LabPlan(layers, frames, heads, [None] * len(layers), self.n_tiers, 4, budget.context)
         self.bands = []
         for index, sides in enumerate(heads):
             for side, of_side in enumerate(sides):
-                for head in of_side:
+                for head, weight in zip(of_side, weights[index][side]):
                     head.widths = [np.zeros(len(head.loss), int) for _ in range(self.n_tiers)]
                     step = head.step
                     self.bands += [(index, side, head, slice(u, u + step), step,
-                                    head.loss[u:u + step].sum() * weights[index][side])
+                                    head.loss[u:u + step].sum() * weight)
                                    for u in range(0, len(head.loss), step)]
         self.values = sum(self._resident(i) * layer.n_kv_heads * (layer.k_dim + layer.v_dim)
                           for i, layer in enumerate(layers))
 
     def solve(self):
         budget = self.budget.bits / 8 * self.values
-        while True:
-            for index in range(len(self.layers)):
-                self._set_tiers(index)
-            for tier in range(self.n_tiers - 1):
-                self._solve_young(tier)
-            fixed = sum(self._fixed_bytes(i) for i in range(len(self.layers)))
-            if fixed <= YOUNG_SHARE * budget or not (self._narrow() or self._shorten()):
+        share = self._try_young() / budget
+        while share > YOUNG_SHARE and (self._narrow() or self._shorten()):
+            share = self._try_young() / budget
+        while share <= YOUNG_SHARE_LONG and self.n_tiers > 2 and self.tokens[-1] < self.budget.context:
+            self.tokens[-1] *= 2
+            share = self._try_young() / budget
+            if share > YOUNG_SHARE_LONG:
+                self.tokens[-1] //= 2
+                share = self._try_young() / budget
                 break
+        fixed = share * budget
         if fixed >= budget:
             raise ValueError(f"young tiers take {fixed * 8 / self.values:.2f} of {self.budget.bits} bits")
         spent = self._solve_old(budget - fixed)
         self.plan.bits_total = (fixed + spent) * 8 / self.values
         return self.plan
+
+    def _try_young(self):
+        """Bytes of everything but the codes of old tokens."""
+        for index in range(len(self.layers)):
+            self._set_tiers(index)
+        for tier in range(self.n_tiers - 1):
+            self._solve_young(tier)
+        return sum(self._fixed_bytes(i) for i in range(len(self.layers)))
 
     def _solve_old(self, left):
         tier, spent = self.n_tiers - 1, 0.0
@@ -200,11 +212,16 @@ class Solver:
             self._write(chosen, bits, tier)
         return spent
 
+    def _kind(self, index):
+        return 1 if self.layers[index].window else 0
+
     def _solve_young(self, tier):
-        prices = [float(band[4]) for band in self.bands]
-        bits, _ = allocate([band[5] for band in self.bands], prices, sum(prices) * self.bits[tier] + 1e-6,
-                           self.budget.widths)
-        self._write(self.bands, bits, tier)
+        for kind, bits in enumerate(self.bits):
+            bands = [band for band in self.bands if self._kind(band[0]) == kind]
+            prices = [float(band[4]) for band in bands]
+            found, _ = allocate([band[5] for band in bands], prices, sum(prices) * bits[tier] + 1e-6,
+                                self.budget.widths)
+            self._write(bands, found, tier)
 
     @staticmethod
     def _write(bands, bits, tier):
@@ -256,11 +273,12 @@ class Solver:
         return sum(2 * int(head.widths[tier].sum()) + 1 for side in self.heads[index] for head in side)
 
     def _narrow(self):
-        most = NARROW_MOST_SLIDES if any(layer.window for layer in self.layers) else NARROW_MOST
-        for tier in range(self.n_tiers - 2, 0, -1):
-            if self.bits[tier] - YOUNG_STEP >= self.tiers[tier][1] - most:
-                self.bits[tier] -= YOUNG_STEP
-                return True
+        for kind in sorted({self._kind(index) for index in range(len(self.layers))}, reverse=True):
+            bits = self.bits[kind]
+            for tier in range(self.n_tiers - 2, 0, -1):
+                if bits[tier] - YOUNG_STEP >= self.tiers[tier][1] - NARROW_MOST[kind]:
+                    bits[tier] -= YOUNG_STEP
+                    return True
         return False
 
     def _shorten(self):
@@ -325,10 +343,14 @@ def write_plan(plan, path, style, arch):
 
 
 class Perturber:
-    """Stands in for turboquant.Calibration in turboquant_transformers.sensitivity.measure."""
+    """
+    Stands in for turboquant.Calibration in turboquant_transformers.sensitivity.measure.
 
-    def __init__(self, layers, frames, heads, n_sinks):
-        self.layers, self.frames, self.heads, self.n_sinks = layers, frames, heads, n_sinks
+    head: the only one of each layer that is made coarse; None: all of them.
+    """
+
+    def __init__(self, layers, frames, heads, n_sinks, head=None):
+        self.layers, self.frames, self.heads, self.n_sinks, self.head = layers, frames, heads, n_sinks, head
         self.found = [[1.0, 1.0] for _ in layers]
         self._coders = {}
 
@@ -349,6 +371,8 @@ class Perturber:
         old = torch.from_numpy(positions >= self.n_sinks)
         bases = frame_bases(len(rows), self.frames[index])
         for g, head in enumerate(self.heads[index][side]):
+            if self.head not in (None, g):
+                continue
             x = torch.from_numpy(rows[:, g].copy())
             y = ((turn(x, layer, -bases) if side == Side.K else x) - head.mean) @ head.transform
             coded = coder(g, 0, y)
@@ -362,14 +386,22 @@ class Perturber:
         self.found[index][side] = kl / distortion
 
 
-def sensitivities(model, frame=1024, n_probes=8, n_tokens=16384):
-    """[layer][side] KL for each unit of distortion, measured with plans as shipped."""
+def sensitivities(model, frame=1024, n_probes=16, n_tokens=16384, by_head=False):
+    """[layer][side][head] KL for each unit of distortion, measured with plans as shipped."""
+    most = max(layer.n_kv_heads for layer in model.layers)
+    found = [_sensitivities(model, frame, n_probes, n_tokens, head) for head in (range(most) if by_head else [None])]
+    return [[[found[min(g, len(found) - 1)][index][side] for g in range(layer.n_kv_heads)] for side in Side]
+            for index, layer in enumerate(model.layers)]
+
+
+def _sensitivities(model, frame, n_probes, n_tokens, head):
     def measure():
         frames = [frame] * len(model.layers)
-        perturber = Perturber(model.layers, frames, fit(moments(model, frame, n_tokens=n_tokens), Make()), N_SINKS)
+        heads = fit(moments(model, frame, n_tokens=n_tokens), Make())
+        perturber = Perturber(model.layers, frames, heads, N_SINKS, head)
         model.net.set_attn_implementation("sdpa")
         sensitivity.measure(model.net, perturber, model.layers, [RowMap.of(layer, RopeStyle.HALVES)
                                                                  for layer in model.layers],
                             model.calibration("mixed"), n_probes, PERTURB_BITS, lambda *progress: None)
         return perturber.found
-    return once(measure, "sensitivity", model.name, frame, n_probes)
+    return once(measure, "sensitivity", model.name, frame, n_probes, *([] if head is None else [head]))

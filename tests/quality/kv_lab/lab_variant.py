@@ -13,15 +13,13 @@ from . import lab_plan, lab_quant, lab_run
 from .lab_model import LabModel, once
 from .lab_stats import moments, turn
 
-N_PROBES = {"smollm2": 8, "qwen": 2, "gemma": 1}
-N_TOKENS = {"smollm2": 16384, "qwen": 8192, "gemma": 8192}  # that statistics are taken from
-TOKENS_LEAST = 4096
+N_TOKENS = 16384  # that statistics are taken from
 SPREAD_STEP = 256
 PROFILES = {2.0: "8x", 3.2: "5x"}
 FRAMES = (1024, 1, 64, 256, 0)  # whose moments are made together
-SHIPPED = {"frame": 1024, "frame_full": None, "offsets": False, "transform": "both", "gamma": .75, "band": 0, "step": 0,
+SHIPPED = {"frame": 1024, "frame_full": None, "offsets": False, "transform": "both", "gamma": .5, "band": 0, "step": 0,
            "no_w_o": False, "widths": lab_plan.WIDTHS, "scale": "search", "calibration": "mixed",
-           "calibration_tokens": 0, "sensitivity": "layer", "k_share": None, "tiers": lab_plan.TIERS,
+           "calibration_tokens": 0, "sensitivity": "layer", "probes": 16, "k_share": None, "tiers": lab_plan.TIERS,
            "exact": "", "spread": 0, "plan": None}
 SCALES = {"search": {}, "rms": {"below": 0, "above": 0, "is_stable": False},
           "fine": {"per_octave": 32, "below": 8, "above": 16}, "coarse": {"per_octave": 8, "below": 2, "above": 4},
@@ -39,7 +37,7 @@ def frames_of(model, args):
 
 def make_plan(model, args):
     frames = frames_of(model, args)
-    n_tokens = args.calibration_tokens or N_TOKENS.get(model.name, TOKENS_LEAST)
+    n_tokens = args.calibration_tokens or N_TOKENS
     make = lab_plan.Make(transform=args.transform, gamma=args.gamma, band=args.band, step=args.step,
                          has_w_o=not args.no_w_o, has_offsets=args.offsets)
     together = FRAMES if args.calibration == "mixed" else ()
@@ -48,10 +46,10 @@ def make_plan(model, args):
     if args.spread:
         spread_metrics(model, by_frame, args.spread)
     heads = lab_plan.fit([by_frame[frame][index] for index, frame in enumerate(frames)], make)
-    weights = [[1.0, 1.0] for _ in model.layers]  # those of the shipped text serve every variant
-    if args.sensitivity == "layer":
-        weights = lab_plan.sensitivities(model, SHIPPED["frame"], N_PROBES.get(model.name, 1),
-                                         N_TOKENS.get(model.name, TOKENS_LEAST))
+    if args.sensitivity == "none":
+        weights = [[[1.0] * layer.n_kv_heads] * len(Side) for layer in model.layers]
+    else:  # those of the shipped text serve every variant
+        weights = lab_plan.sensitivities(model, SHIPPED["frame"], args.probes, N_TOKENS, args.sensitivity == "head")
     budget = lab_plan.Budget(args.bits, args.context, args.tiers, args.widths, args.k_share)
     return lab_plan.Solver(model.layers, frames, heads, weights, budget).solve()
 
