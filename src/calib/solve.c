@@ -27,7 +27,7 @@ enum {
  * Young tiers may take this share of the budget; a short context or a model whose layers mostly slide has
  * little else. Then they are narrowed, those of windows first, which a model minds least, and
  * shortened where no window asks for their length; never the newest tokens, of which an error costs
- * most. Where they take little, the last of them is drawn out (docs/QUALITY.md, "Age").
+ * most. Where they take little, the last of them is drawn out (docs/QUALITY.md, "What was tried").
  */
 static const double YOUNG_SHARE = 0.55;
 static const double YOUNG_SHARE_LONG = 1.0 / 3.0; /* they may have this after a tier was doubled */
