@@ -12,6 +12,7 @@ import torch
 from turboquant import Builtin, Plan, PlanLayer, RopeStyle
 
 BUILTINS = {"f16": Builtin.F16, "q8": Builtin.Q8}
+COPIES_WIDER = 1.4  # than the blocks, of tiers that get copies
 
 
 class Refusal(ValueError):
@@ -97,7 +98,13 @@ def copies_for(plan, n_tokens, max_num_seqs):
     """Sequences for which each younger tier holds copies, as the engine has n_tokens of room.
 
     The plan counts its tiers at a context, so older tiers get copies for as many sequences as fit at
-    that context. The youngest tier, which is small, gets them for eight times as many.
+    that context. The youngest tier, which is small, gets them for eight times as many. A tier that is
+    hardly wider than the blocks gets none: its tokens lie in the blocks as well.
     """
     at_context = max(1, math.ceil(n_tokens / plan.plan.context))
-    return [min(max_num_seqs, at_context * (8 if tier == 0 else 1)) for tier in range(plan.n_tiers - 1)]
+    return [min(max_num_seqs, at_context * (8 if tier == 0 else 1)) if is_worth_copies(plan, tier) else 0
+            for tier in range(plan.n_tiers - 1)]
+
+
+def is_worth_copies(plan, tier):
+    return tier == 0 or plan.shape.token_bytes[tier] >= COPIES_WIDER * plan.token_bytes
