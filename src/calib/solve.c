@@ -30,7 +30,7 @@ enum {
  * most. Where they take little, the last of them is drawn out (docs/QUALITY.md, "What was tried").
  */
 static const double YOUNG_SHARE = 0.55;
-static const double YOUNG_SHARE_LONG = 1.0 / 3.0; /* they may have this after a tier was doubled */
+static const double YOUNG_SHARE_LONG = 0.4; /* they may have this after a tier was doubled */
 static const float YOUNG_STEP = 0.5F;             /* bits */
 static const uint32_t TIER_LEAST = 32;            /* tokens */
 
