@@ -48,8 +48,12 @@ multiply_columns(const uint4 *__restrict__ matrix, uint32_t m, const tqkvc_colum
 {
     const uint32_t g = lane / 4, t = lane % 4;
 
-    for (int n = 0; n < N / 8; n++)
-        for (int i = 0; i < 4; i++)
+    float small[N / 8][4] = {}; /* a chain of products of its own */
+
+#pragma unroll
+    for (uint32_t n = 0; n < N / 8; n++)
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++)
             c[n][i] = 0.0f;
 #pragma unroll UNROLL
     for (uint32_t k = 0; k < D / 16; k++) {
@@ -66,11 +70,16 @@ multiply_columns(const uint4 *__restrict__ matrix, uint32_t m, const tqkvc_colum
                 reinterpret_cast<const uint32_t *>(&columns.high[8 * n + g][16 * k + 2 * t]);
             const uint32_t *b_low =
                 reinterpret_cast<const uint32_t *>(&columns.low[8 * n + g][16 * k + 2 * t]);
-            multiply_f16(c[n], low, b_high[0], b_high[4]);
-            multiply_f16(c[n], high, b_low[0], b_low[4]);
+            multiply_f16(small[n], low, b_high[0], b_high[4]);
             multiply_f16(c[n], high, b_high[0], b_high[4]);
+            multiply_f16(small[n], high, b_low[0], b_low[4]);
         }
     }
+#pragma unroll
+    for (uint32_t n = 0; n < N / 8; n++)
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++)
+            c[n][i] += small[n][i];
 }
 
 static __device__ __forceinline__ float load_value(const void *p, size_t i, tqkv_cuda_type type)
@@ -82,25 +91,27 @@ static __device__ __forceinline__ float load_value(const void *p, size_t i, tqkv
     return __bfloat162float(static_cast<const __nv_bfloat16 *>(p)[i]);
 }
 
-/* Several values; their loads do not wait for each other. */
-template <int K>
-static __device__ __forceinline__ void load_values(const void *p, const size_t (&at)[K],
-                                                   tqkv_cuda_type type, float (&out)[K])
+/* Values at[..] of several rows, which start at values row[..]; their loads do not wait for each other. */
+template <int ROWS, int K>
+static __device__ __forceinline__ void load_rows(const void *p, const size_t (&row)[ROWS],
+                                                 const uint32_t (&at)[K], tqkv_cuda_type type,
+                                                 float (&out)[ROWS][K])
 {
     if (type == TQKV_CUDA_F32) {
 #pragma unroll
-        for (int k = 0; k < K; k++)
-            out[k] = static_cast<const float *>(p)[at[k]];
+        for (int i = 0; i < ROWS * K; i++)
+            out[i / K][i % K] = (static_cast<const float *>(p) + row[i / K])[at[i % K]];
         return;
     }
-    uint16_t halves[K];
+    uint16_t halves[ROWS][K];
 #pragma unroll
-    for (int k = 0; k < K; k++)
-        halves[k] = static_cast<const uint16_t *>(p)[at[k]];
+    for (int i = 0; i < ROWS * K; i++)
+        halves[i / K][i % K] = (static_cast<const uint16_t *>(p) + row[i / K])[at[i % K]];
 #pragma unroll
-    for (int k = 0; k < K; k++)
-        out[k] = type == TQKV_CUDA_F16 ? __half2float(__ushort_as_half(halves[k]))
-                                       : __uint_as_float((uint32_t)halves[k] << 16);
+    for (int i = 0; i < ROWS * K; i++)
+        out[i / K][i % K] = type == TQKV_CUDA_F16
+                                ? __half2float(__ushort_as_half(halves[i / K][i % K]))
+                                : __uint_as_float((uint32_t)halves[i / K][i % K] << 16);
 }
 
 static __device__ __forceinline__ void store_value(void *p, size_t i, tqkv_cuda_type type, float v)

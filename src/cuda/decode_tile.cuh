@@ -30,7 +30,7 @@ template <int R> struct tqkvc_row_state {
     float sum[H],
         nonzero[H]; /* of this lane's tokens; nonzero leaves out rows of V that are zero */
     float q_factor[H], q_mean[H];
-    int q_start[H][2]; /* sums of the query's bytes in units of shifted levels; see lookup.cuh */
+    int q_start[H][2]; /* sums of the query's bytes in units of widths 4 to 6; see lookup.cuh */
     uint32_t limit[H]; /* tokens below it are seen */
 };
 
@@ -79,10 +79,18 @@ template <int N> static __device__ void find_runs(uint64_t widths, tqkvc_run *ru
 
 /* Shared memory of a warp besides its tile. */
 template <int D, int R> struct tqkvc_warp_memory {
-    float sums[D / 16][32][R / 2];               /* of V: [unit][lane][channel g or g + 8, row] */
+    __align__(16) float sums[D / 16][32][R / 2]; /* of V: [unit][lane][channel g or g + 8, row] */
     __align__(16) uint32_t q[R / 4][D / 16][32]; /* column operands; see query.cuh */
     tqkvc_run runs[2][D / 16];                   /* of K and of V */
 };
+
+/* x, of which the compiler keeps nothing in registers that it could know before. */
+static __device__ __forceinline__ uint32_t fresh(uint32_t x)
+{
+    uint32_t y;
+    asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
 
 /* body(tqkvc_bits, number of units) for each run of N units. */
 template <int N, typename BODY>
@@ -110,6 +118,15 @@ template <int R> struct tqkvc_product {
             return c[0][2 * half + h] * 256 + c[1][2 * half + h];
     }
 
+    /* Row 1 less row 0 of the lane. */
+    __device__ __forceinline__ int difference(int h) const
+    {
+        if constexpr (H == 1)
+            return (c[0][2] - c[0][0]) * 256 + (c[0][3] - c[0][1]);
+        else
+            return (c[0][2 + h] - c[0][h]) * 256 + (c[1][2 + h] - c[1][h]);
+    }
+
     /* high and low bytes of every row start from these. */
     __device__ __forceinline__ void start(const int (&sums)[H][2])
     {
@@ -127,30 +144,44 @@ template <int R> struct tqkvc_product {
     }
 };
 
-/* Adds one unit of the tile to the products. q: this lane's operands, [R / 4][D / 16][32]. */
-template <int BITS, int D, int R>
+/* Adds N units of the tile to the products. q: the lane's operands, a word for one unit, two for a pair. */
+template <int BITS, int N, int D, int R>
 static __device__ __forceinline__ void
-score_unit(const uint8_t *unit, const uint32_t (&offsets)[TQKVC_TILE_BLOCKS],
-           const tqkvc_table<BITS> &table, const uint32_t *q, uint32_t lane,
-           tqkvc_product<R> (&out)[TQKVC_TILE_BLOCKS])
+score_units(const tqkvc_planes &planes, const uint32_t (&offsets)[TQKVC_TILE_BLOCKS],
+            const tqkvc_table<BITS, TQKV_SIDE_K> &table, const uint32_t *q, uint32_t t,
+            tqkvc_product<R> (&out)[TQKVC_TILE_BLOCKS])
 {
-    uint32_t operand[R / 4];
+    uint2 operand[R / 4];
 
 #pragma unroll
-    for (int h = 0; h < R / 4; h++)
-        operand[h] = q[h * (D / 16) * 32];
+    for (int h = 0; h < R / 4; h++) {
+        const uint32_t *words = q + h * (D / 16) * 32;
+        operand[h] =
+            N == 2 ? *reinterpret_cast<const uint2 *>(words) : make_uint2(words[0], words[0]);
+    }
 #pragma unroll
     for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
-        tqkvc_levels levels;
-        k_levels<BITS>(unit + offsets[b], lane / 4, lane % 4, table, levels);
-        const uint32_t both[4] = {levels.negative[0], levels.negative[1], levels.positive[0],
-                                  levels.positive[1]};
+        tqkvc_levels levels[N];
+        if constexpr (N == 2)
+            k_pair_levels<BITS>(planes.at(offsets[b]), t, table, levels);
+        else
+            k_levels<BITS>(planes.at(offsets[b]), t, table, levels[0]);
 #pragma unroll
         for (int h = 0; h < R / 4; h++) {
-            if constexpr (tqkvc_is_shifted(BITS))
-                multiply_k32_signed(out[b].c[h], both, operand[h], operand[h]);
-            else
-                multiply_k16(out[b].c[h], both[0], both[1], operand[h]);
+            int(&c)[4] = out[b].c[h];
+            if constexpr (N == 2) {
+                multiply_k32_signed(c, levels[0].first[0], levels[1].first[0], levels[0].first[1],
+                                    levels[1].first[1], operand[h].x, operand[h].y);
+                if constexpr (tqkvc_has_second(BITS))
+                    multiply_k32_signed(c, levels[0].second[0], levels[1].second[0],
+                                        levels[0].second[1], levels[1].second[1], operand[h].x,
+                                        operand[h].y);
+            } else if constexpr (tqkvc_has_second(BITS)) {
+                multiply_k32_signed(c, levels[0].first[0], levels[0].first[1], levels[0].second[0],
+                                    levels[0].second[1], operand[h].x, operand[h].y);
+            } else {
+                multiply_k16(c, levels[0].first[0], levels[0].first[1], operand[h].x);
+            }
         }
     }
 }
@@ -158,12 +189,12 @@ score_unit(const uint8_t *unit, const uint32_t (&offsets)[TQKVC_TILE_BLOCKS],
 /* Products of K with the query for the blocks of the tile. */
 template <int D, int R>
 static __device__ __forceinline__ void
-score_tile(const tqkvc_sections &k, const tqkvc_warp_memory<D, R> &memory,
-           const uint32_t (*tables)[16], const tqkvc_row_state<R> &rows, uint32_t lane,
+score_tile(const tqkvc_sections &k, const tqkvc_warp_memory<D, R> &memory, tqkvc_rows tables,
+           const tqkvc_row_state<R> &rows, uint32_t lane,
            tqkvc_product<R> (&out)[TQKVC_TILE_BLOCKS])
 {
     const uint8_t *unit = k.first + TQKVC_BLOCK_TOKENS;
-    const uint32_t *q = &memory.q[0][0][lane];
+    const uint32_t *q = &memory.q[0][0][0];
     uint32_t offsets[TQKVC_TILE_BLOCKS];
 
 #pragma unroll
@@ -173,13 +204,27 @@ score_tile(const tqkvc_sections &k, const tqkvc_warp_memory<D, R> &memory,
     }
     for_runs<D / 16>(memory.runs[0], [&](auto width, uint32_t n) {
         constexpr int BITS = decltype(width)::value;
-        const uint32_t *end = q + 32 * n;
-        tqkvc_table<BITS> table;
-        table.load(tables[BITS]);
+        const uint32_t here = fresh(lane), g = here / 4, t = here % 4;
+        tqkvc_table<BITS, TQKV_SIDE_K> table;
+        table.load(tables.row(BITS));
+        const auto add = [&](auto count, uint32_t times) {
+            constexpr int N = decltype(count)::value;
+            const uint32_t *words = q + (N == 2 ? 32 * (t / 2) + 4 * g + t % 2 * 2 : here);
+            tqkvc_planes planes;
+            planes.start<BITS, N, TQKV_SIDE_K>(unit, here);
+            q += times * N * 32;
+            unit += times * N * 32 * BITS;
 #pragma unroll 1
-        for (; q < end; q += 32, unit += 32 * BITS)
-            if constexpr (BITS != 0)
-                score_unit<BITS, D, R>(unit, offsets, table, q, lane, out);
+            for (; words < q; words += N * 32, planes = planes.at(N * 32 * BITS))
+                score_units<BITS, N, D, R>(planes, offsets, table, words, t, out);
+        };
+        if constexpr (BITS == 0) {
+            q += n * 32;
+            return;
+        }
+        if constexpr (BITS <= 4)
+            add(tqkvc_bits<2>(), n / 2);
+        add(tqkvc_bits<1>(), BITS <= 4 ? n % 2 : n);
     });
 }
 
@@ -191,11 +236,10 @@ static __device__ __forceinline__ float scale_log(const uint32_t (&scales)[TQKVC
     return fmaf(__uint_as_float(x), 0.0625f, -524288.0f - 8.0f);
 }
 
-/* Of one row of a lane: probabilities of the tile as 16 bits, two tokens a word, and their sum. */
+/* Of one row of a lane: probabilities of the tile as 16 bits, two tokens a word. */
 template <int R> struct tqkvc_probabilities {
     static constexpr int H = R / 4;
     uint32_t packed[TQKVC_TILE_BLOCKS][H];
-    int sum[H];
     float old_factor[H], new_factor[H]; /* of the sums so far, and of what the tile adds */
 };
 
@@ -230,13 +274,11 @@ weigh_rows(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
 {
     constexpr int H = R / 4;
     float z[TQKVC_TILE_BLOCKS][2][H], v_log[TQKVC_TILE_BLOCKS][2], top[H], sum[H], nonzero[H];
-    uint32_t whole[H];
 
 #pragma unroll
     for (int h = 0; h < H; h++) {
         top[h] = TQKVC_LOWEST;
         sum[h] = nonzero[h] = 0;
-        whole[h] = 0;
     }
 #pragma unroll
     for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
@@ -281,25 +323,18 @@ weigh_rows(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
             }
         }
 #pragma unroll
-        for (int h = 0; h < H; h++) {
-            whole[h] += p[0][h] + p[1][h];
+        for (int h = 0; h < H; h++)
             out.packed[b][h] = permute(p[0][h], p[1][h], 0x5410u);
-        }
     }
 #pragma unroll
-    for (int h = 0; h < H; h++) {
-        whole[h] -= 2 * TQKVC_TILE_BLOCKS * TQKVC_MAGIC;
-        for (int i = 4; i < 32; i *= 2)
-            whole[h] += __shfl_xor_sync(0xffffffffu, whole[h], i);
-        out.sum[h] = (int)whole[h];
+    for (int h = 0; h < H; h++)
         add_row<R>(h, top[h], sum[h], CHECKED ? nonzero[h] : sum[h], rows, out);
-    }
 }
 
-/* Whether any of the four bytes is 0. */
-static __device__ __forceinline__ bool has_zero(uint32_t x)
+/* Bit 7 of some bytes, but of none if no byte is 0. */
+static __device__ __forceinline__ uint32_t find_zeros(uint32_t x)
 {
-    return ((x - 0x01010101u) & ~x & 0x80808080u) != 0;
+    return (x - 0x01010101u) & ~x & 0x80808080u;
 }
 
 /* Scores to probabilities of tokens [first_token, end_token), of which all rows see those below all_see. */
@@ -311,12 +346,12 @@ weigh_tile(const tqkvc_product<R> (&products)[TQKVC_TILE_BLOCKS],
            uint32_t end_token, uint32_t all_see, uint32_t lane, tqkvc_row_state<R> &rows,
            tqkvc_probabilities<R> &out)
 {
-    const bool zeros = has_zero(k_scales[0]) || has_zero(k_scales[1]) || has_zero(v_scales[0]) ||
-                       has_zero(v_scales[1]);
+    const uint32_t zeros = find_zeros(k_scales[0]) | find_zeros(k_scales[1]) |
+                           find_zeros(v_scales[0]) | find_zeros(v_scales[1]);
     const bool whole = end_token == first_token + TQKV_CUDA_TILE_TOKENS && end_token <= all_see;
     const uint32_t token = first_token + 2 * (lane / 4);
 
-    if (__any_sync(0xffffffffu, zeros) || !whole)
+    if (__any_sync(0xffffffffu, zeros != 0) || !whole)
         weigh_rows<true, R>(products, k_scales, v_scales, token, end_token, rows, out);
     else
         weigh_rows<false, R>(products, k_scales, v_scales, token, end_token, rows, out);
@@ -357,39 +392,40 @@ spread_probabilities(const uint32_t (&packed)[R / 4], uint32_t lane, tqkvc_opera
 }
 
 /*
- * Channels g and g + 8 of N units for the rows of a lane: [unit][channel][row]. With N = 2, for widths
- * of one table, the other unit has the operand's rows that are for the other sign in widths of two.
- * start: low bytes start from it.
+ * Adds the tile to the sums of N units, for the rows of a lane: out[0] has channels g and g + 8. Pairs,
+ * of widths of one table, have the operand's rows for channels as v_pair_levels says.
  */
 template <int BITS, int N, int R>
-static __device__ __forceinline__ void sum_units(const uint8_t *unit,
-                                                 const uint32_t (&offsets)[TQKVC_TILE_BLOCKS],
-                                                 const tqkvc_table<BITS> &table, uint32_t lane,
-                                                 const tqkvc_operand (&p)[TQKVC_TILE_BLOCKS][R / 4],
-                                                 const int (&start)[R / 4], int (&out)[N][2][R / 4])
+static __device__ __forceinline__ void
+sum_units(const tqkvc_planes &planes, const uint32_t (&offsets)[TQKVC_TILE_BLOCKS],
+          const tqkvc_table<BITS, TQKV_SIDE_V> &table, uint32_t g,
+          const tqkvc_operand (&p)[TQKVC_TILE_BLOCKS][R / 4], int (&out)[N][2][R / 4])
 {
     constexpr int H = R / 4;
     tqkvc_product<R> sums[2] = {};
 
 #pragma unroll
     for (int b = 0; b < TQKVC_TILE_BLOCKS; b++) {
-        uint32_t a[4];
-        v_levels<BITS>(unit + offsets[b], lane / 4, lane % 4, table, a);
+        tqkvc_levels levels[2] = {};
         if constexpr (N == 2) {
-            uint32_t second[4];
-            v_levels<BITS>(unit + 32 * BITS + offsets[b], lane / 4, lane % 4, table, second);
-            a[1] = second[0];
-            a[3] = second[2];
+            v_pair_levels<BITS>(planes.at(offsets[b]), g, table, levels);
+            levels[0].second[0] = levels[1].first[0];
+            levels[0].second[1] = levels[1].first[1];
+        } else {
+            v_levels<BITS>(planes.at(offsets[b]), g, table, levels[0]);
         }
+        const tqkvc_levels &a = levels[0];
 #pragma unroll
         for (int h = 0; h < H; h++) {
             const tqkvc_operand &operand = p[b][h];
             if constexpr (BITS == 8) {
-                multiply_k16_unsigned(sums[0].c[h], a[0], a[1],
+                multiply_k16_unsigned(sums[0].c[h], a.first[0], a.first[1],
                                       permute(operand.even[0], operand.even[1], 0x6420u));
             } else {
-                multiply_k32(sums[0].c[h], a, operand.even[0], operand.even[1]);
-                multiply_k32(sums[1].c[h], a, operand.odd[0], operand.odd[1]);
+                multiply_k32(sums[0].c[h], a.first[0], a.second[0], a.first[1], a.second[1],
+                             operand.even[0], operand.even[1]);
+                multiply_k32(sums[1].c[h], a.first[0], a.second[0], a.first[1], a.second[1],
+                             operand.odd[0], operand.odd[1]);
             }
         }
     }
@@ -397,45 +433,49 @@ static __device__ __forceinline__ void sum_units(const uint8_t *unit,
     for (int h = 0; h < H; h++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            if constexpr (N == 2) {
-                out[0][i][h] = sums[i].value(0, h);
-                out[1][i][h] = sums[i].value(1, h);
+            if constexpr (BITS == 8) {
+                out[0][i][h] = sums[0].value(i, h);
+            } else if constexpr (tqkvc_has_second(BITS)) {
+                out[0][i][h] = sums[i].difference(h);
             } else {
-                out[0][i][h] = BITS == 8 ? sums[0].value(i, h)
-                                         : sums[i].value(0, h) + sums[i].value(1, h) + start[h];
+#pragma unroll
+                for (int n = 0; n < N; n++)
+                    out[n][i][h] = sums[i].value(n, h);
             }
         }
     }
 }
 
 /* sums, of a lane: what they were, and what the tile adds. */
-template <int N, int R>
-static __device__ __forceinline__ void add_units(const int (&added)[N][2][R / 4],
-                                                 const float (&old_factor)[R / 4],
-                                                 const float (&factor)[R / 4], float *sums)
+template <int R>
+static __device__ __forceinline__ void add_sums(const int (&added)[2][R / 4],
+                                                const float (&old_factor)[R / 4],
+                                                const float (&factor)[R / 4], float *sums)
 {
     constexpr int H = R / 4;
+    struct __align__(2 * R) values
+    {
+        float v[2][H];
+    };
+    values now = *reinterpret_cast<const values *>(sums);
+
 #pragma unroll
-    for (int u = 0; u < N; u++)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int h = 0; h < H; h++) {
-                float &sum = sums[u * 32 * R / 2 + i * H + h];
-                sum = fmaf((float)added[u][i][h], factor[h], sum * old_factor[h]);
-            }
+        for (int h = 0; h < H; h++)
+            now.v[i][h] = fmaf((float)added[i][h], factor[h], now.v[i][h] * old_factor[h]);
+    *reinterpret_cast<values *>(sums) = now;
 }
 
-/* steps: by width. Units without codes in this tier are only brought to the new top. */
+/* Units without codes in this tier are only brought to the new top. */
 template <int D, int R>
-static __device__ __forceinline__ void add_values(const tqkvc_sections &v,
-                                                  const tqkvc_probabilities<R> &weights,
-                                                  const uint32_t (*tables)[16], const float *steps,
-                                                  uint32_t lane, tqkvc_warp_memory<D, R> &memory)
+static __device__ __forceinline__ void
+add_values(const tqkvc_sections &v, const tqkvc_probabilities<R> &weights, tqkvc_rows tables,
+           uint32_t lane, tqkvc_warp_memory<D, R> &memory)
 {
     constexpr int H = R / 4;
     const uint8_t *unit = v.first + TQKVC_BLOCK_TOKENS;
-    float *sums = memory.sums[0][lane];
+    float(*sums)[R / 2] = memory.sums[0];
     tqkvc_operand p[TQKVC_TILE_BLOCKS][H];
     uint32_t offsets[TQKVC_TILE_BLOCKS];
 
@@ -446,32 +486,34 @@ static __device__ __forceinline__ void add_values(const tqkvc_sections &v,
     }
     for_runs<D / 16>(memory.runs[1], [&](auto width, uint32_t n) {
         constexpr int BITS = decltype(width)::value;
-        tqkvc_table<BITS> table;
+        const uint32_t here = fresh(lane);
+        tqkvc_table<BITS, TQKV_SIDE_V> table;
+        const float step = tables.step(BITS);
         float factor[H];
-        int start[H];
 #pragma unroll
-        for (int h = 0; h < H; h++) {
-            factor[h] = weights.new_factor[h] * steps[BITS];
-            start[h] = tqkvc_is_shifted(BITS) ? weights.sum[h] : 0;
-        }
-        table.load(tables[BITS]);
-        const auto add = [&](auto count) {
+        for (int h = 0; h < H; h++)
+            factor[h] = weights.new_factor[h] * step;
+        table.load(tables.row(BITS));
+        const auto add = [&](auto count, uint32_t times) {
             constexpr int N = decltype(count)::value;
-            int added[N][2][H] = {};
-            if constexpr (BITS != 0)
-                sum_units<BITS, N, R>(unit, offsets, table, lane, p, start, added);
-            add_units<N, R>(added, weights.old_factor, factor, sums);
-            unit += N * 32 * BITS;
-            sums += N * 32 * R / 2;
+            float(*to)[R / 2] = sums + (N == 2 ? here / 16 * 32 + here % 16 : here);
+            tqkvc_planes planes;
+            planes.start<BITS, N, TQKV_SIDE_V>(unit, here);
+            sums += times * N * 32;
+            unit += times * N * 32 * BITS;
+#pragma unroll 1
+            for (; to < sums; to += N * 32, planes = planes.at(N * 32 * BITS)) {
+                int added[N][2][H] = {};
+                if constexpr (BITS != 0)
+                    sum_units<BITS, N, R>(planes, offsets, table, here / 4, p, added);
+#pragma unroll
+                for (int n = 0; n < N; n++) /* those of a pair: v_pair_levels */
+                    add_sums<R>(added[n], weights.old_factor, factor, to[16 * n]);
+            }
         };
-        if constexpr (BITS >= 1 && BITS <= 3) {
-#pragma unroll 1
-            for (; n >= 2; n -= 2)
-                add(tqkvc_bits<2>());
-        }
-#pragma unroll 1
-        for (; n > 0; n--)
-            add(tqkvc_bits<1>());
+        if constexpr (BITS >= 1 && BITS <= 3)
+            add(tqkvc_bits<2>(), n / 2);
+        add(tqkvc_bits<1>(), BITS >= 1 && BITS <= 3 ? n % 2 : n);
     });
 }
 

@@ -12,16 +12,29 @@
 #define PART_ALIGN 256
 #define LANES 32
 
+static void put_byte(uint32_t *words, uint32_t i, int byte)
+{
+    words[i / 4] |= (uint32_t)(uint8_t)byte << 8 * (i % 4);
+}
+
 static void fill_words(tqkvc_width *to, const tqkvk_width *from, uint32_t bits)
 {
-    const uint32_t n = 1u << bits;
-    const uint32_t n_shifted = bits >= 4 ? n / 2 : 0; /* negative levels of tables of two signs */
+    const uint32_t half = 1u << (bits - 1);
 
     if (bits > 6)
         return; /* uniform: no table */
-    for (uint32_t i = 0; i < n; i++) {
-        const int level = from->levels[i] - (i < n_shifted);
-        to->words[i / 4] |= (uint32_t)(uint8_t)level << 8 * (i % 4);
+    for (uint32_t i = 0; i < half; i++) {
+        const int negative = from->levels[i], positive = from->levels[half + i];
+        if (bits >= 5) {
+            put_byte(to->words, i, positive);
+            continue;
+        }
+        put_byte(to->words, i, bits == 4 ? negative - 1 : negative);
+        put_byte(to->words, half + i, positive);
+        if (bits == 4) {
+            put_byte(to->words + TQKVC_V_WORDS, i, -negative);
+            put_byte(to->words + TQKVC_V_WORDS, half + i, positive);
+        }
     }
 }
 

@@ -23,14 +23,18 @@
 #define TQKVC_BLOCK_TOKENS 16
 #define TQKVC_TILE_BLOCKS (TQKV_CUDA_TILE_TOKENS / TQKVC_BLOCK_TOKENS)
 
+#define TQKVC_WORDS 15  /* of a width */
+#define TQKVC_V_WORDS 4 /* in width 4 the words of V are behind those of K */
+
 /*
- * Levels of a width for look-ups of 8 bytes (lookup.cuh): codes of a row of eight share two words.
- * Widths 1..3 have the levels themselves. In 4..6 the tables of negative levels come first, each
- * level minus 1; then those of positive ones.
+ * Bytes of a width for look-ups of eight (lookup.cuh): two words each. Widths 1..3 have the levels.
+ * Width 4 has, for K, negative levels minus 1 and positive levels; for V, negative levels without
+ * sign and positive levels. Widths 5 and 6 have the magnitudes.
  */
 typedef struct tqkvc_width {
-    uint32_t words[16];
-    float step, inv_step2, inv_peak;
+    uint32_t words[TQKVC_WORDS];
+    float step; /* behind the words: decode copies both */
+    float inv_step2, inv_peak;
     uint32_t n_magnitudes;
     uint8_t magnitude[128]; /* levels without sign, ascending */
     uint8_t nearest[256];   /* index of the nearest magnitude to t half levels, 0..254 */
@@ -52,7 +56,8 @@ typedef struct tqkvc_layout {
 
 /* Traits of one side of a KV head. */
 #define TQKVC_ZERO_MEAN 1u /* the mean is 0 in every channel */
-#define TQKVC_HADAMARD 2u  /* the transform is Walsh-Hadamard matrices; its first column has factors */
+#define TQKVC_HADAMARD \
+    2u /* the transform is Walsh-Hadamard matrices; its first column has factors */
 
 /* Where the parts of an image are, in bytes; by side where there are two. */
 typedef struct tqkvc_parts {

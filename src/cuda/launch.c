@@ -39,7 +39,8 @@ static uint32_t page_bytes(const tqkvc_shape *shape, uint32_t tier, uint32_t pag
 
 /* How decode is cut for given sizes: the same for the workspace and the launch. */
 typedef struct decode_plan {
-    uint32_t n_rows, rows_per_tile, n_row_tiles, n_frames, frame_tokens, tile_bytes, n_splits;
+    uint32_t n_rows, rows_per_tile, n_row_tiles, n_frames, frame_tokens, tile_bytes, n_blocks,
+        n_splits;
     size_t operands_bytes, rows_bytes, parts_bytes, arrivals_bytes;
 } decode_plan;
 
@@ -76,19 +77,24 @@ static uint32_t choose_tile_bytes(const tqkvc_shape *shape, uint32_t rows_per_ti
     return bytes;
 }
 
-static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan, uint32_t n_seqs,
-                              uint32_t max_tokens)
+/* Blocks that a multiprocessor holds, by shared memory and registers. */
+static uint32_t choose_blocks(const tqkvc_shape *shape, const decode_plan *plan)
 {
-    const uint32_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
     const uint32_t sm_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     const size_t bytes =
         tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes) +
         SHARED_BYTES_RESERVED;
-    uint32_t per_sm = (uint32_t)(sm_bytes / bytes);
-    const uint32_t by_registers = plan->rows_per_tile == 4 ? 4 : 3;
+    const uint32_t n = (uint32_t)(sm_bytes / bytes);
 
-    per_sm = per_sm < 1 ? 1 : per_sm > by_registers ? by_registers : per_sm;
-    const uint32_t slots = n_sm * per_sm, n = n_seqs * shape->n_kv_heads * plan->n_row_tiles;
+    return n < 1 ? 1 : n > TQKVC_BLOCKS_MAX ? TQKVC_BLOCKS_MAX : n;
+}
+
+static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan, uint32_t n_seqs,
+                              uint32_t max_tokens)
+{
+    const uint32_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
+    const uint32_t slots = n_sm * plan->n_blocks,
+                   n = n_seqs * shape->n_kv_heads * plan->n_row_tiles;
     const uint32_t n_tiles = tqkvi_div_up(max_tokens, TQKV_CUDA_TILE_TOKENS);
     const uint32_t by_tiles = tqkvi_div_up(n_tiles, TQKVC_WARPS); /* a tile for each warp */
     const uint32_t most = by_tiles < TQKVC_SPLITS_MAX ? by_tiles : TQKVC_SPLITS_MAX;
@@ -128,6 +134,7 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
     plan->frame_tokens = shape->n_rot == 0 ? 1u << 30 : shape->frame_tokens;
     plan->n_frames = tqkvi_div_up(max_tokens, plan->frame_tokens);
     plan->tile_bytes = choose_tile_bytes(shape, plan->rows_per_tile);
+    plan->n_blocks = choose_blocks(shape, plan);
     plan->n_splits = choose_splits(shape, plan, n_seqs, max_tokens);
 
     const size_t heads = (size_t)n_seqs * shape->n_kv_heads;
@@ -184,6 +191,7 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
                       .out = args->out,
                       .lse = args->lse,
                       .n_splits = plan.n_splits,
+                      .n_blocks = plan.n_blocks,
                       .tile_bytes = plan.tile_bytes,
                       .scale_log2 = args->scale * LOG2_E};
     p.arrivals = (uint32_t *)(void *)next;
@@ -196,8 +204,7 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
     for (uint32_t tier = 0; tier < layer->shape.n_tiers; tier++)
         p.page_bytes[tier] = page_bytes(&layer->shape, tier, args->pages.page_tokens);
 
-    const tqkv_status status = tqkvc_launch_frames(&p.frames, stream);
-    return status == TQKV_OK ? tqkvc_launch_decode(&p, stream) : status;
+    return tqkvc_launch_decode(&p, stream);
 }
 
 tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer, const void *image,

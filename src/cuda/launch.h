@@ -14,12 +14,13 @@ extern "C" {
 
 #define TQKVC_SPLITS_MAX 64 /* parts of the tokens of a sequence */
 #define TQKVC_WARPS 4       /* of a thread block of decode */
+#define TQKVC_BLOCKS_MAX 4  /* of a multiprocessor */
 
 /* What a row of queries of a frame takes beside its operands. */
 typedef struct tqkvc_query_row {
     float factor;              /* of the whole numbers */
     float mean;                /* turned q times mean of K */
-    int32_t high_sum, low_sum; /* of its bytes in units of shifted levels; see lookup.cuh */
+    int32_t high_sum, low_sum; /* of its bytes in units of widths 4 to 6; see lookup.cuh */
 } tqkvc_query_row;
 
 /*
@@ -47,11 +48,11 @@ typedef struct tqkvc_decode {
     uint32_t page_bytes[TQKV_TIERS_MAX];
     void *out;
     float *lse;
-    float *parts;       /* [n_seqs][n_kv_heads][row tiles][n_splits][part floats] */
-    uint32_t *arrivals; /* [n_seqs][n_kv_heads][row tiles], zero between calls */
-    uint32_t n_splits;
-    uint32_t tile_bytes; /* of one warp */
-    float scale_log2;    /* scale * log2(e) */
+    float *parts;                /* [n_seqs][n_kv_heads][row tiles][n_splits][part floats] */
+    uint32_t *arrivals;          /* [n_seqs][n_kv_heads][row tiles], zero between calls */
+    uint32_t n_splits, n_blocks; /* n_blocks: of a multiprocessor */
+    uint32_t tile_bytes;         /* of one warp */
+    float scale_log2;            /* scale * log2(e) */
 } tqkvc_decode;
 
 typedef struct tqkvc_store {
@@ -68,8 +69,6 @@ typedef struct tqkvc_unpack {
     uint32_t page_bytes[TQKV_TIERS_MAX];
 } tqkvc_unpack;
 
-tqkv_status tqkvc_launch_frames(const tqkvc_frames *frames, void *stream);
-/* Behind tqkvc_launch_frames in the same stream. */
 tqkv_status tqkvc_launch_decode(const tqkvc_decode *decode, void *stream);
 /* Bytes of shared memory of a block of decode. */
 size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t tile_bytes);

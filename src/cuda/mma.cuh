@@ -34,15 +34,15 @@ static __device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, 
 TQKVC_MULTIPLY_K16(multiply_k16, "s8")
 TQKVC_MULTIPLY_K16(multiply_k16_unsigned, "u8")
 
-/* c += a b: a [16][32] s8, b [32][8]. a[0], a[1]: k = 4t..4t+3 of rows g, g + 8; a[2], a[3]: k + 16. */
-#define TQKVC_MULTIPLY_K32(name, type)                                                          \
-    static __device__ __forceinline__ void name(int(&c)[4], const uint32_t(&a)[4], uint32_t b0, \
-                                                uint32_t b1)                                    \
-    {                                                                                           \
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8." type ".s32 {%0,%1,%2,%3}, "             \
-            "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                            \
-            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                    \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                    \
+/* c += a b: a [16][32] s8, b [32][8]. a0, a1: k = 4t..4t+3 of rows g, g + 8; a2, a3: k + 16. */
+#define TQKVC_MULTIPLY_K32(name, type)                                                             \
+    static __device__ __forceinline__ void name(int(&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, \
+                                                uint32_t a3, uint32_t b0, uint32_t b1)             \
+    {                                                                                              \
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8." type ".s32 {%0,%1,%2,%3}, "                \
+            "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                               \
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                       \
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                               \
     }
 
 TQKVC_MULTIPLY_K32(multiply_k32_signed, "s8")

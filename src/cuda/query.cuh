@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A row of queries as whole numbers of 16 bits in two bytes, in the order of column operands: what
- * frames.cu writes and decode_tile.cuh multiplies with.
+ * frames.cuh writes and decode_tile.cuh multiplies with.
  */
 #ifndef TQKVC_QUERY_CUH
 #define TQKVC_QUERY_CUH
@@ -48,12 +48,12 @@ static __device__ __forceinline__ int2 put_query(uint32_t *operands, uint32_t ro
     return sums;
 }
 
-/* Steps of a lane's channels in a tier, and whether their levels are shifted. */
+/* Steps of a lane's channels in a tier, and whether their levels are one too low (lookup.cuh). */
 template <int D> struct tqkvc_query_steps {
     static constexpr int N = (D + 127) / 128; /* words of a lane */
     uint32_t tier = ~0u;
     float step[N];
-    bool shifted[N];
+    bool corrected[N];
 
     __device__ __forceinline__ void load(const tqkvc_tables &tables, uint64_t widths,
                                          uint32_t new_tier, uint32_t lane)
@@ -64,7 +64,7 @@ template <int D> struct tqkvc_query_steps {
             const uint32_t bits =
                 unit_width(widths, min((32 * i + lane) / 4, (uint32_t)D / 16 - 1));
             step[i] = tables.widths[bits].step;
-            shifted[i] = tqkvc_is_shifted((int)bits);
+            corrected[i] = tqkvc_has_second((int)bits);
         }
     }
 };
@@ -94,17 +94,17 @@ static __device__ __forceinline__ tqkvc_query_row make_query(const float *produc
         }
     }
     largest = __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(largest)));
-    const float factor = largest > 0 ? TQKVC_Q_MAX / largest : 0.0f;
+    const float factor = largest > 0 ? __fdividef(TQKVC_Q_MAX, largest) : 0.0f;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const uint32_t unit = (32 * i + lane) / 4;
         if (unit >= D / 16)
             continue;
         const int2 s = put_query<D>(operands, rows_per_tile, r, unit, lane % 4, v[i], factor);
-        sums.x += steps.shifted[i] ? s.x : 0;
-        sums.y += steps.shifted[i] ? s.y : 0;
+        sums.x += steps.corrected[i] ? s.x : 0;
+        sums.y += steps.corrected[i] ? s.y : 0;
     }
-    return {largest / TQKVC_Q_MAX, 0.0f, __reduce_add_sync(ALL, sums.x),
+    return {largest * (1.0f / TQKVC_Q_MAX), 0.0f, __reduce_add_sync(ALL, sums.x),
             __reduce_add_sync(ALL, sums.y)};
 }
 

@@ -32,7 +32,8 @@ static __device__ __forceinline__ void ring_barrier_init(uint64_t *barrier)
 
 /*
  * Copies for lanes below n_copies: n_bytes (a multiple of 16) from source to target of each lane, both
- * 16-aligned. KV is read once: it is the first to leave L2, so that queries of frames stay.
+ * 16-aligned. KV is read once: it is the first to leave L2, so that queries of frames stay. A copy may
+ * end before lane 0 has said how many bytes there are: the phase waits for lane 0, too.
  */
 static __device__ __forceinline__ void ring_copy(uint64_t *barrier, uint8_t *target,
                                                  const uint8_t *source, uint32_t n_bytes,
@@ -44,7 +45,6 @@ static __device__ __forceinline__ void ring_copy(uint64_t *barrier, uint8_t *tar
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address),
                      "r"(n_copies * n_bytes)
                      : "memory");
-    __syncwarp();
     if (lane < n_copies) {
         uint64_t policy;
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
