@@ -82,6 +82,11 @@ typedef struct tqkv_profile {
     double bits_total;     /* budget per value, everything counted, at `context` */
     uint32_t context;      /* tokens */
     uint32_t n_tiers;      /* 1..TQKV_TIERS_MAX; the last tier gets what the budget leaves */
+    /*
+     * What is asked for. Where young tiers take too much of the budget they come out narrower, in sliding
+     * windows first, and shorter; where they take little, the last of them comes out longer. The first
+     * tier stays as it is.
+     */
     uint32_t tier_tokens[TQKV_TIERS_MAX];
     float tier_bits[TQKV_TIERS_MAX]; /* mean bits per value of a young tier; the last is ignored */
 } tqkv_profile;
