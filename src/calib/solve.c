@@ -30,7 +30,7 @@ enum {
  * most. Where they take little, the last of them is drawn out (docs/QUALITY.md, "What was tried").
  */
 static const double YOUNG_SHARE = 0.55;
-static const double YOUNG_SHARE_LONG = 0.4; /* they may have this after a tier was doubled */
+static const double YOUNG_SHARE_LONG = 0.4;       /* they may have this after a tier was doubled */
 static const float YOUNG_STEP = 0.5F;             /* bits */
 static const uint32_t TIER_LEAST = 32;            /* tokens */
 
@@ -310,7 +310,8 @@ static tqkv_status solve_all_young(solver *s)
     TQKV_TRY(try_young(s, &share));
     while (share > YOUNG_SHARE && (narrow_young(s) || shorten_young(s)))
         TQKV_TRY(try_young(s, &share));
-    while (share <= YOUNG_SHARE_LONG && n_young > 1 && s->tier_tokens[n_young - 1] < s->profile->context) {
+    while (share <= YOUNG_SHARE_LONG && n_young > 1 && has_kind(s, READS_ALL) &&
+           s->tier_tokens[n_young - 1] <= s->profile->context / 2) {
         s->tier_tokens[n_young - 1] *= 2;
         TQKV_TRY(try_young(s, &share));
         if (share > YOUNG_SHARE_LONG) {

@@ -177,7 +177,9 @@ class Solver:
         share = self._try_young() / budget
         while share > YOUNG_SHARE and (self._narrow() or self._shorten()):
             share = self._try_young() / budget
-        while share <= YOUNG_SHARE_LONG and self.n_tiers > 2 and self.tokens[-1] < self.budget.context:
+        has_full = any(not layer.window for layer in self.layers)
+        while (has_full and share <= YOUNG_SHARE_LONG and self.n_tiers > 2
+               and self.tokens[-1] <= self.budget.context // 2):
             self.tokens[-1] *= 2
             share = self._try_young() / budget
             if share > YOUNG_SHARE_LONG:
