@@ -30,9 +30,9 @@ enum {
  * most. Where they take little, the last of them is drawn out (docs/QUALITY.md, "What was tried").
  */
 static const double YOUNG_SHARE = 0.55;
-static const double YOUNG_SHARE_LONG = 0.4;       /* they may have this after a tier was doubled */
-static const float YOUNG_STEP = 0.5F;             /* bits */
-static const uint32_t TIER_LEAST = 32;            /* tokens */
+static const double YOUNG_SHARE_LONG = 0.4; /* they may have this after a tier was doubled */
+static const float YOUNG_STEP = 0.5F;       /* bits */
+static const uint32_t TIER_LEAST = 32;      /* tokens */
 
 /* Layers whose young tiers have widths of their own. */
 enum { READS_ALL, SLIDES, N_KINDS };
@@ -46,7 +46,7 @@ typedef struct solve_band {
 typedef struct solver {
     tqkv_calib *calib;
     const tqkv_profile *profile;
-    uint32_t tier_tokens[TQKV_TIERS_MAX];      /* the profile's, or what the budget asks for; */
+    uint32_t tier_tokens[TQKV_TIERS_MAX];     /* the profile's, or what the budget asks for; */
     float tier_bits[N_KINDS][TQKV_TIERS_MAX]; /* so too */
     tqkv_plan *plan;
     solve_band *where;
@@ -262,12 +262,15 @@ static bool has_kind(const solver *s, int kind)
 /* Takes half a bit from the oldest young tier that may be narrower. False: none may. */
 static bool narrow_young(solver *s)
 {
-    for (int kind = N_KINDS; kind-- > 0;)
-        for (uint32_t i = s->plan->n_tiers - 1; has_kind(s, kind) && i-- > 1;)
+    for (int kind = N_KINDS; kind-- > 0;) {
+        if (!has_kind(s, kind))
+            continue;
+        for (uint32_t i = s->plan->n_tiers - 1; i-- > 1;)
             if (s->tier_bits[kind][i] - YOUNG_STEP >= s->profile->tier_bits[i] - NARROW_MOST[kind]) {
                 s->tier_bits[kind][i] -= YOUNG_STEP;
                 return true;
             }
+    }
     return false;
 }
 

@@ -57,7 +57,7 @@ def parser():
     add("--widths", type=numbers, default=(0, 1, 2, 3, 4, 5, 6, 8))
     add("--scale", choices=["search", "rms", "fine", "coarse", "free"], default="search")
     add("--calibration", default="mixed")
-    add("--calibration-tokens", type=int, default=0, help="0: 16384")
+    add("--calibration-tokens", type=int, default=lab_variant.N_TOKENS)
     add("--sensitivity", choices=["layer", "head", "none"], default="layer")
     add("--probes", type=int, default=16, help="pieces of text that sensitivities are measured on")
     add("--k-share", type=float, help="of the old tokens' bytes")

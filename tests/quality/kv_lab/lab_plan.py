@@ -391,8 +391,11 @@ class Perturber:
 def sensitivities(model, frame=1024, n_probes=16, n_tokens=16384, by_head=False):
     """[layer][side][head] KL for each unit of distortion, measured with plans as shipped."""
     most = max(layer.n_kv_heads for layer in model.layers)
-    found = [_sensitivities(model, frame, n_probes, n_tokens, head) for head in (range(most) if by_head else [None])]
-    return [[[found[min(g, len(found) - 1)][index][side] for g in range(layer.n_kv_heads)] for side in Side]
+    if by_head:
+        found = [_sensitivities(model, frame, n_probes, n_tokens, head) for head in range(most)]
+    else:
+        found = [_sensitivities(model, frame, n_probes, n_tokens, None)] * most
+    return [[[found[g][index][side] for g in range(layer.n_kv_heads)] for side in Side]
             for index, layer in enumerate(model.layers)]
 
 

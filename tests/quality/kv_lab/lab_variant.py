@@ -19,8 +19,8 @@ PROFILES = {2.0: "8x", 3.2: "5x"}
 FRAMES = (1024, 1, 64, 256, 0)  # whose moments are made together
 SHIPPED = {"frame": 1024, "frame_full": None, "offsets": False, "transform": "both", "gamma": .5, "band": 0, "step": 0,
            "no_w_o": False, "widths": lab_plan.WIDTHS, "scale": "search", "calibration": "mixed",
-           "calibration_tokens": 0, "sensitivity": "layer", "probes": 16, "k_share": None, "tiers": lab_plan.TIERS,
-           "exact": "", "spread": 0, "plan": None}
+           "calibration_tokens": N_TOKENS, "sensitivity": "layer", "probes": 16, "k_share": None,
+           "tiers": lab_plan.TIERS, "exact": "", "spread": 0, "plan": None}
 SCALES = {"search": {}, "rms": {"below": 0, "above": 0, "is_stable": False},
           "fine": {"per_octave": 32, "below": 8, "above": 16}, "coarse": {"per_octave": 8, "below": 2, "above": 4},
           "free": {"is_stable": False}}
@@ -37,11 +37,10 @@ def frames_of(model, args):
 
 def make_plan(model, args):
     frames = frames_of(model, args)
-    n_tokens = args.calibration_tokens or N_TOKENS
     make = lab_plan.Make(transform=args.transform, gamma=args.gamma, band=args.band, step=args.step,
                          has_w_o=not args.no_w_o, has_offsets=args.offsets)
     together = FRAMES if args.calibration == "mixed" else ()
-    by_frame = {frame: moments(model, frame, together, args.calibration, n_tokens)
+    by_frame = {frame: moments(model, frame, together, args.calibration, args.calibration_tokens)
                 for frame in sorted(set(frames))}
     if args.spread:
         spread_metrics(model, by_frame, args.spread)

@@ -21,7 +21,7 @@
 enum { PROFILES_MAX = 8 };
 enum { WEIGHTS, OBSERVE, TRANSFORMS, SENSITIVITY, SOLVE, CHECK, N_PHASES };
 
-/* On two quiet cores these keep a model of half a billion parameters below ten minutes. */
+/* More of either tells more and takes longer: docs/QUALITY.md has what probes gain. */
 enum { TOKENS_DEFAULT = 16384, PROBES_DEFAULT = 16, CONTEXT_DEFAULT = 8192 };
 #define PROBE_BITS_DEFAULT 1.5
 
