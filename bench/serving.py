@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a plan in vLLM's CPU backend against the stock engine: quality, prefix hits, room, throughput.
+
+    bench/serving.py PLAN --model smollm2 [--texts en,code,zh] [--context 2048] [--pieces 6] [--load 0] [--rounds 3]
+
+kl        mean KL of the second half of --context tokens of each text, read in chunks of 512
+hit       mean KL of the 64 tokens behind a prefix of 1024, of --pieces places of each text: read in one go; after a
+          prefix hit while copies of young tokens are there; after one when other requests have taken them
+room      tokens that fit, by vLLM's own count, as a multiple of a stock cache of 16 bits
+load      seconds for --load requests at once, each of --context tokens of which all but 64 are one shared prefix, and
+          64 generated tokens; stock by ours, median of rounds and their spread
+
+Weights and the stock cache are f32, so nothing else rounds. The model is the GGUF file of scripts/fetch.py as a
+checkpoint, made once under build/; vLLM is that of scripts/vllm_env.py. Rows go into docs/results/vllm.json.
+"""
+import argparse
+import copy
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / folder) for folder in ("scripts", "tests/quality", "integrations/python",
+                                                  "integrations/transformers")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from kv_lab.lab_model import LabModel  # noqa: E402
+
+RESULTS = ROOT / "docs" / "results" / "vllm.json"
+CHUNK, PREFIX, TAIL = 512, 1024, 64
+ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+
+
+class Engines:
+    """Runs serving_engine.py, stock or with the plan, on one checkpoint."""
+
+    def __init__(self, python, checkpoint, plan, options):
+        self.python, self.checkpoint, self.plan, self.options = python, checkpoint, plan, options
+
+    def run(self, has_plan, prompts=(), load=(), rounds=0, prefix_caching=True):
+        print(f"serving: {'the plan' if has_plan else 'stock'}, {len(prompts)} prompts, a load of {len(load)}, "
+              f"{'with' if prefix_caching else 'without'} prefix caching", file=sys.stderr)
+        env = {name: value for name, value in os.environ.items() if name not in ("TQKV_PLAN", "PYTHONPATH")}
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1"} | env | ENV | ({"TQKV_PLAN": str(self.plan)} if has_plan else {})
+        job = {"model": str(self.checkpoint), "prompts": prompts, "load": load, "load_tokens": TAIL, "rounds": rounds,
+               "options": self.options | {"enable_prefix_caching": prefix_caching}}
+        with tempfile.TemporaryDirectory() as folder:
+            path, out = pathlib.Path(folder) / "job.json", pathlib.Path(folder) / "out.npz"
+            path.write_text(json.dumps(job), encoding="utf-8")
+            done = subprocess.run([self.python, ROOT / "bench" / "serving_engine.py", path, out], env=env, check=False,
+                                  capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"serving: the engine failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+            with np.load(out) as arrays:
+                return dict(arrays)
+
+
+def save_checkpoint(net, folder):
+    """Its f32 weights; transformers itself does not save what came from a GGUF file."""
+    config = copy.deepcopy(net.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(net)(config)
+    plain.load_state_dict(net.state_dict())
+    plain.save_pretrained(folder)
+
+
+def divergences(net, want, got):
+    """[n] KL of the distributions behind hidden states [n][channels]."""
+    with torch.no_grad():
+        p, q = (net.lm_head(torch.from_numpy(hidden)).double().log_softmax(-1) for hidden in (want, got))
+        return (p.exp() * (p - q)).sum(-1).numpy()
+
+
+def numbers_of(kl, base, **more):
+    return more | {"kl_mean": float(kl.mean()), "kl_median": float(np.median(kl)),
+                   "kl_p999": float(np.quantile(kl, .999)), "tokens": len(kl)} | base
+
+
+def quality(engines, net, texts, context, base):
+    """A row for each text and one for all."""
+    prompts = [tokens[:context] for tokens in texts.values()]
+    want, got = (engines.run(has_plan, prompts, prefix_caching=False) for has_plan in (False, True))
+    rows, every = [], []
+    for i, name in enumerate(texts):
+        every.append(divergences(net, *(run[f"hidden{i}"][context // 2:] for run in (want, got))))
+        rows.append(numbers_of(every[-1], base, measure="kl", domain=name, context=context))
+    room = float(got["room_tokens"] / want["room_tokens"]) / 2  # stock is f32 here
+    return [*rows, numbers_of(np.concatenate(every), base, measure="kl", domain="all", context=context),
+            base | {"measure": "room", "ratio_f16": room, "tokens": int(got["room_tokens"])}]
+
+
+def prefix_hits(engines, net, texts, n_pieces, base):
+    whole = [tokens[at:at + PREFIX + TAIL] for tokens in texts.values()
+             for at in range(0, n_pieces * 2 * PREFIX, 2 * PREFIX)]
+    prefixes = [prompt[:PREFIX] for prompt in whole]
+    in_turn = [prompt for pair in zip(prefixes, whole) for prompt in pair]
+    runs = {"one go": (whole, False), "hit": (in_turn, True), "hit without copies": (prefixes + whole, True)}
+    want = engines.run(False, whole, prefix_caching=False)
+    rows = []
+    for case, (prompts, caching) in runs.items():
+        got = engines.run(True, prompts, prefix_caching=caching)
+        at = {"one go": range(len(whole)), "hit": range(1, 2 * len(whole), 2),
+              "hit without copies": range(len(whole), 2 * len(whole))}[case]
+        if caching and any(got["cached"][i] != PREFIX for i in at):
+            sys.exit(f"serving: {case}: cached {[int(got['cached'][i]) for i in at]}, not {PREFIX}")
+        kl = np.concatenate([divergences(net, want[f"hidden{i}"][-TAIL:], got[f"hidden{j}"][-TAIL:])
+                             for i, j in enumerate(at)])
+        rows.append(numbers_of(kl, base, measure="hit", case=case))
+    return rows
+
+
+def load(engines, texts, n_requests, context, n_rounds, base):
+    tokens = next(iter(texts.values()))
+    prompts = [tokens[:context - 2 * TAIL] + tokens[context + i * TAIL:context + (i + 1) * TAIL]
+               for i in range(n_requests)]
+    stock, ours = (engines.run(has_plan, load=prompts, rounds=n_rounds)["seconds"] for has_plan in (False, True))
+    generated = n_requests * TAIL
+    return [base | {"measure": "load", "requests": n_requests, "context": context,
+                    "ratio": float(np.median(stock) / np.median(ours)), "ratio_low": float(stock.min() / ours.max()),
+                    "ratio_high": float(stock.max() / ours.min()), "tokens_per_s": float(generated / np.median(ours)),
+                    "tokens_per_s_stock": float(generated / np.median(stock)), "rounds": n_rounds}]
+
+
+def keep(rows):
+    def key(row):
+        return [row.get(field) for field in ("model", "profile", "measure", "domain", "case", "context", "requests")]
+
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    new = [key(row) for row in rows]
+    kept = [row for row in old if key(row) not in new] + rows
+    RESULTS.write_text(json.dumps(sorted(kept, key=lambda row: list(map(str, key(row)))), indent=0) + "\n")
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("plan", type=pathlib.Path)
+    add("--model", choices=["smollm2", "qwen"], default="smollm2")
+    add("--python", default=pathlib.Path.home() / ".cache" / "turboquant" / "vllm-venv" / "bin" / "python")
+    add("--profile", default="5x", help="name of the plan in the rows")
+    add("--texts", default="en,code,zh")
+    add("--context", type=int, default=2048)
+    add("--pieces", type=int, default=6)
+    add("--load", type=int, default=0)
+    add("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse()
+    model = LabModel(arguments.model)
+    checkpoint = ROOT / "build" / "checkpoints" / arguments.model
+    if not (checkpoint / "config.json").exists():
+        save_checkpoint(model.net, checkpoint)
+    n = max(arguments.context + arguments.load * TAIL, arguments.pieces * 2 * PREFIX)
+    texts = {name: model.held_out(name, n).tolist() for name in arguments.texts.split(",")}
+    engines = Engines(arguments.python, checkpoint, arguments.plan.resolve(),
+                      {"max_num_batched_tokens": CHUNK, "max_model_len": max(arguments.context, PREFIX + TAIL) + 1,
+                       "max_num_seqs": max(arguments.load, 2)})
+    base = {"model": arguments.model, "profile": arguments.profile,
+            "command": "bench/serving.py " + shlex.join(sys.argv[1:])}
+    if arguments.load:
+        rows = load(engines, texts, arguments.load, arguments.context, arguments.rounds, base)
+    else:
+        rows = quality(engines, model.net, texts, arguments.context, base)
+        rows += prefix_hits(engines, model.net, texts, arguments.pieces, base)
+    keep(rows)
+    for row in rows:
+        print("  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                        for name, value in row.items() if name != "command"))
+
+
+if __name__ == "__main__":
+    main()
