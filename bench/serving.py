@@ -108,11 +108,11 @@ def prefix_hits(engines, net, texts, n_pieces, base):
         got = engines.run(True, prompts, prefix_caching=caching)
         at = {"one go": range(len(whole)), "hit": range(1, 2 * len(whole), 2),
               "hit without copies": range(len(whole), 2 * len(whole))}[case]
-        if caching and any(got["cached"][i] != PREFIX for i in at):
-            sys.exit(f"serving: {case}: cached {[int(got['cached'][i]) for i in at]}, not {PREFIX}")
+        if caching and not all(0 < got["cached"][i] <= PREFIX for i in at):
+            sys.exit(f"serving: {case}: cached {[int(got['cached'][i]) for i in at]} tokens of {PREFIX}")
         kl = np.concatenate([divergences(net, want[f"hidden{i}"][-TAIL:], got[f"hidden{j}"][-TAIL:])
                              for i, j in enumerate(at)])
-        rows.append(numbers_of(kl, base, measure="hit", case=case))
+        rows.append(numbers_of(kl, base, measure="hit", case=case, cached=float(np.mean([got["cached"][i] for i in at]))))
     return rows
 
 

@@ -110,6 +110,14 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_paged_attend(tqkv_paged *paged, const t
 TQKV_API size_t tqkv_paged_scratch_bytes(const tqkv_paged *paged, uint32_t n_q, uint32_t seq_len,
                                          size_t n_workers);
 
+/*
+ * Copies that the next token of a sequence wants and that are gone: of its newest tokens, as tier 0
+ * has them, and of its sinks, 16 tokens each. 0 right after they were written; of a sequence that an
+ * engine finds in a prefix cache, what reading those tokens again would bring back. block_table: blocks
+ * of its seq_len tokens, as in a batch. UINT32_MAX: no object, or a block out of range.
+ */
+TQKV_API uint32_t tqkv_paged_lost(const tqkv_paged *paged, const int32_t *block_table, uint32_t seq_len);
+
 typedef struct tqkv_paged_stats {
     uint64_t n_written;  /* tokens */
     uint64_t n_bad_rows; /* head rows with NaN or Inf, stored as zero */

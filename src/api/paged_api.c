@@ -70,23 +70,28 @@ void tqkv_paged_get_stats(const tqkv_paged *paged, tqkv_paged_stats *out)
                                   .n_missing = paged->n_missing};
 }
 
+static bool are_pages(const tqkv_paged *paged, const int32_t *table, uint32_t n_tokens)
+{
+    const uint32_t n_pages = tqkvi_div_up(n_tokens, paged->page_blocks * TQKVI_BLOCK_TOKENS);
+
+    for (uint32_t i = 0; i < n_pages; i++)
+        if (table[i] < 0 || (uint32_t)table[i] >= paged->n_pages)
+            return false;
+    return true;
+}
+
 /* Lengths and block numbers of one sequence. */
 static bool is_sequence(const tqkv_paged *paged, const tqkv_paged_batch *batch, uint32_t r)
 {
     const int32_t len = batch->seq_lens[r];
     const int64_t n = (int64_t)batch->query_start[r + 1] - batch->query_start[r];
-    const int32_t *table = batch->block_table + r * batch->block_table_stride;
-    const int32_t page_tokens = (int32_t)paged->page_blocks * TQKVI_BLOCK_TOKENS;
+    const uint32_t page_tokens = paged->page_blocks * TQKVI_BLOCK_TOKENS;
 
     if (n < 0 || len < n)
         return false;
-    const int32_t n_pages = len / page_tokens + (len % page_tokens != 0);
-    if (batch->n_seqs > 1 && batch->block_table_stride < (size_t)n_pages)
+    if (batch->n_seqs > 1 && batch->block_table_stride < tqkvi_div_up((uint32_t)len, page_tokens))
         return false;
-    for (int32_t i = 0; i < n_pages; i++)
-        if (table[i] < 0 || (uint32_t)table[i] >= paged->n_pages)
-            return false;
-    return true;
+    return are_pages(paged, batch->block_table + r * batch->block_table_stride, (uint32_t)len);
 }
 
 static bool is_batch(const tqkv_paged *paged, const tqkv_paged_batch *batch)
@@ -111,6 +116,13 @@ tqkv_status tqkv_paged_write(tqkv_paged *paged, const tqkv_paged_batch *batch,
     if (!paged || !is_batch(paged, batch) || !tqkvi_is_parallel(parallel))
         return TQKV_ERR_INVALID_ARG;
     return tqkvi_paged_write(paged, batch, parallel);
+}
+
+uint32_t tqkv_paged_lost(const tqkv_paged *paged, const int32_t *block_table, uint32_t seq_len)
+{
+    if (!paged || (seq_len > 0 && !block_table) || !are_pages(paged, block_table, seq_len))
+        return UINT32_MAX;
+    return tqkvi_paged_lost(paged, block_table, seq_len);
 }
 
 /*

@@ -185,12 +185,36 @@ bool tqkvi_paged_reaches(const tqkv_paged *paged, uint32_t copies, uint32_t inde
     return !is_sink && newest - index <= paged->copies[copies].reach;
 }
 
+/* Whether the copy of a block has its first n_tokens tokens. */
+static bool has_tokens(const tqkvi_young_copies *copies, uint32_t block, uint32_t n_tokens)
+{
+    const uint32_t needed = (1u << n_tokens) - 1;
+    const uint32_t copy = copies->copy_of[block];
+
+    return copy != TQKVI_COPY_NONE && (copies->valid[copy] & needed) == needed;
+}
+
+uint32_t tqkvi_paged_lost(const tqkv_paged *paged, const int32_t *table, uint32_t n_tokens)
+{
+    uint32_t n_lost = 0;
+
+    for (uint32_t first = 0; first < n_tokens; first += TQKVI_BLOCK_TOKENS) {
+        const uint32_t index = first / TQKVI_BLOCK_TOKENS, left = n_tokens - first;
+        const uint32_t block = tqkvi_paged_block(paged, table, index);
+        for (uint32_t i = 0; i < paged->n_copies; i++)
+            if (paged->copies[i].tier == 0 &&
+                tqkvi_paged_reaches(paged, i, index, n_tokens / TQKVI_BLOCK_TOKENS))
+                n_lost += !has_tokens(&paged->copies[i], block,
+                                      left < TQKVI_BLOCK_TOKENS ? left : TQKVI_BLOCK_TOKENS);
+    }
+    return n_lost;
+}
+
 tqkvi_paged_spot tqkvi_paged_find(tqkv_paged *paged, const tqkv_paged_batch *batch,
                                   const int32_t *table, uint32_t index, uint32_t n_tokens,
                                   uint32_t newest)
 {
     const uint32_t block = tqkvi_paged_block(paged, table, index);
-    const uint32_t needed = (1u << n_tokens) - 1;
     tqkvi_paged_spot spot = {NULL, paged->old_tier};
     bool missing = false;
 
@@ -200,7 +224,7 @@ tqkvi_paged_spot tqkvi_paged_find(tqkv_paged *paged, const tqkv_paged_batch *bat
         const uint32_t copy = copies->copy_of[block];
         if (!tqkvi_paged_reaches(paged, i, index, newest))
             continue;
-        if (copy == TQKVI_COPY_NONE || (copies->valid[copy] & needed) != needed) {
+        if (!has_tokens(copies, block, n_tokens)) {
             missing |= !spot.block;
             continue;
         }

@@ -60,11 +60,12 @@ def test_prefix_hits_are_compared_behind_the_prefix():
     rows = serving.prefix_hits(Engines({False: .1, True: .3}), Net, texts(8 * serving.PREFIX), 2, {"model": "m"})
     assert [row["tokens"] for row in rows] == [4 * serving.TAIL] * 3
     assert [row["kl_mean"] for row in rows] == pytest.approx([kl_of(.1), kl_of(.3), kl_of(.3)], rel=1e-5)
+    assert [row["cached"] for row in rows] == [0, serving.PREFIX, serving.PREFIX]
 
 
 def test_a_hit_that_was_none_is_an_error():
     with pytest.raises(SystemExit, match="hit: cached"):
-        serving.prefix_hits(Engines({False: .1, True: .3}, cached=512), Net, texts(4 * serving.PREFIX), 1, {})
+        serving.prefix_hits(Engines({False: .1, True: .3}, cached=0), Net, texts(4 * serving.PREFIX), 1, {})
 
 
 def test_rows_are_replaced_by_their_key(tmp_path, monkeypatch):

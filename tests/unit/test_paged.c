@@ -202,6 +202,35 @@ static bool reaches(const engine *e, uint32_t i, uint32_t index, uint32_t newest
     return newest - index <= (n + BLOCK - 1) / BLOCK;
 }
 
+/* Copies that the token behind the first n of a sequence lacks, where none is ever replaced. */
+static uint32_t lost_copies(const engine *e, const sequence *seq, uint32_t n)
+{
+    uint32_t n_lost = 0;
+
+    for (uint32_t p = 0; p < n; p += BLOCK) {
+        const uint32_t left = n - p;
+        const uint32_t wanted = (1u << (left < BLOCK ? left : BLOCK)) - 1;
+        for (uint32_t i = 0; i <= SINKS; i += SINKS)
+            n_lost += reaches(e, i, p / BLOCK, n / BLOCK) &&
+                      (e->held[i][slot_of(e, seq, p) / BLOCK] & wanted) != wanted;
+    }
+    return n_lost;
+}
+
+/* What a prefix cache would find: whole blocks of the engine, and all. Returns copies lost in all. */
+static uint32_t check_lost(const engine *e, const sequence *seq)
+{
+    uint32_t n_lost = 0;
+
+    for (uint32_t n = 0; n < seq->len + e->c->block_tokens; n += e->c->block_tokens) {
+        const uint32_t n_tokens = n < seq->len ? n : seq->len;
+        const uint32_t want = lost_copies(e, seq, n_tokens);
+        assert_int_equal(tqkv_paged_lost(e->paged, seq->table, n_tokens), want);
+        n_lost += want;
+    }
+    return n_lost;
+}
+
 /* n new tokens of a sequence join the batch. */
 static void add_to_batch(engine *e, uint32_t s, uint32_t n)
 {
@@ -466,6 +495,7 @@ static void test_engine(void **state)
         static engine e;
         setup(&e, &cases[i], 300 + i);
         const tqkv_parallel ways[] = {test_threads(3), test_backwards(3)};
+        uint32_t n_lost = 0;
         for (uint32_t n = 0; n < 60; n++) {
             step(&e);
             run_batch(&e, n % 3 < 2 ? &ways[n % 3] : NULL);
@@ -473,11 +503,14 @@ static void test_engine(void **state)
                 for (int32_t t = e.query_start[b]; t < e.query_start[b + 1]; t += 1 + t / 8)
                     check_row(&e, b, (uint32_t)t, test_random_below(&e.random, e.c->n_heads));
             take_back(&e);
+            for (uint32_t s = 0; s < SEQS_MAX && e.c->window == 0; s++)
+                n_lost += check_lost(&e, &e.seqs[s]);
         }
         tqkv_paged_stats stats;
         tqkv_paged_get_stats(e.paged, &stats);
         assert_true(stats.n_written > 1000 && stats.n_bad_rows == 0);
         assert_int_equal(stats.n_young > 0, e.c->n_tiers > 1 && e.c->n_sequences > 0);
+        assert_int_equal(n_lost > 0, e.c->n_sequences == ALL && e.c->window == 0);
         teardown(&e);
     }
 }
@@ -543,17 +576,24 @@ static void test_too_few_copies(void **state)
     static const paged_case c = {"few", 4, 2, 32, 32, 4, 32, 1, 0, 0, false, 0};
     static engine e;
     tqkv_paged_stats stats;
+    uint32_t n_lost = 0;
 
     (void)state;
     setup(&e, &c, 10);
     for (uint32_t n = 0; n < 40; n++) {
         step(&e);
         run_batch(&e, NULL);
+        for (uint32_t s = 0; s < SEQS_MAX; s++) {
+            const sequence *seq = &e.seqs[s];
+            const uint32_t now = tqkv_paged_lost(e.paged, seq->table, seq->len);
+            assert_true(now >= lost_copies(&e, seq, seq->len) && now <= LEN_MAX / BLOCK);
+            n_lost += now - lost_copies(&e, seq, seq->len);
+        }
         for (uint32_t i = 0; i < (uint32_t)e.query_start[e.n_seqs] * c.n_heads * c.v_dim; i++)
             assert_true(isfinite(e.out[i]));
     }
     tqkv_paged_get_stats(e.paged, &stats);
-    assert_true(stats.n_young > 0 && stats.n_missing > 0);
+    assert_true(stats.n_young > 0 && stats.n_missing > 0 && n_lost > 0);
     teardown(&e);
 }
 
@@ -622,6 +662,10 @@ static void test_bad_batch(void **state)
     NOT_WRITTEN((void)batch);
     e.tables[0][1] = -1;
     NOT_WRITTEN((void)batch);
+    assert_int_equal(tqkv_paged_lost(e.paged, e.tables[0], 40), UINT32_MAX);
+    assert_int_equal(tqkv_paged_lost(e.paged, NULL, 1), UINT32_MAX);
+    assert_int_equal(tqkv_paged_lost(NULL, e.tables[0], 1), UINT32_MAX);
+    assert_int_equal(tqkv_paged_lost(e.paged, NULL, 0), 0);
     e.tables[0][1] = e.seqs[0].table[1];
     assert_int_equal(tqkv_paged_write(e.paged, &good, NULL), TQKV_OK);
     assert_int_equal(tqkv_paged_write(NULL, &good, NULL), TQKV_ERR_INVALID_ARG);

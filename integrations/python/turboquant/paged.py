@@ -40,6 +40,10 @@ class Paged(Handle):
     def scratch_bytes(self, n_q, seq_len, n_workers):
         return load().tqkv_paged_scratch_bytes(self, n_q, seq_len, n_workers)
 
+    def lost(self, blocks, seq_len):
+        """Copies, of 16 tokens each, that the token behind seq_len tokens in `blocks` (numbers) wants and that are gone."""
+        return load().tqkv_paged_lost(self, (ctypes.c_int32 * len(blocks))(*blocks), seq_len)
+
     def write(self, parallel):
         """The tokens of self.batch. parallel: an abi.Parallel, or None."""
         check(load().tqkv_paged_write(self, self.batch, parallel), "writing tokens")

@@ -42,6 +42,15 @@ def growing_prompts():
     return {"rounds": [[random_tokens(rng, 100) for _ in range(4)]], "max_tokens": 80}
 
 
+def returning_prompts():
+    """300 tokens that come three times: twice in a row, and after others have taken their copies."""
+    rng = random.Random(4)
+    shared = random_tokens(rng, 300)
+    again = [[shared + random_tokens(rng, 20)] for _ in range(3)]
+    others = [random_tokens(rng, 320) for _ in range(4)]
+    return {"rounds": [again[0], again[1], others, again[2]], "max_tokens": 8}
+
+
 @pytest.fixture(scope="module")
 def models(checkpoint):
     return {"llama": checkpoint("llama"), "qwen2": checkpoint("qwen2"), "mistral": checkpoint("mistral", window=100)}
@@ -80,7 +89,9 @@ def tiered(python, models, tmp_path_factory):
     path = tiny_plan.write(tmp_path_factory.mktemp("plan") / "tiny.tqkv")
     plain = {"model": models["llama"], "options": whole} | repeating_prompts()
     drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
-    return python.serve(path, {"plain": plain, "drafts": plain | {"options": whole | {"speculative_config": drafts}}})
+    returning = {"model": models["llama"], "options": OPTIONS} | returning_prompts()
+    drafting = plain | {"options": whole | {"speculative_config": drafts}}  # last: vLLM starts no engine after drafts
+    return python.serve(path, {"plain": plain, "returning": returning, "drafts": drafting})
 
 
 def outputs(result):
@@ -136,6 +147,13 @@ def test_ngram_drafts_change_nothing(tiered):
     metrics = tiered["drafts"]["metrics"]
     assert 0 < metrics["vllm:spec_decode_num_accepted_tokens"] < metrics["vllm:spec_decode_num_draft_tokens"]
     assert tokens(tiered["drafts"]) == tokens(tiered["plain"])
+
+
+def test_newest_tokens_of_a_hit_are_read_again_where_copies_are_gone(tiered):
+    """A hit of two blocks of 128 tokens keeps one of them."""
+    result = tiered["returning"]
+    assert "error" not in result, result["error"]
+    assert [output["cached"] for output in outputs(result)] == [0, 256, 0, 0, 0, 0, 128]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

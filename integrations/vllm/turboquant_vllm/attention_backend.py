@@ -4,6 +4,7 @@
 A layer's cache is uint8 [blocks, 1, block_size, token_bytes]. Within a block lie 16-token blocks of docs/FORMAT.md,
 one after another; vLLM moves, shares and forgets blocks without looking into them.
 """
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -119,10 +120,24 @@ class TurboquantImpl(AttentionImpl[TurboquantMetadata]):
         return output
 
 
+def tokens_worth_finding(blocks, n_tokens, block_size):
+    """Of n_tokens in cached blocks, a prefix hit, those that are not better read again.
+
+    All, if copies of its newest tokens are there. Layers keep copies of the same blocks, so one stands for
+    all. Without a layer in this process nothing is known, and the hit stays as it is.
+    """
+    cache = LayerCache.newest and LayerCache.newest()
+    if cache is None or cache.paged.lost(blocks, n_tokens) == 0:
+        return n_tokens
+    return max(n_tokens - cache.n_newest, 0) // block_size * block_size
+
+
 class LayerCache:
     """The blocks of one layer: writes the new tokens of a step, then attends."""
+    newest = None  # weak reference to the one that was made last
 
     def __init__(self, layer, kv_cache):
+        LayerCache.newest = weakref.ref(self)
         setup = layer.turboquant
         n_blocks, _, block_size, _ = kv_cache.shape
         if not kv_cache[0].is_contiguous():
@@ -132,6 +147,7 @@ class LayerCache:
                                          setup.num_drafts, setup.max_num_batched_tokens)
         self.paged = turboquant.Paged(setup.plan.plan, config)
         self.order = setup.channel_order
+        self.n_newest = setup.plan.shape.tier_tokens[0]
         self.paged.batch.blocks = kv_cache.data_ptr()
         self.paged.batch.block_stride_bytes = kv_cache.stride(0)
         self.paged.batch.decode_tokens_max = 1 + setup.num_drafts

@@ -5,6 +5,7 @@
     Attention.get_kv_cache_spec             bytes of a token, layer by layer
     CPUWorker.determine_available_memory    copies of young tokens are taken off the room for blocks
     kv_cache_utils.resolve_none_hash_seed   prefix hashes of two plans differ
+    KVCacheManager.get_computed_blocks      the newest tokens of a prefix hit are read again if their copies are gone
 """
 import dataclasses
 import functools
@@ -44,6 +45,7 @@ def missing_features():
     from vllm.model_executor.layers import rotary_embedding
     from vllm.v1.attention.backends import registry
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     fields = {field.name for field in dataclasses.fields(FullAttentionSpec)}
     features = {
@@ -51,6 +53,8 @@ def missing_features():
         "CPU_ATTN backend": "CPU_ATTN" in registry.AttentionBackendEnum.__members__,
         "state_content_bytes in FullAttentionSpec": {"num_head_slots", "state_content_bytes"} <= fields,
         "resolve_none_hash_seed": hasattr(kv_cache_utils, "resolve_none_hash_seed"),
+        "truncate_computed_blocks in KVCacheManager": {"get_computed_blocks",
+                                                       "truncate_computed_blocks"} <= set(vars(KVCacheManager)),
         "_ROPE_DICT": hasattr(rotary_embedding, "_ROPE_DICT"),
     }
     return [feature for feature, there in features.items() if not there]
@@ -63,11 +67,30 @@ def install(plan):
     from vllm.model_executor.layers.attention import Attention, MLAAttention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     model_plan.load_plan(plan)
     register_backend(AttentionBackendEnum.CPU_ATTN, "turboquant_vllm.attention_backend.TurboquantBackend")
     Attention.get_kv_cache_spec = compressed_spec(Attention.get_kv_cache_spec, plan)
     MLAAttention.get_kv_cache_spec = refuse_mla
     kv_cache_utils.resolve_none_hash_seed = seed_with_plan(kv_cache_utils.resolve_none_hash_seed, plan)
+    KVCacheManager.get_computed_blocks = worth_finding(KVCacheManager.get_computed_blocks)
+
+
+def worth_finding(get_computed_blocks):
+    """Scheduler and layers share a process, as there is one rank. Where the next step is scheduled while one runs, the
+    answer may be out of date by that step; then tokens are read again in vain, or not."""
+    @functools.wraps(get_computed_blocks)
+    def found(self, request):
+        from turboquant_vllm.attention_backend import tokens_worth_finding
+        blocks, n_tokens, *more = get_computed_blocks(self, request)
+        groups = self.kv_cache_config.kv_cache_groups
+        if n_tokens > 0 and len(groups) == 1:
+            block_size = groups[0].kv_cache_spec.block_size
+            n_kept = tokens_worth_finding(blocks.get_block_ids()[0], n_tokens, block_size)
+            if n_kept < n_tokens:
+                blocks, n_tokens = self.truncate_computed_blocks(blocks, n_kept), n_kept
+        return blocks, n_tokens, *more
+    return found
 
 
 def seed_with_plan(resolve_none_hash_seed, plan):
