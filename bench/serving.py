@@ -8,8 +8,8 @@ kl        mean KL of the second half of --context tokens of each text, read in c
 hit       mean KL of the 64 tokens behind a prefix of 1024, of --pieces places of each text: read in one go; after a
           prefix hit while copies of young tokens are there; after one when other requests have taken them
 room      tokens that fit, by vLLM's own count, as a multiple of a stock cache of 16 bits
-load      seconds for --load requests at once, each of --context tokens of which all but 64 are one shared prefix, and
-          64 generated tokens; stock by ours, median of rounds and their spread
+load      seconds for --load requests at once, each of --context tokens: one shared prefix, 64 of its own, and 64 that
+          are generated; stock by ours, median of rounds and their spread
 
 Weights and the stock cache are f32, so nothing else rounds. The model is the GGUF file of scripts/fetch.py as a
 checkpoint, made once under build/; vLLM is that of scripts/vllm_env.py. Rows go into docs/results/vllm.json.
@@ -30,7 +30,9 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("scripts", "tests/quality", "i
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import fetch  # noqa: E402
 from kv_lab.lab_model import LabModel  # noqa: E402
+from turboquant_transformers.sensitivity import kl_of  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results" / "vllm.json"
 CHUNK, PREFIX, TAIL = 512, 1024, 64
@@ -74,25 +76,24 @@ def save_checkpoint(net, folder):
 def divergences(net, want, got):
     """[n] KL of the distributions behind hidden states [n][channels]."""
     with torch.no_grad():
-        p, q = (net.lm_head(torch.from_numpy(hidden)).double().log_softmax(-1) for hidden in (want, got))
-        return (p.exp() * (p - q)).sum(-1).numpy()
+        return kl_of(*(net.lm_head(torch.from_numpy(hidden)) for hidden in (want, got))).numpy()
 
 
-def numbers_of(kl, base, **more):
-    return more | {"kl_mean": float(kl.mean()), "kl_median": float(np.median(kl)),
-                   "kl_p999": float(np.quantile(kl, .999)), "tokens": len(kl)} | base
+def numbers_of(kl):
+    return {"kl_mean": float(kl.mean()), "kl_median": float(np.median(kl)), "kl_p999": float(np.quantile(kl, .999)),
+            "tokens": len(kl)}
 
 
 def quality(engines, net, texts, context, base):
     """A row for each text and one for all."""
     prompts = [tokens[:context] for tokens in texts.values()]
     want, got = (engines.run(has_plan, prompts, prefix_caching=False) for has_plan in (False, True))
-    rows, every = [], []
-    for i, name in enumerate(texts):
-        every.append(divergences(net, *(run[f"hidden{i}"][context // 2:] for run in (want, got))))
-        rows.append(numbers_of(every[-1], base, measure="kl", domain=name, context=context))
+    by_text = {name: divergences(net, *(run[f"hidden{i}"][context // 2:] for run in (want, got)))
+               for i, name in enumerate(texts)}
+    by_text["all"] = np.concatenate(list(by_text.values()))
     room = float(got["room_tokens"] / want["room_tokens"]) / 2  # stock is f32 here
-    return [*rows, numbers_of(np.concatenate(every), base, measure="kl", domain="all", context=context),
+    return [*(base | {"measure": "kl", "domain": name, "context": context} | numbers_of(kl)
+              for name, kl in by_text.items()),
             base | {"measure": "room", "ratio_f16": room, "tokens": int(got["room_tokens"])}]
 
 
@@ -101,18 +102,20 @@ def prefix_hits(engines, net, texts, n_pieces, base):
              for at in range(0, n_pieces * 2 * PREFIX, 2 * PREFIX)]
     prefixes = [prompt[:PREFIX] for prompt in whole]
     in_turn = [prompt for pair in zip(prefixes, whole) for prompt in pair]
-    runs = {"one go": (whole, False), "hit": (in_turn, True), "hit without copies": (prefixes + whole, True)}
+    n = len(whole)
+    # Prompts, whether they are cached, and which of them are those of `whole`.
+    runs = {"one go": (whole, False, slice(n)), "hit": (in_turn, True, slice(1, None, 2)),
+            "hit without copies": (prefixes + whole, True, slice(n, None))}
     want = engines.run(False, whole, prefix_caching=False)
     rows = []
-    for case, (prompts, caching) in runs.items():
+    for case, (prompts, caching, at) in runs.items():
         got = engines.run(True, prompts, prefix_caching=caching)
-        at = {"one go": range(len(whole)), "hit": range(1, 2 * len(whole), 2),
-              "hit without copies": range(len(whole), 2 * len(whole))}[case]
-        if caching and not all(0 < got["cached"][i] <= PREFIX for i in at):
-            sys.exit(f"serving: {case}: cached {[int(got['cached'][i]) for i in at]} tokens of {PREFIX}")
+        cached = got["cached"][at]
+        if caching and not np.all((cached > 0) & (cached <= PREFIX)):
+            sys.exit(f"serving: {case}: cached {cached.tolist()} tokens of {PREFIX}")
         kl = np.concatenate([divergences(net, want[f"hidden{i}"][-TAIL:], got[f"hidden{j}"][-TAIL:])
-                             for i, j in enumerate(at)])
-        rows.append(numbers_of(kl, base, measure="hit", case=case, cached=float(np.mean([got["cached"][i] for i in at]))))
+                             for i, j in enumerate(range(len(prompts))[at])])
+        rows.append(base | {"measure": "hit", "case": case, "cached": float(cached.mean())} | numbers_of(kl))
     return rows
 
 
@@ -143,7 +146,7 @@ def parse():
     add = parser.add_argument
     add("plan", type=pathlib.Path)
     add("--model", choices=["smollm2", "qwen"], default="smollm2")
-    add("--python", default=pathlib.Path.home() / ".cache" / "turboquant" / "vllm-venv" / "bin" / "python")
+    add("--python", default=fetch.cache_dir() / "vllm-venv" / "bin" / "python")
     add("--profile", default="5x", help="name of the plan in the rows")
     add("--texts", default="en,code,zh")
     add("--context", type=int, default=2048)

@@ -9,11 +9,12 @@ time. Only `make test-full` asks for it.
 """
 
 import hashlib
-import os
 import pathlib
 import shutil
 import subprocess
 import sys
+
+import fetch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "integrations" / "vllm"
@@ -22,8 +23,8 @@ REQUIREMENTS = PLUGIN / "test" / "vllm-requirements.txt"
 
 
 def main():
-    cache = pathlib.Path(os.environ.get("TQKV_CACHE") or pathlib.Path.home() / ".cache" / "turboquant")
-    folder, done = cache / "vllm-venv", cache / "vllm-venv" / "turboquant.done"
+    folder = fetch.cache_dir() / "vllm-venv"
+    done = folder / "turboquant.done"
     python = folder / "bin" / "python"
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
