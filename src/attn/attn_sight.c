@@ -153,6 +153,10 @@ bool tqkvi_sight_bias(const tqkvi_sight *sight, const tqkvi_span *span, uint32_t
         visible &= window_limit(sight, span, block, q);
         if (args->causal)
             visible &= causal_limit(span, block, q);
+        if (visible == ALL_TOKENS) {
+            memset(bias, 0, TQKVI_BLOCK_TOKENS * sizeof(*bias));
+            return false;
+        }
     } else if (is_whole_row(span, block, args->n_cells)) {
         memcpy(half, args->mask + q * args->mask_row_stride + first, sizeof(half));
     } else {

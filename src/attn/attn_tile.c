@@ -22,7 +22,7 @@ uint32_t tqkvi_attn_rows(const tqkv_plan_layer *shape)
 {
     const uint32_t dim = shape->k_dim > shape->v_dim ? shape->k_dim : shape->v_dim;
 
-    return dim <= 128 ? TQKVI_ATTN_ROWS_MAX : dim <= 256 ? 32 : 16;
+    return dim <= 64 ? TQKVI_ATTN_ROWS_MAX : dim <= 128 ? 96 : dim <= 256 ? 48 : 24;
 }
 
 /* Floats of the arrays, in the order of the struct. */
@@ -202,16 +202,11 @@ static void load_bias(tqkvi_attn_work *work)
     }
 }
 
-/*
- * The loops below go over 16 scores at a time with a fixed count, which compilers turn into vector
- * code without reordering any sum.
- */
-#define LANES TQKVI_BLOCK_TOKENS
-
+/* 16 scores at a time, a fixed count, which compilers turn into vector code. */
 static void add_bias(float *restrict s, size_t n, const float *restrict bias, float slope)
 {
-    for (size_t i = 0; i < n; i += LANES)
-        for (size_t j = i; j < i + LANES; j++)
+    for (size_t i = 0; i < n; i += TQKVI_BLOCK_TOKENS)
+        for (size_t j = i; j < i + TQKVI_BLOCK_TOKENS; j++)
             s[j] = bias[j] == -INFINITY ? -INFINITY : s[j] + slope * bias[j];
 }
 
@@ -232,22 +227,6 @@ static void fix_scores(tqkvi_attn_work *work, uint32_t r, size_t n)
             args->slopes ? args->slopes[work->g * group + (work->first_row + r) % group] : 1;
         add_bias(s, n, work->bias + (size_t)q * TQKVI_TILE_TOKENS, slope);
     }
-}
-
-/* Probabilities times the scales of V. Returns the sum of those whose row is not zero. */
-static float weigh_values(float *restrict s, size_t n, const float *restrict scale)
-{
-    float sums[LANES] = {0}, sum = 0;
-
-    for (size_t i = 0; i < n; i += LANES) {
-        for (size_t j = 0; j < LANES; j++) {
-            sums[j] += scale[i + j] == 0 ? 0 : s[i + j];
-            s[i + j] *= scale[i + j];
-        }
-    }
-    for (size_t j = 0; j < LANES; j++)
-        sum += sums[j];
-    return sum;
 }
 
 /* Whether the tile's rows of a side are coded, and if so, whether they are read as integers. */
@@ -295,7 +274,8 @@ static void step_row(tqkvi_attn_work *work, uint32_t r, size_t n, int space)
     if (reads_codes(work, TQKV_SIDE_V))
         work->nonzero[r] += tqkvi_codes_round_weights(work, r);
     else if (space == SPACE_Y)
-        work->nonzero[r] += weigh_values(s, n, work->scale[TQKV_SIDE_V]);
+        work->nonzero[r] +=
+            work->attention->kernels->scale_weights(s, work->scale[TQKV_SIDE_V], n);
     work->f[r] = f * work->pending[space][r];
     work->pending[space][r] = 1;
     work->pending[!space][r] *= f;

@@ -16,7 +16,7 @@
 
 #define TQKVI_TILE_BLOCKS 4
 #define TQKVI_TILE_TOKENS (TQKVI_TILE_BLOCKS * TQKVI_BLOCK_TOKENS)
-#define TQKVI_ATTN_ROWS_MAX 64
+#define TQKVI_ATTN_ROWS_MAX 192
 #define TQKVI_CODE_ROWS_MAX 16 /* more rows than these unpack blocks to f32 */
 
 enum { SPACE_Y = 0, SPACE_X = 1 };

@@ -135,6 +135,12 @@ typedef void tqkvk_score_blocks_fn(const tqkvi_layout *layout, const uint8_t *co
 typedef void tqkvk_scale_scores_fn(float *s, const float *scale, size_t n, float q_mean);
 
 /*
+ * p[b] *= scale[b]; scale >= 0. n a multiple of 16. Returns the sum of p, as it was, where scale is
+ * not 0. Products are exact, the sum is bounded by n * eps * sum.
+ */
+typedef float tqkvk_scale_weights_fn(float *p, const float *scale, size_t n);
+
+/*
  * Rounds the weights v[b] = p[b] * scale[b] of up to TQKVK_TILE_TOKENS tokens; p, scale >= 0. n a
  * multiple of 16. Returns g, the largest v / TQKVK_WEIGHT_MAX. w: [n] out, the integer nearest to
  * v / g, ties to even; 0 for a NaN. Where the largest v is below TQKVK_TINY, w is 0. *kept: the sum
@@ -169,6 +175,7 @@ typedef struct tqkvk_table {
     tqkvk_round_query_fn *round_query;
     tqkvk_score_blocks_fn *score_blocks;
     tqkvk_scale_scores_fn *scale_scores;
+    tqkvk_scale_weights_fn *scale_weights;
     tqkvk_round_weights_fn *round_weights;
     tqkvk_weigh_blocks_fn *weigh_blocks;
 } tqkvk_table;

@@ -18,6 +18,7 @@ tqkvk_accumulate_tile_fn tqkvk_accumulate_tile_f32_ref;
 tqkvk_round_query_fn tqkvk_round_query_i8_ref;
 tqkvk_score_blocks_fn tqkvk_score_blocks_i8_ref;
 tqkvk_scale_scores_fn tqkvk_scale_scores_f32_ref;
+tqkvk_scale_weights_fn tqkvk_scale_weights_f32_ref;
 tqkvk_round_weights_fn tqkvk_round_weights_i16_ref;
 tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_ref;
 
@@ -35,10 +36,16 @@ tqkvk_accumulate_tile_fn tqkvk_accumulate_tile_f32_avx2;
 tqkvk_round_query_fn tqkvk_round_query_i8_avx2;
 tqkvk_score_blocks_fn tqkvk_score_blocks_i8_avx2;
 tqkvk_scale_scores_fn tqkvk_scale_scores_f32_avx2;
+tqkvk_scale_weights_fn tqkvk_scale_weights_f32_avx2;
 tqkvk_round_weights_fn tqkvk_round_weights_i16_avx2;
 tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx2;
 /* AVX-512 F, BW, DQ, VL and VNNI. */
 tqkvk_transform_fn tqkvk_transform_f32_avx512;
+tqkvk_dot_tile_fn tqkvk_dot_tile_f32_avx512;
+tqkvk_scale_scores_fn tqkvk_scale_scores_f32_avx512;
+tqkvk_softmax_step_fn tqkvk_softmax_step_f32_avx512;
+tqkvk_scale_weights_fn tqkvk_scale_weights_f32_avx512;
+tqkvk_accumulate_tile_fn tqkvk_accumulate_tile_f32_avx512;
 tqkvk_score_blocks_fn tqkvk_score_blocks_i8_avx512;
 tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx512;
 #endif
@@ -57,6 +64,7 @@ tqkvk_accumulate_tile_fn tqkvk_accumulate_tile_f32_neon;
 tqkvk_round_query_fn tqkvk_round_query_i8_neon;
 tqkvk_score_blocks_fn tqkvk_score_blocks_i8_neon;
 tqkvk_scale_scores_fn tqkvk_scale_scores_f32_neon;
+tqkvk_scale_weights_fn tqkvk_scale_weights_f32_neon;
 tqkvk_round_weights_fn tqkvk_round_weights_i16_neon;
 tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_neon;
 /* With the dot products of ARMv8.2 (FEAT_DotProd). */

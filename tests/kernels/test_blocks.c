@@ -430,6 +430,44 @@ static void test_scale_scores(void **state)
     free(start);
 }
 
+static void check_scale_weights(const tqkvk_table *table, const float *start, const float *scale,
+                                size_t n, size_t offset)
+{
+    test_guarded out;
+    double sum = 0, want_sum = 0;
+
+    test_guarded_init(&out, n * sizeof(float), offset);
+    memcpy(out.data, start, n * sizeof(float));
+    const float kept = table->scale_weights(test_guarded_floats(&out), scale, n);
+    for (size_t b = 0; b < n; b++) {
+        want_sum += scale[b] == 0.0f ? 0 : (double)start[b];
+        sum += fabs((double)start[b]);
+        assert_true(test_guarded_floats(&out)[b] == start[b] * scale[b]);
+    }
+    assert_true(fabs((double)kept - want_sum) <= (double)n * 0x1p-23 * sum);
+    test_guarded_deinit(&out);
+}
+
+static void test_scale_weights(void **state)
+{
+    (void)state;
+    size_t n;
+    const tqkvk_table *const *all = tqkvk_all(&n);
+    test_random random = {seed};
+    enum { N = 64 };
+    float *scale = test_aligned(N * sizeof(float));
+    float *start = test_random_floats(&random, N, 3);
+    for (size_t b = 0; b < N; b++) {
+        scale[b] = tqkvk_scale_value((uint8_t)(b % 5 == 3 ? 0 : test_random_u32(&random)));
+        start[b] = fabsf(start[b]);
+    }
+    for (size_t t = 0; t < n; t++)
+        for (size_t count = 16; count <= N; count += 16)
+            check_scale_weights(all[t], start, scale, count, 4 * t);
+    free(scale);
+    free(start);
+}
+
 /* Weights of several kinds: even, steep, one alone, none, too small to count. */
 static void random_weights(test_random *random, size_t i, float *p, float *scale, size_t n)
 {
@@ -605,7 +643,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_round_trip),   cmocka_unit_test(test_places),
         cmocka_unit_test(test_unpack_block), cmocka_unit_test(test_round_query),
         cmocka_unit_test(test_score_blocks), cmocka_unit_test(test_weigh_blocks),
-        cmocka_unit_test(test_scale_scores), cmocka_unit_test(test_round_weights),
+        cmocka_unit_test(test_scale_scores), cmocka_unit_test(test_scale_weights),
+        cmocka_unit_test(test_round_weights),
     };
     const int n_failed = cmocka_run_group_tests(tests, NULL, NULL);
     if (with_bench) {

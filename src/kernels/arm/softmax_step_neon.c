@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Scales of scores, and one step of the online softmax. exp(x) = 2^n * e^r with n = round(x / ln 2)
+ * Scales of scores and weights, and one step of the online softmax between them. exp(x) = 2^n * e^r with n = round(x / ln 2)
  * and e^r by a polynomial on |r| <= ln 2 / 2 (coefficients of Cephes' expf; error below 2 ulp).
  */
 #include <arm_neon.h>
@@ -25,6 +25,18 @@ void tqkvk_scale_scores_f32_neon(float *s, const float *scale, size_t n, float q
         const float32x4_t score = vfmaq_f32(mean, vld1q_f32(s + b), size);
         vst1q_f32(s + b, clear(score, vceqzq_f32(size)));
     }
+}
+
+float tqkvk_scale_weights_f32_neon(float *p, const float *scale, size_t n)
+{
+    float32x4_t sum = vdupq_n_f32(0.0f);
+
+    for (size_t b = 0; b < n; b += 4) {
+        const float32x4_t size = vld1q_f32(scale + b), weight = vld1q_f32(p + b);
+        sum = vaddq_f32(sum, clear(weight, vceqzq_f32(size)));
+        vst1q_f32(p + b, vmulq_f32(weight, size));
+    }
+    return vaddvq_f32(sum);
 }
 
 /* x <= 0. Below EXP_MIN, and for -inf, 0. */

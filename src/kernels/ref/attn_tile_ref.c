@@ -22,6 +22,16 @@ void tqkvk_scale_scores_f32_ref(float *s, const float *scale, size_t n, float q_
         s[b] = scale[b] == 0.0f ? 0.0f : s[b] * scale[b] + q_mean;
 }
 
+float tqkvk_scale_weights_f32_ref(float *p, const float *scale, size_t n)
+{
+    float sum = 0.0f;
+    for (size_t b = 0; b < n; b++) {
+        sum += scale[b] == 0.0f ? 0.0f : p[b];
+        p[b] *= scale[b];
+    }
+    return sum;
+}
+
 float tqkvk_softmax_step_f32_ref(float *s, size_t n, float *m, float *l)
 {
     float top = *m;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Scales of scores, and one step of the online softmax. exp(x) = 2^n * e^r with n = round(x / ln 2)
+ * Scales of scores and weights, and one step of the online softmax between them. exp(x) = 2^n * e^r with n = round(x / ln 2)
  * and e^r by a polynomial on |r| <= ln 2 / 2 (coefficients of Cephes' expf; error below 2 ulp).
  */
 #include <immintrin.h>
@@ -21,6 +21,19 @@ void tqkvk_scale_scores_f32_avx2(float *s, const float *scale, size_t n, float q
         const __m256 score = _mm256_fmadd_ps(_mm256_loadu_ps(s + b), size, mean);
         _mm256_storeu_ps(s + b, _mm256_and_ps(score, some));
     }
+}
+
+float tqkvk_scale_weights_f32_avx2(float *p, const float *scale, size_t n)
+{
+    __m256 sum = _mm256_setzero_ps();
+
+    for (size_t b = 0; b < n; b += 8) {
+        const __m256 size = _mm256_load_ps(scale + b), weight = _mm256_loadu_ps(p + b);
+        const __m256 some = _mm256_cmp_ps(size, _mm256_setzero_ps(), _CMP_NEQ_OQ);
+        sum = _mm256_add_ps(sum, _mm256_and_ps(weight, some));
+        _mm256_storeu_ps(p + b, _mm256_mul_ps(weight, size));
+    }
+    return tqkvk_sum_lanes(sum);
 }
 
 /* x <= 0. Below EXP_MIN, and for -inf, 0. */
