@@ -11,7 +11,8 @@ on texts that calibration never sees, and puts one row per model, context, cache
 with "domain": "all", into docs/results/quality.json; that one also has "positions": the first token
 of each part of the scored half, and its mean KL. A row that is there already is replaced. Its
 "command" measures it again once PLAN is made by `tqkv calibrate MODEL --profile PROFILE -o PLAN`.
-A model called NAME-f32 is NAME with f32 weights, whose host rounds no activations (f32_model.c says why).
+A model called NAME-f32 is NAME with f32 weights, whose host rounds no activations (f32_model.c says why);
+its plans are those of NAME.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def main():
     tqkv = args.build / "bin" / "tqkv"
     for name in args.models:
         model = model_file(args.build, name)
-        plans = calibrate(tqkv, args.build, model, args.profiles)
+        plans = calibrate(tqkv, args.build, fetch.fetch(name.removesuffix("-f32")), args.profiles)
         for context in args.contexts:
             for result in measure(tqkv, model, plans, args, context):
                 keep(list(rows_of(name, model, result, args)))
