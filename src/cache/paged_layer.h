@@ -46,7 +46,7 @@ struct tqkv_paged {
     tqkvi_zero_pages data;                       /* memory of their blocks */
     tqkvi_paged_run *runs;                       /* [n_runs_max] of the batch being written */
     size_t n_runs_max;
-    uint64_t n_written, n_bad_rows, n_young, n_missing;
+    uint64_t n_written, n_bad_rows, n_young, n_missing, n_shared;
 };
 
 /* config: checked. */

@@ -163,21 +163,26 @@ static void end_sequence(engine *e, uint32_t s)
     seq->len = 0;
 }
 
-/* An empty sequence, or one that finds whole blocks of another one in the prefix cache. */
-static void begin_sequence(engine *e, uint32_t s)
+/* An empty sequence finds the first n blocks of another one in the prefix cache. */
+static void share_blocks(engine *e, uint32_t s, const sequence *other, uint32_t n)
 {
-    const sequence *other = &e->seqs[test_random_below(&e->random, SEQS_MAX)];
-    const uint32_t n_whole = other->len / e->c->block_tokens;
     sequence *seq = &e->seqs[s];
 
-    if (n_whole == 0 || test_random_below(&e->random, 2))
-        return;
-    const uint32_t n = 1 + test_random_below(&e->random, n_whole);
     for (uint32_t i = 0; i < n; i++) {
         seq->table[i] = other->table[i];
         e->users[seq->table[i]]++;
     }
     seq->len = n * e->c->block_tokens;
+}
+
+/* An empty sequence stays so, or finds some blocks. */
+static void begin_sequence(engine *e, uint32_t s)
+{
+    const sequence *other = &e->seqs[test_random_below(&e->random, SEQS_MAX)];
+    const uint32_t n_whole = other->len / e->c->block_tokens;
+
+    if (n_whole > 0 && test_random_below(&e->random, 2) == 0)
+        share_blocks(e, s, other, 1 + test_random_below(&e->random, n_whole));
 }
 
 static uint32_t slot_of(const engine *e, const sequence *seq, uint32_t position)
@@ -515,6 +520,56 @@ static void test_engine(void **state)
     }
 }
 
+/*
+ * One long prompt, and sequences behind all of it, most of it and little of it, that decode
+ * together; one of them pauses now and then. Returns reads that were shared.
+ */
+static uint64_t decode_behind_prompt(const paged_case *c)
+{
+    static engine e;
+    const tqkv_parallel ways[] = {test_threads(3), test_backwards(3)};
+    const uint32_t n_blocks[] = {0, 320, 256, 64};
+    tqkv_paged_stats stats;
+
+    setup(&e, c, 17);
+    for (uint32_t at = 0; at < 320; at += 64) {
+        e.n_seqs = 0;
+        add_to_batch(&e, 0, 64);
+        run_batch(&e, NULL);
+    }
+    for (uint32_t s = 1; s < SEQS_MAX; s++)
+        share_blocks(&e, s, &e.seqs[0], n_blocks[s] / c->block_tokens);
+    for (uint32_t n = 0; n < 70; n++) {
+        e.n_seqs = 0;
+        for (uint32_t s = 0; s < SEQS_MAX; s++)
+            if (s != n % 5)
+                add_to_batch(&e, s, 1);
+        run_batch(&e, n % 3 < 2 ? &ways[n % 3] : NULL);
+        for (uint32_t b = 0; b < e.n_seqs; b++)
+            for (uint32_t h = 0; h < c->n_heads; h++)
+                check_row(&e, b, b, h);
+    }
+    tqkv_paged_get_stats(e.paged, &stats);
+    teardown(&e);
+    return stats.n_shared;
+}
+
+static void test_shared_prefix(void **state)
+{
+    static const paged_case shared[] = {
+        {"shared, f16", 4, 2, 32, 48, 0, 16, 4, 0, 0, false, 0},
+        {"shared, sinks", 4, 2, 32, 32, 4, 32, ALL, 0, 0, true, 0},
+        {"shared, more rows than codes are read for", 12, 2, 32, 32, 3, 64, ALL, 0, 0, false, 5},
+        {"shared, no copies", 2, 1, 64, 32, 4, 32, 0, 0, 0, true, 0},
+    };
+    static const paged_case window = {"window", 4, 2, 32, 32, 3, 32, ALL, 400, 0, false, 0};
+
+    (void)state;
+    for (size_t i = 0; i < sizeof(shared) / sizeof(shared[0]); i++)
+        assert_true(decode_behind_prompt(&shared[i]) > 500);
+    assert_int_equal(decode_behind_prompt(&window), 0);
+}
+
 /* A step with drafts that are all rejected, and one without: later outputs have the same bits. */
 static void test_drafts_leave_nothing(void **state)
 {
@@ -723,7 +778,8 @@ static void test_memory_fails(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_engine),         cmocka_unit_test(test_drafts_leave_nothing),
+        cmocka_unit_test(test_engine),         cmocka_unit_test(test_shared_prefix),
+        cmocka_unit_test(test_drafts_leave_nothing),
         cmocka_unit_test(test_too_few_copies), cmocka_unit_test(test_enough_copies),
         cmocka_unit_test(test_bad_config),     cmocka_unit_test(test_bad_batch),
         cmocka_unit_test(test_memory_fails),

@@ -72,7 +72,8 @@ class PagedBatch(Structure):
 
 
 class PagedStats(Structure):
-    _fields_ = [("n_written", c_uint64), ("n_bad_rows", c_uint64), ("n_young", c_uint64), ("n_missing", c_uint64)]
+    _fields_ = [("n_written", c_uint64), ("n_bad_rows", c_uint64), ("n_young", c_uint64), ("n_missing", c_uint64),
+                ("n_shared", c_uint64)]
 
 
 class CalibConfig(Structure):
