@@ -123,9 +123,9 @@ TQKV_API uint32_t tqkv_paged_lost(const tqkv_paged *paged, const int32_t *block_
 typedef struct tqkv_paged_stats {
     uint64_t n_written;  /* tokens */
     uint64_t n_bad_rows; /* head rows with NaN or Inf, stored as zero */
-    uint64_t n_young;    /* 16-token reads served by a copy */
-    uint64_t n_missing;  /* 16-token reads that a copy would have served if there had been one */
-    uint64_t n_shared;   /* 16-token reads that another sequence's read served */
+    uint64_t n_young;    /* look-ups of 16 tokens that a copy answered */
+    uint64_t n_missing;  /* those that a copy would have answered if there had been one */
+    uint64_t n_shared;   /* reads of 16 tokens that another sequence's read served */
 } tqkv_paged_stats;
 TQKV_API void tqkv_paged_get_stats(const tqkv_paged *paged, tqkv_paged_stats *out);
 

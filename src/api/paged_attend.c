@@ -7,11 +7,12 @@
  *     group of sequences   shared blocks   one call, a query of each          ─┐ merged by
  *     each of them         other blocks    a call of its own, as without it   ─┘ log-sum-exp
  *
- * Shared are only blocks that all of them read in the page, at the last tier.
+ * Shared are only blocks that all of them read at the same place, a copy or the page.
  */
 #include "api/paged_attend.h"
 
 #include <math.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "api/codec_view.h"
@@ -21,19 +22,15 @@
 #define GROUP_MAX 32
 #define SHARED_BLOCKS_MIN 8 /* fewer are not worth a call and a merge */
 
-/* Blocks of a sequence, by index: [first, end). */
-typedef struct block_range {
-    uint32_t first, end;
-} block_range;
-
 /*
  * The blocks that one call of attention reads, in scratch: as they follow each other in the
  * sequence, then by tier. positions also has the blocks of the call's own tokens, at its end.
  */
 typedef struct block_lists {
     const uint8_t **found;
-    uint32_t *index; /* of found */
-    uint8_t *tiers;  /* of found */
+    uint32_t *index;  /* in the sequence, of found */
+    uint8_t *tiers;   /* of found */
+    uint32_t n_found;
     const uint8_t **at;
     int32_t *bases, *positions; /* of at; positions: of first tokens */
 } block_lists;
@@ -66,23 +63,28 @@ static size_t blocks_max(uint32_t n_q, uint32_t seq_len)
            tqkvi_div_up(n_q, TQKVI_BLOCK_TOKENS);
 }
 
-/* Sequences [first, first + n) of the batch and what they share. */
+/* Sequences [first, first + n) of the batch that have n_blocks whole blocks in common. */
 typedef struct group {
-    uint32_t first, n;
-    block_range shared;
+    uint32_t first, n, n_blocks;
+    uint32_t newest_min, newest_max; /* blocks of their new tokens, by index */
 } group;
 
-/* Of a group, in scratch: queries, what they get from the shared blocks, and lse of the others. */
+/*
+ * Of a group, in scratch: queries, what they get from the shared blocks, lse of the others, and which
+ * of n_blocks are shared.
+ */
 typedef struct group_rows {
     float *q, *out;         /* [GROUP_MAX][n_heads][dim] */
     float *lse, *other_lse; /* [GROUP_MAX][n_heads] */
+    bool *is_shared;        /* [n_blocks] */
 } group_rows;
 
-static size_t group_bytes(const tqkv_plan_layer *shape)
+static size_t group_bytes(const tqkv_plan_layer *shape, uint32_t seq_len)
 {
     const size_t floats = shape->k_dim + shape->v_dim + 2;
 
-    return round_up(GROUP_MAX * shape->n_heads * floats * sizeof(float));
+    return round_up(GROUP_MAX * shape->n_heads * floats * sizeof(float) +
+                    seq_len / TQKVI_BLOCK_TOKENS * sizeof(bool));
 }
 
 static group_rows group_rows_init(void *memory, const tqkv_plan_layer *shape)
@@ -93,6 +95,7 @@ static group_rows group_rows_init(void *memory, const tqkv_plan_layer *shape)
     rows.out = rows.q + n * shape->k_dim;
     rows.lse = rows.out + n * shape->v_dim;
     rows.other_lse = rows.lse + n;
+    rows.is_shared = (bool *)(void *)(rows.other_lse + n);
     return rows;
 }
 
@@ -105,7 +108,7 @@ typedef struct attend {
     const tqkv_plan_layer *shape;
     const tqkvi_attn_head *heads;
     group_rows rows;
-    uint8_t *scratch;
+    uint8_t *scratch; /* of calls */
 } attend;
 
 size_t tqkvi_paged_scratch_bytes(const tqkv_paged *paged, uint32_t n_q, uint32_t seq_len,
@@ -114,7 +117,7 @@ size_t tqkvi_paged_scratch_bytes(const tqkv_paged *paged, uint32_t n_q, uint32_t
     const tqkv_plan_layer *shape = &paged->codec->layer->shape;
     const uint32_t n_rows = n_q > GROUP_MAX ? n_q : GROUP_MAX;
     const size_t bytes = tqkvi_attention_scratch_bytes(shape, n_rows, n_workers);
-    const size_t more = tqkvi_view_bytes(paged->codec) + group_bytes(shape) +
+    const size_t more = tqkvi_view_bytes(paged->codec) + group_bytes(shape, seq_len) +
                         lists_bytes(blocks_max(n_q, seq_len));
 
     return bytes > SIZE_MAX - more ? SIZE_MAX : bytes + more;
@@ -144,46 +147,45 @@ typedef struct part {
     const int32_t *table; /* of the sequence */
     uint32_t token, n;    /* of the batch */
     uint32_t position;    /* of the first one */
-    block_range shared;   /* which the group has read */
+    uint32_t n_common;    /* blocks that a group has in common, some of which it has read */
     float *lse;           /* of its tokens, or NULL */
-    block_lists lists;
 } part;
 
-static uint32_t tokens_before(const part *p, uint32_t index)
+static uint32_t tokens_before(uint32_t position, uint32_t index)
 {
-    const uint32_t left = p->position - index * TQKVI_BLOCK_TOKENS;
+    const uint32_t left = position - index * TQKVI_BLOCK_TOKENS;
 
     return left < TQKVI_BLOCK_TOKENS ? left : TQKVI_BLOCK_TOKENS;
 }
 
-/* Finds the blocks before the part that it can see and the group has not read. Returns how many. */
-static uint32_t find_blocks(const attend *a, const part *p)
+static void add_found(block_lists *lists, uint32_t index, tqkvi_paged_spot spot)
+{
+    lists->found[lists->n_found] = spot.block;
+    lists->index[lists->n_found] = index;
+    lists->tiers[lists->n_found++] = (uint8_t)spot.tier;
+}
+
+/* Finds the blocks before the part that it can see and the group has not read. */
+static void find_blocks(const attend *a, const part *p, block_lists *lists)
 {
     const uint32_t window = a->shape->window;
     const uint32_t end = tqkvi_div_up(p->position, TQKVI_BLOCK_TOKENS);
     const uint32_t first =
         window > 0 && p->position >= window ? (p->position - window + 1) / TQKVI_BLOCK_TOKENS : 0;
-    uint32_t n = 0;
 
-    for (uint32_t index = first; index < end; index++) {
-        if (index >= p->shared.first && index < p->shared.end)
-            continue;
-        const tqkvi_paged_spot spot =
-            tqkvi_paged_find(a->paged, a->batch, p->table, index, tokens_before(p, index),
-                             p->position / TQKVI_BLOCK_TOKENS);
-        p->lists.found[n] = spot.block;
-        p->lists.index[n] = index;
-        p->lists.tiers[n++] = (uint8_t)spot.tier;
-    }
-    return n;
+    for (uint32_t index = first; index < end; index++)
+        if (index >= p->n_common || !a->rows.is_shared[index])
+            add_found(lists, index,
+                      tqkvi_paged_find(a->paged, a->batch, p->table, index,
+                                       tokens_before(p->position, index),
+                                       p->position / TQKVI_BLOCK_TOKENS));
 }
 
-/* The spans of a part: its older blocks by tier, then its own tokens. Returns their number. */
-static size_t fill_spans(const attend *a, const part *p, tqkvi_span *spans)
+/* The blocks that were found, before a position, in a span for each tier. Returns how many spans. */
+static size_t fill_spans(const attend *a, const block_lists *lists, uint32_t position,
+                         tqkvi_span *spans)
 {
     const tqkv_paged *paged = a->paged;
-    const block_lists *lists = &p->lists;
-    const uint32_t n_found = find_blocks(a, p);
     size_t n = 0, n_spans = 0;
 
     for (uint32_t tier = paged->old_tier + 1; tier-- > 0;) {
@@ -192,41 +194,54 @@ static size_t fill_spans(const attend *a, const part *p, tqkvi_span *spans)
                            .block_at = lists->at + n,
                            .block_bases = lists->bases + n,
                            .block_positions = lists->positions + n};
-        for (uint32_t i = 0; i < n_found; i++) {
+        for (uint32_t i = 0; i < lists->n_found; i++) {
             if (lists->tiers[i] != tier)
                 continue;
             lists->at[n] = lists->found[i];
             lists->positions[n] = (int32_t)(lists->index[i] * TQKVI_BLOCK_TOKENS);
             lists->bases[n] = tqkvi_paged_base(paged, lists->positions[n]);
-            span.n_tokens += tokens_before(p, lists->index[i]); /* only the last is not whole */
+            /* Only the last one is not whole. */
+            span.n_tokens += tokens_before(position, lists->index[i]);
             n++;
         }
         if (span.n_tokens > 0)
             spans[n_spans++] = span;
     }
-    spans[n_spans++] = (tqkvi_span){
-        .n_tokens = p->n,
-        .rows = {a->batch->k + (size_t)p->token * a->shape->n_kv_heads * a->shape->k_dim,
-                 a->batch->v + (size_t)p->token * a->shape->n_kv_heads * a->shape->v_dim},
-        .block_positions = lists->positions + n};
-    for (uint32_t i = 0; i < p->n; i += TQKVI_BLOCK_TOKENS)
-        lists->positions[n++] = (int32_t)(p->position + i);
     return n_spans;
+}
+
+/* The part's own tokens. */
+static tqkvi_span new_tokens(const attend *a, const part *p, const block_lists *lists)
+{
+    int32_t *positions = lists->positions + lists->n_found;
+    const size_t first = (size_t)p->token * a->shape->n_kv_heads;
+
+    for (uint32_t i = 0; i < p->n; i += TQKVI_BLOCK_TOKENS)
+        positions[i / TQKVI_BLOCK_TOKENS] = (int32_t)(p->position + i);
+    return (tqkvi_span){.n_tokens = p->n,
+                        .rows = {a->batch->k + first * a->shape->k_dim,
+                                 a->batch->v + first * a->shape->v_dim},
+                        .block_positions = positions};
 }
 
 static void attend_part(const attend *a, const part *p)
 {
+    const size_t n_blocks = blocks_max(p->n, p->position + p->n);
+    block_lists lists = lists_init(a->scratch, n_blocks);
     tqkvi_span spans[SPANS_MAX];
     tqkv_attend_args own = *a->args;
 
+    find_blocks(a, p, &lists);
+    size_t n_spans = fill_spans(a, &lists, p->position, spans);
+    spans[n_spans++] = new_tokens(a, p, &lists);
     own.n_q = p->n;
     own.n_cells = UINT32_MAX;
     own.q += p->token * own.q_token_stride;
     own.out += p->token * own.out_token_stride;
     own.lse = p->lse;
     own.causal = 1;
-    own.scratch = a->scratch + lists_bytes(blocks_max(p->n, p->position + p->n));
-    attend_spans(a, spans, fill_spans(a, p, spans), &own, p->position);
+    own.scratch = a->scratch + lists_bytes(n_blocks);
+    attend_spans(a, spans, n_spans, &own, p->position);
 }
 
 static uint32_t n_new(const attend *a, uint32_t r)
@@ -239,39 +254,23 @@ static const int32_t *table_of(const attend *a, uint32_t r)
     return a->batch->block_table + r * a->batch->block_table_stride;
 }
 
-/* other_lse: of its one new token, if it is of a group; otherwise NULL. */
-static void attend_sequence(const attend *a, uint32_t r, block_range shared, float *other_lse)
+/* of_group: blocks that its group has in common, 0 without one. lse: of its new tokens, or NULL. */
+static void attend_sequence(const attend *a, uint32_t r, uint32_t of_group, float *lse)
 {
-    const uint32_t token = (uint32_t)a->batch->query_start[r], n = n_new(a, r);
-    const uint32_t position = (uint32_t)a->batch->seq_lens[r] - n;
-    const uint32_t step = n <= a->batch->decode_tokens_max ? 1 : n;
-    part p = {.table = table_of(a, r), .n = step, .shared = shared};
+    const uint32_t n = n_new(a, r), step = n <= a->batch->decode_tokens_max ? 1 : n;
 
     for (uint32_t i = 0; i < n; i += step) {
-        p.token = token + i;
-        p.position = position + i;
-        p.lists = lists_init(a->scratch, blocks_max(p.n, p.position + p.n));
-        p.lse = other_lse ? other_lse
-                          : (a->args->lse ? a->args->lse + (size_t)p.token * a->shape->n_heads : NULL);
+        const part p = {.table = table_of(a, r),
+                        .token = (uint32_t)a->batch->query_start[r] + i,
+                        .n = step,
+                        .position = (uint32_t)a->batch->seq_lens[r] - n + i,
+                        .n_common = of_group,
+                        .lse = lse ? lse + (size_t)i * a->shape->n_heads : NULL};
         attend_part(a, &p);
     }
 }
 
-/* Up to which block the one new token of a sequence reads pages, sinks apart. */
-static uint32_t end_of_pages(const attend *a, uint32_t r)
-{
-    const uint32_t newest = (uint32_t)(a->batch->seq_lens[r] - 1) / TQKVI_BLOCK_TOKENS;
-    uint32_t end = newest;
-
-    for (uint32_t i = 0; i < a->paged->n_copies; i++) {
-        const uint32_t reach = a->paged->copies[i].reach;
-        if (i != a->paged->sinks && end > (newest > reach ? newest - reach : 0))
-            end = newest > reach ? newest - reach : 0;
-    }
-    return end;
-}
-
-/* How many of n_blocks first blocks two sequences share, in whole pages. */
+/* How many of the first n_blocks blocks two sequences have in common, in whole pages. */
 static uint32_t common_blocks(const attend *a, uint32_t r, uint32_t s, uint32_t n_blocks)
 {
     const int32_t *one = table_of(a, r), *other = table_of(a, s);
@@ -284,25 +283,42 @@ static uint32_t common_blocks(const attend *a, uint32_t r, uint32_t s, uint32_t 
 
 /*
  * The sequences from r on that decode behind the same blocks, in the order of the batch. One that
- * would leave less than half of what is shared does not join.
+ * would leave less than half of those does not join.
  */
 static group find_group(const attend *a, uint32_t r)
 {
-    const uint32_t first = tqkvi_div_up(a->paged->n_sinks, TQKVI_BLOCK_TOKENS);
-    group g = {.first = r, .n = 1, .shared.first = first};
+    const uint32_t newest = (uint32_t)(a->batch->seq_lens[r] - 1) / TQKVI_BLOCK_TOKENS;
+    group g = {.first = r, .n = 1, .n_blocks = newest, .newest_min = newest, .newest_max = newest};
 
     if (n_new(a, r) != 1 || a->shape->window > 0)
         return g;
-    g.shared.end = end_of_pages(a, r);
     for (uint32_t s = r + 1; s < a->batch->n_seqs && g.n < GROUP_MAX && n_new(a, s) == 1; s++) {
-        uint32_t end = end_of_pages(a, s);
-        end = common_blocks(a, r, s, end < g.shared.end ? end : g.shared.end);
-        if (end < first + SHARED_BLOCKS_MIN || 2 * (end - first) < g.shared.end - first)
+        const uint32_t block = (uint32_t)(a->batch->seq_lens[s] - 1) / TQKVI_BLOCK_TOKENS;
+        const uint32_t n = common_blocks(a, r, s, block < g.n_blocks ? block : g.n_blocks);
+        if (n < SHARED_BLOCKS_MIN || 2 * n < g.n_blocks)
             break;
-        g.shared.end = end;
+        g.n_blocks = n;
+        g.newest_min = block < g.newest_min ? block : g.newest_min;
+        g.newest_max = block > g.newest_max ? block : g.newest_max;
         g.n++;
     }
     return g;
+}
+
+/* A block that the first and the last of a group read at the same place is read there by all. */
+static void find_shared(const attend *a, const group *g, block_lists *lists)
+{
+    const int32_t *table = table_of(a, g->first);
+
+    for (uint32_t index = 0; index < g->n_blocks; index++) {
+        const tqkvi_paged_spot near = tqkvi_paged_find(a->paged, a->batch, table, index,
+                                                       TQKVI_BLOCK_TOKENS, g->newest_min);
+        const tqkvi_paged_spot far = tqkvi_paged_find(a->paged, a->batch, table, index,
+                                                      TQKVI_BLOCK_TOKENS, g->newest_max);
+        a->rows.is_shared[index] = near.block == far.block;
+        if (a->rows.is_shared[index])
+            add_found(lists, index, near);
+    }
 }
 
 static void load_queries(const attend *a, const group *g)
@@ -318,26 +334,13 @@ static void load_queries(const attend *a, const group *g)
     }
 }
 
-static void attend_shared(const attend *a, const group *g)
+/* lists: of the shared blocks. */
+static void attend_shared(const attend *a, const group *g, const block_lists *lists)
 {
-    const int32_t *table = table_of(a, g->first);
-    const uint32_t n_blocks = g->shared.end - g->shared.first;
-    const block_lists lists = lists_init(a->scratch, n_blocks);
-    const tqkvi_span span = {.n_tokens = n_blocks * TQKVI_BLOCK_TOKENS,
-                             .tier = a->paged->old_tier,
-                             .layout = &a->paged->layouts[a->paged->old_tier],
-                             .block_at = lists.at,
-                             .block_bases = lists.bases,
-                             .block_positions = lists.positions};
+    tqkvi_span spans[SPANS_MAX];
     tqkv_attend_args own = *a->args;
+    const uint32_t position = g->n_blocks * TQKVI_BLOCK_TOKENS;
 
-    for (uint32_t i = 0; i < n_blocks; i++) {
-        const uint32_t index = g->shared.first + i;
-        lists.at[i] = tqkvi_paged_page_block(a->paged, a->batch,
-                                             tqkvi_paged_block(a->paged, table, index));
-        lists.positions[i] = (int32_t)(index * TQKVI_BLOCK_TOKENS);
-        lists.bases[i] = tqkvi_paged_base(a->paged, lists.positions[i]);
-    }
     load_queries(a, g);
     own.n_q = g->n;
     own.n_cells = UINT32_MAX;
@@ -350,9 +353,9 @@ static void attend_shared(const attend *a, const group *g)
     own.lse = a->rows.lse;
     own.sinks = NULL; /* each sequence counts them once, with its other blocks */
     own.causal = 0;
-    own.scratch = a->scratch + lists_bytes(n_blocks);
-    attend_spans(a, &span, 1, &own, 0);
-    a->paged->n_shared += (uint64_t)(g->n - 1) * n_blocks;
+    own.scratch = a->scratch + lists_bytes(g->n_blocks);
+    attend_spans(a, spans, fill_spans(a, lists, position, spans), &own, position);
+    a->paged->n_shared += (uint64_t)(g->n - 1) * lists->n_found;
 }
 
 /* Adds the shared part to the output of sequence i of the group. */
@@ -375,12 +378,28 @@ static void merge_shared(const attend *a, const group *g, uint32_t i)
     }
 }
 
+static float *lse_of(const attend *a, uint32_t r)
+{
+    const size_t first = (size_t)a->batch->query_start[r] * a->shape->n_heads;
+
+    return a->args->lse ? a->args->lse + first : NULL;
+}
+
 static void attend_group(const attend *a, const group *g)
 {
-    attend_shared(a, g);
+    block_lists lists = lists_init(a->scratch, g->n_blocks);
+
+    find_shared(a, g, &lists);
+    const bool pays = lists.n_found >= SHARED_BLOCKS_MIN;
+    if (pays)
+        attend_shared(a, g, &lists);
     for (uint32_t i = 0; i < g->n; i++) {
-        attend_sequence(a, g->first + i, g->shared,
-                        a->rows.other_lse + (size_t)i * a->shape->n_heads);
+        const uint32_t r = g->first + i;
+        if (!pays) {
+            attend_sequence(a, r, 0, lse_of(a, r));
+            continue;
+        }
+        attend_sequence(a, r, g->n_blocks, a->rows.other_lse + (size_t)i * a->shape->n_heads);
         merge_shared(a, g, i);
     }
 }
@@ -390,22 +409,22 @@ void tqkvi_paged_attend(tqkv_paged *paged, const tqkv_paged_batch *batch,
 {
     const tqkv_plan_layer *shape = &paged->codec->layer->shape;
     uint8_t *rows = (uint8_t *)args->scratch + tqkvi_view_bytes(paged->codec);
-    const attend a = {.paged = paged,
-                      .batch = batch,
-                      .args = args,
-                      .parallel = parallel,
-                      .shape = shape,
-                      .heads = args->scratch,
-                      .rows = group_rows_init(rows, shape),
-                      .scratch = rows + group_bytes(shape)};
+    attend a = {.paged = paged,
+                .batch = batch,
+                .args = args,
+                .parallel = parallel,
+                .shape = shape,
+                .heads = args->scratch,
+                .rows = group_rows_init(rows, shape)};
     group g;
 
     tqkvi_view_heads(paged->codec, args->scratch);
     for (uint32_t r = 0; r < batch->n_seqs; r += g.n) {
         g = find_group(&a, r);
+        a.scratch = rows + group_bytes(shape, (uint32_t)batch->seq_lens[r]);
         if (g.n > 1)
             attend_group(&a, &g);
         else
-            attend_sequence(&a, r, (block_range){0, 0}, NULL);
+            attend_sequence(&a, r, 0, lse_of(&a, r));
     }
 }
