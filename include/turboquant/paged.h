@@ -9,11 +9,12 @@
  *
  * Every token is encoded into its block at once, at the last tier's widths. A block that holds one
  * of the newest tokens of its sequence, or its first ones, also gets a copy in each younger tier that
- * reaches it, 16 tokens at a time. A query at a position takes, for each 16 tokens, the youngest
- * tier that reaches them, so what it sees depends on the distance alone and not on how tokens came
- * together in batches. Copies are found by block and replaced by least recent use: a token that has
- * none (its sequence found the block in a prefix cache, or there are more sequences than copies)
- * is read from its block. Writing a token again makes the copies of it and of those after it in
+ * reaches it, 16 tokens at a time; the last tokens of every block get one in tier 0, for sequences
+ * that find the block in a prefix cache and go on behind it. A query at a position takes, for each
+ * 16 tokens, the youngest tier that reaches them, so what it sees depends on the distance alone and
+ * not on how tokens came together in batches. Copies are found by block and replaced by least
+ * recent use: a token that has none (its sequence found the block in a prefix cache, or there are
+ * more sequences than copies) is read from its block. Writing a token again makes the copies of it and of those after it in
  * its 16 invalid, so a rejected draft leaves nothing behind.
  *
  * A block must be written from its first token before it is read, each time the engine gives it to
@@ -119,6 +120,15 @@ TQKV_API size_t tqkv_paged_scratch_bytes(const tqkv_paged *paged, uint32_t n_q, 
  * of its seq_len tokens, as in a batch. UINT32_MAX: no object, or a block out of range.
  */
 TQKV_API uint32_t tqkv_paged_lost(const tqkv_paged *paged, const int32_t *block_table, uint32_t seq_len);
+
+/*
+ * Other sequences may go on behind these tokens, as one does that an engine finds in a prefix
+ * cache: copies of the newest, as tier 0 has them, are not replaced. There is room for the ends of as
+ * many prefixes as tier 0 has sequences; the one named first is let go. block_table: as in
+ * tqkv_paged_lost. Errors: TQKV_ERR_INVALID_ARG.
+ */
+TQKV_API TQKV_NODISCARD tqkv_status tqkv_paged_keep(tqkv_paged *paged, const int32_t *block_table,
+                                                    uint32_t seq_len);
 
 typedef struct tqkv_paged_stats {
     uint64_t n_written;  /* tokens */

@@ -156,3 +156,11 @@ tqkv_status tqkv_paged_attend(tqkv_paged *paged, const tqkv_paged_batch *batch,
         tqkvi_paged_attend(paged, batch, args, parallel);
     return TQKV_OK;
 }
+
+tqkv_status tqkv_paged_keep(tqkv_paged *paged, const int32_t *block_table, uint32_t seq_len)
+{
+    if (!paged || (seq_len > 0 && !block_table) || !are_pages(paged, block_table, seq_len))
+        return TQKV_ERR_INVALID_ARG;
+    tqkvi_paged_keep(paged, block_table, seq_len);
+    return TQKV_OK;
+}

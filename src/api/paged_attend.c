@@ -70,8 +70,8 @@ typedef struct group {
 } group;
 
 /*
- * Of a group, in scratch: queries, what they get from the shared blocks, lse of the others, and which
- * of n_blocks are shared.
+ * Of a group, in scratch: queries, what they get from the shared blocks, lse of the others, and
+ * which of n_blocks are shared.
  */
 typedef struct group_rows {
     float *q, *out;         /* [GROUP_MAX][n_heads][dim] */
@@ -181,7 +181,7 @@ static void find_blocks(const attend *a, const part *p, block_lists *lists)
                                        p->position / TQKVI_BLOCK_TOKENS));
 }
 
-/* The blocks that were found, before a position, in a span for each tier. Returns how many spans. */
+/* Blocks that were found, before a position, in a span for each tier. Returns how many spans. */
 static size_t fill_spans(const attend *a, const block_lists *lists, uint32_t position,
                          tqkvi_span *spans)
 {
@@ -370,7 +370,8 @@ static void merge_shared(const attend *a, const group *g, uint32_t i)
         const float lse = top + logf(expf(one - top) + expf(other - top));
         const float w_one = expf(one - lse), w_other = expf(other - lse);
         const float *from = a->rows.out + (i * n_heads + h) * dim;
-        float *out = a->args->out + token * a->args->out_token_stride + h * a->args->out_head_stride;
+        float *out =
+            a->args->out + token * a->args->out_token_stride + h * a->args->out_head_stride;
         for (size_t d = 0; d < dim; d++)
             out[d] = w_one * from[d] + w_other * out[d];
         if (a->args->lse)

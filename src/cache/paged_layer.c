@@ -7,16 +7,18 @@ typedef struct measures {
     uint32_t n_blocks;
     uint32_t n_copies; /* as in tqkv_paged */
     uint32_t tier[TQKVI_COPIES_MAX], reach[TQKVI_COPIES_MAX], count[TQKVI_COPIES_MAX];
+    uint32_t kept[TQKVI_COPIES_MAX];
     size_t table_bytes[TQKVI_COPIES_MAX], data_bytes[TQKVI_COPIES_MAX];
     size_t sections_bytes;
     uint32_t sinks; /* entry of the sinks, or TQKVI_COPY_NONE */
 } measures;
 
+/* n_kept: for each sequence, on top of per_sequence. */
 static void add_copies(measures *m, const tqkv_paged_config *config, uint32_t tier, uint64_t reach,
-                       uint64_t per_sequence)
+                       uint64_t per_sequence, uint64_t n_kept)
 {
     const tqkv_plan_layer *shape = &config->plan->layers[config->layer].shape;
-    const uint64_t wanted = per_sequence * config->n_sequences[tier] +
+    const uint64_t wanted = (per_sequence + n_kept) * config->n_sequences[tier] +
                             tqkvi_div_up(config->n_batch_tokens, TQKVI_BLOCK_TOKENS);
     const uint32_t i = m->n_copies;
 
@@ -26,7 +28,8 @@ static void add_copies(measures *m, const tqkv_paged_config *config, uint32_t ti
     m->tier[i] = tier;
     m->reach[i] = (uint32_t)reach;
     m->count[i] = wanted < m->n_blocks ? (uint32_t)wanted : m->n_blocks;
-    m->table_bytes[i] = tqkvi_young_copies_bytes(m->count[i], m->n_blocks);
+    m->kept[i] = m->count[i] < m->n_blocks ? (uint32_t)(n_kept * config->n_sequences[tier]) : 0;
+    m->table_bytes[i] = tqkvi_young_copies_bytes(m->count[i], m->kept[i], m->n_blocks);
     /* Below 2^27 blocks (is_config) of less than 2^29 bytes: fits in 64 bits. */
     m->data_bytes[i] = (size_t)m->count[i] * TQKVI_BLOCK_TOKENS * shape->token_bytes[tier];
 }
@@ -34,8 +37,9 @@ static void add_copies(measures *m, const tqkv_paged_config *config, uint32_t ti
 /*
  * Copies per sequence: the query's block, those within reach, the one that has just left it (in a
  * list by use it may be newer than one that another sequence still needs), and those of drafts. A batch
- * is written before it is attended, so its blocks come on top. Sinks of cached prompts that no sequence
- * uses now are kept as well, as many again.
+ * is written before it is attended, so its blocks come on top. Of the youngest tier, as many as are
+ * within reach may be kept for prefixes (tqkv_paged_keep). Sinks of cached prompts that no
+ * sequence uses now are kept as well, as many again.
  */
 static measures measure(const tqkv_paged_config *config)
 {
@@ -55,12 +59,13 @@ static measures measure(const tqkv_paged_config *config)
         const uint64_t reach = held < window ? held : window;
         if (shape->tier_tokens[tier] > 0)
             add_copies(&m, config, tier, reach,
-                       reach + 2 + tqkvi_div_up(config->n_drafts, TQKVI_BLOCK_TOKENS));
+                       reach + 2 + tqkvi_div_up(config->n_drafts, TQKVI_BLOCK_TOKENS),
+                       tier == 0 ? reach : 0);
     }
     if (plan->n_sinks > 0 && plan->n_tiers > 1) {
         const uint32_t n = tqkvi_div_up(plan->n_sinks, TQKVI_BLOCK_TOKENS);
         m.sinks = config->n_sequences[0] > 0 ? m.n_copies : TQKVI_COPY_NONE;
-        add_copies(&m, config, 0, n, 2 * (uint64_t)n);
+        add_copies(&m, config, 0, n, 2 * (uint64_t)n, 0);
     }
     return m;
 }
@@ -107,7 +112,7 @@ static tqkv_status init_copies(tqkv_paged *paged, const measures *m, const tqkv_
     paged->n_copies = m->n_copies;
     for (uint32_t i = 0; i < m->n_copies; i++) {
         tqkvi_young_copies *copies = &paged->copies[i];
-        tqkvi_young_copies_init(copies, table, m->count[i], m->n_blocks);
+        tqkvi_young_copies_init(copies, table, m->count[i], m->kept[i], m->n_blocks);
         copies->tier = m->tier[i];
         copies->reach = m->reach[i];
         copies->data = data;
@@ -208,6 +213,18 @@ uint32_t tqkvi_paged_lost(const tqkv_paged *paged, const int32_t *table, uint32_
                                       left < TQKVI_BLOCK_TOKENS ? left : TQKVI_BLOCK_TOKENS);
     }
     return n_lost;
+}
+
+void tqkvi_paged_keep(tqkv_paged *paged, const int32_t *table, uint32_t n_tokens)
+{
+    const uint32_t newest = n_tokens / TQKVI_BLOCK_TOKENS;
+
+    if (paged->n_copies == 0 || paged->copies[0].tier != 0)
+        return;
+    const uint32_t reach = paged->copies[0].reach;
+    const uint32_t first = newest > reach ? newest - reach : 0;
+    for (uint32_t index = first; index * TQKVI_BLOCK_TOKENS < n_tokens; index++)
+        tqkvi_young_copies_keep(&paged->copies[0], tqkvi_paged_block(paged, table, index));
 }
 
 tqkvi_paged_spot tqkvi_paged_find(tqkv_paged *paged, const tqkv_paged_batch *batch,

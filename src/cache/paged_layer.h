@@ -77,6 +77,9 @@ static inline uint8_t *tqkvi_paged_page_block(const tqkv_paged *paged,
 /* Copies of tier 0 that the token behind these lacks, sinks included. table: checked. */
 uint32_t tqkvi_paged_lost(const tqkv_paged *paged, const int32_t *table, uint32_t n_tokens);
 
+/* See tqkv_paged_keep. table: checked. */
+void tqkvi_paged_keep(tqkv_paged *paged, const int32_t *table, uint32_t n_tokens);
+
 /* Whether copies hold the block with this index when the newest token is in block `newest`. */
 bool tqkvi_paged_reaches(const tqkv_paged *paged, uint32_t copies, uint32_t index, uint32_t newest);
 

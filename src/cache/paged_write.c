@@ -54,6 +54,19 @@ static void place_copy(tqkvi_young_copies *copies, const tqkvi_paged_run *run, b
     }
 }
 
+/*
+ * Whether copies get the block with this index when the newest token is in block `newest`: where
+ * they reach, and those of tier 0 at the end of each page too, where a sequence may find it cached.
+ */
+static bool is_copied(const tqkv_paged *paged, uint32_t copies, uint32_t index, uint32_t newest)
+{
+    const uint32_t next_page = (index / paged->page_blocks + 1) * paged->page_blocks;
+
+    return tqkvi_paged_reaches(paged, copies, index, newest) ||
+           (paged->copies[copies].tier == 0 && next_page <= newest &&
+            tqkvi_paged_reaches(paged, copies, index, next_page));
+}
+
 /* The runs of one sequence; returns their number. */
 static size_t place_runs(tqkv_paged *paged, const tqkv_paged_batch *batch, uint32_t seq,
                          tqkvi_paged_run *runs)
@@ -75,8 +88,7 @@ static size_t place_runs(tqkv_paged *paged, const tqkv_paged_batch *batch, uint3
                                  .block = tqkvi_paged_block(paged, table, index),
                                  .base = tqkvi_paged_base(paged, (int32_t)(p - slot))};
         for (uint32_t i = 0; i < paged->n_copies; i++) {
-            const bool reached =
-                tqkvi_paged_reaches(paged, i, index, (end - 1) / TQKVI_BLOCK_TOKENS);
+            const bool reached = is_copied(paged, i, index, (end - 1) / TQKVI_BLOCK_TOKENS);
             place_copy(&paged->copies[i], run, reached);
             run->reached |= (uint32_t)reached << i;
         }

@@ -148,6 +148,7 @@ FUNCTIONS = {
     "tqkv_paged_attend": (STATUS, [OBJECT, POINTER(PagedBatch), POINTER(AttendArgs), PARALLEL]),
     "tqkv_paged_scratch_bytes": (c_size_t, [OBJECT, c_uint32, c_uint32, c_size_t]),
     "tqkv_paged_lost": (c_uint32, [OBJECT, POINTER(c_int32), c_uint32]),
+    "tqkv_paged_keep": (c_int, [OBJECT, POINTER(c_int32), c_uint32]),
     "tqkv_paged_get_stats": (None, [OBJECT, POINTER(PagedStats)]),
     "tqkv_calib_config_init": (None, [POINTER(CalibConfig)]),
     "tqkv_calib_create": (STATUS, [POINTER(CalibConfig), OUT]),

@@ -44,6 +44,10 @@ class Paged(Handle):
         """Copies, of 16 tokens each, that the token behind seq_len tokens in `blocks` (numbers) wants and that are gone."""
         return load().tqkv_paged_lost(self, (ctypes.c_int32 * len(blocks))(*blocks), seq_len)
 
+    def keep(self, blocks, seq_len):
+        """Keeps copies of the newest of these tokens longer than by use alone; see tqkv_paged_keep."""
+        check(load().tqkv_paged_keep(self, (ctypes.c_int32 * len(blocks))(*blocks), seq_len), "keeping copies")
+
     def write(self, parallel):
         """The tokens of self.batch. parallel: an abi.Parallel, or None."""
         check(load().tqkv_paged_write(self, self.batch, parallel), "writing tokens")

@@ -123,21 +123,25 @@ class TurboquantImpl(AttentionImpl[TurboquantMetadata]):
 def tokens_worth_finding(blocks, n_tokens, block_size):
     """Of n_tokens in cached blocks, a prefix hit, those that are not better read again.
 
-    All, if copies of its newest tokens are there. Layers keep copies of the same blocks, so one stands for
-    all. Without a layer in this process nothing is known, and the hit stays as it is.
+    All, if copies of its newest tokens are there; they are kept then, as more requests may find this prefix. Layers
+    keep copies of the same blocks, so one stands for all. Without a layer in this process nothing is known, and the
+    hit stays as it is.
     """
-    cache = LayerCache.newest and LayerCache.newest()
-    if cache is None or cache.paged.lost(blocks, n_tokens) == 0:
+    caches = list(LayerCache.of_this_process)
+    if not caches:
         return n_tokens
-    return max(n_tokens - cache.n_newest, 0) // block_size * block_size
+    if caches[0].paged.lost(blocks, n_tokens) == 0:
+        for cache in caches:
+            cache.paged.keep(blocks, n_tokens)
+        return n_tokens
+    return max(n_tokens - caches[0].n_newest, 0) // block_size * block_size
 
 
 class LayerCache:
     """The blocks of one layer: writes the new tokens of a step, then attends."""
-    newest = None  # weak reference to the one that was made last
+    of_this_process = weakref.WeakSet()
 
     def __init__(self, layer, kv_cache):
-        LayerCache.newest = weakref.ref(self)
         setup = layer.turboquant
         n_blocks, _, block_size, _ = kv_cache.shape
         if not kv_cache[0].is_contiguous():
@@ -151,6 +155,7 @@ class LayerCache:
         self.paged.batch.blocks = kv_cache.data_ptr()
         self.paged.batch.block_stride_bytes = kv_cache.stride(0)
         self.paged.batch.decode_tokens_max = 1 + setup.num_drafts
+        LayerCache.of_this_process.add(self)
 
     def step(self, impl, query, key, value, metadata, out):
         """out: [tokens, heads, head_size] f32 contiguous."""

@@ -53,8 +53,8 @@ def missing_features():
         "CPU_ATTN backend": "CPU_ATTN" in registry.AttentionBackendEnum.__members__,
         "state_content_bytes in FullAttentionSpec": {"num_head_slots", "state_content_bytes"} <= fields,
         "resolve_none_hash_seed": hasattr(kv_cache_utils, "resolve_none_hash_seed"),
-        "truncate_computed_blocks in KVCacheManager": {"get_computed_blocks",
-                                                       "truncate_computed_blocks"} <= set(vars(KVCacheManager)),
+        "truncate_computed_blocks in KVCacheManager": {"get_computed_blocks", "truncate_computed_blocks",
+                                                       "evict_blocks"} <= set(vars(KVCacheManager)),
         "_ROPE_DICT": hasattr(rotary_embedding, "_ROPE_DICT"),
     }
     return [feature for feature, there in features.items() if not there]
@@ -88,6 +88,8 @@ def worth_finding(get_computed_blocks):
             block_size = groups[0].kv_cache_spec.block_size
             n_kept = tokens_worth_finding(blocks.get_block_ids()[0], n_tokens, block_size)
             if n_kept < n_tokens:
+                # What is read again takes the place of these blocks, so that the next request finds its copies.
+                self.evict_blocks(set(blocks.get_block_ids()[0][n_kept // block_size:]))
                 blocks, n_tokens = self.truncate_computed_blocks(blocks, n_kept), n_kept
         return blocks, n_tokens, *more
     return found

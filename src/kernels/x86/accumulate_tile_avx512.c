@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Output of a tile: four queries and 64 channels at a time; left-over queries and channels go alone. */
+/* Output of a tile: four queries and 64 channels at a time; what is left over goes alone. */
 #include "kernels/tables.h"
 #include "kernels/x86/tile_avx512.h"
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Scores of a tile. 64 channels of 64 keys are transposed to [channel][key], so that a register holds
- * one channel of sixteen keys and no sum is across a register. That pays from a few queries on.
+ * Scores of a tile. 64 channels of 64 keys are transposed to [channel][key], so that a register
+ * holds one channel of sixteen keys and no sum is across a register. That pays from a few queries on.
  */
 #include <stdbool.h>
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Four rows times a matrix, 64 columns at a time: 16 sums in registers while the inner index runs, 4
- * loads and 4 broadcasts for 16 multiply-adds. A line is 64 columns of one row.
+ * Four rows times a matrix, 64 columns at a time: 16 sums in registers while the inner index runs,
+ * 4 loads and 4 broadcasts for 16 multiply-adds. A line is 64 columns of one row.
  */
 #ifndef TQKVK_TILE_AVX512_H
 #define TQKVK_TILE_AVX512_H
