@@ -128,9 +128,23 @@ def variant_table(results, model, context):
     return table(["variant", "tokens", *columns], lines)
 
 
+def variant_text_table(results, model, context):
+    """Mean KL by text of the variants that were kept with it."""
+    rows = [row for row in results.variants
+            if row["model"] == f"{model}-f32" and row["context"] == context and "kl_by_text" in row]
+    if not rows:
+        return None
+    texts = [text for text in DOMAINS if any(text in row["kl_by_text"] for row in rows)]
+    lines = [[row["variant"], row["profile"], *(kl_text(row["kl_by_text"].get(text)) for text in texts),
+              kl_text(row["kl_mean"])] for row in rows]
+    return table(["variant", "size", *(DOMAINS[text] for text in texts), "all"], lines)
+
+
 def variant_tables(results):
     kinds = dict.fromkeys((row["model"].removesuffix("-f32"), row["context"]) for row in results.variants)
-    return {f"variants-{model}-{context}": variant_table(results, model, context) for model, context in kinds}
+    made = {f"variants-{model}-{context}": variant_table(results, model, context) for model, context in kinds}
+    made |= {f"texts-{model}-{context}": variant_text_table(results, model, context) for model, context in kinds}
+    return {name: lines for name, lines in made.items() if lines}
 
 
 def tables(results):

@@ -59,6 +59,17 @@ def test_a_variant_has_a_line():
     assert "elsewhere" not in made
 
 
+def test_a_variant_kept_by_text_has_another_line():
+    kept = {"variant": "code alone", "profile": "8x", "model": "smollm2-f32", "context": 4096, "kl_mean": 0.0123,
+            "ratio": 1, "ratio_ci95": 0, "typical": 1, "typical_ci95": 0, "tokens": 512,
+            "kl_by_text": {"zh": 0.03, "en": 0.002}}
+    other = {**{name: kept[name] for name in kept if name != "kl_by_text"}, "variant": "base", "context": 8192}
+    made = quality_page.tables(quality_page.Results([], [kept, other]))
+    assert "| variant | size | English | Chinese | all |" in made["texts-smollm2-4096"]
+    assert line_of(made["texts-smollm2-4096"], "code alone") == [".0020", ".0300", ".0123"]
+    assert "texts-smollm2-8192" not in made and "variants-smollm2-8192" in made
+
+
 def test_only_tables_change():
     page = "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\n"
     once = quality_page.with_tables(page, {"x": "X\n", "y": "Y\n"})
