@@ -109,28 +109,46 @@ def domain_table(results, context):
     return table(["model", "cache", *DOMAINS.values()], lines)
 
 
+def ratio_text(row, name):
+    return f"{row[name]:.2f} ± {row[name + '_ci95']:.2f}"
+
+
 def variant_table(results, model, context):
     """A line for each variant: mean KL, its ratio to that of the shipped one, geometric mean of the tokens' ratios."""
     found = {}
     for row in results.variants:
-        if row["model"] == f"{model}-f32" and row["context"] == context:
+        if row["model"] == f"{model}-f32" and row["context"] == context and "kl_by_text" not in row:
             found.setdefault(row["variant"], {})[row["profile"]] = row
     lines = []
     for variant, by_profile in found.items():
         cells = []
         for profile in PROFILES:
             row = by_profile.get(profile)
-            cells += [kl_text(row["kl_mean"]), *(f"{row[name]:.2f} ± {row[name + '_ci95']:.2f}"
-                                                 for name in ("ratio", "typical"))] if row else [MISSING] * 3
+            cells += [kl_text(row["kl_mean"]), *(ratio_text(row, name) for name in ("ratio", "typical"))
+                      ] if row else [MISSING] * 3
         tokens = {row["tokens"] for row in by_profile.values()}
         lines.append([variant, "/".join(str(n) for n in sorted(tokens)), *cells])
     columns = [f"{what} at {profile}" for profile in PROFILES for what in ("KL", "ratio", "typical")]
     return table(["variant", "tokens", *columns], lines)
 
 
+def variant_text_table(results, model, context):
+    """A line for each variant that was kept by text: mean KL of the texts, and the ratios of all of them together."""
+    rows = [row for row in results.variants
+            if row["model"] == f"{model}-f32" and row["context"] == context and "kl_by_text" in row]
+    texts = [text for text in DOMAINS if any(text in row["kl_by_text"] for row in rows)]
+    lines = [[row["variant"], row["profile"], *(kl_text(row["kl_by_text"].get(text)) for text in texts),
+              kl_text(row["kl_mean"]), ratio_text(row, "ratio"), ratio_text(row, "typical")] for row in rows]
+    return table(["variant", "size", *(DOMAINS[text] for text in texts), "all", "ratio", "typical"], lines)
+
+
 def variant_tables(results):
-    kinds = dict.fromkeys((row["model"].removesuffix("-f32"), row["context"]) for row in results.variants)
-    return {f"variants-{model}-{context}": variant_table(results, model, context) for model, context in kinds}
+    made = {}
+    for row in results.variants:
+        model, context = row["model"].removesuffix("-f32"), row["context"]
+        kind, write = ("calibration", variant_text_table) if "kl_by_text" in row else ("variants", variant_table)
+        made[f"{kind}-{model}-{context}"] = write, model, context
+    return {name: write(results, *of) for name, (write, *of) in made.items()}
 
 
 def tables(results):

@@ -4,7 +4,7 @@
 
     tests/quality/lab.py smollm2 --bits 2.0 --frame 256 --keep "frames of 256"
 
-prints KL and its ratio to the shipped variant on the same tokens; --keep adds the row, with this command, to
+prints KL and its ratio to the shipped variant, or to that of --base, on the same tokens; --keep adds the row, with this command, to
 docs/results/variants.json. The library is that of TQKV_LIBRARY or build/release.
 """
 import argparse
@@ -29,10 +29,18 @@ def tiers(text):
     return tuple((int(tokens), float(bits)) for tokens, bits in (part.split("@") for part in text.split(",")))
 
 
+def base_of(text):
+    """{name: value} of a variant, such as lab_variant.SHIPPED."""
+    made = vars(parser().parse_args(["smollm2", *shlex.split(text)]))
+    return {name: made[name] for name in lab_variant.SHIPPED}
+
+
 def parser():
     made = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     add = made.add_argument
     add("model", choices=["smollm2", "qwen", "gemma"])
+    add("--base", type=base_of, default=lab_variant.SHIPPED, metavar="OPTIONS",
+        help="of the variant that ratios are to, quoted; sensitivities are measured with its frames and gamma")
     add("--device", default="cpu", help="that the model runs on, such as cuda; results are the same but for rounding")
     add("--bits", type=float, default=2.0, help="per value, everything counted at --context")
     add("--context", type=int, default=8192, help="that the plan is made for")
@@ -41,6 +49,7 @@ def parser():
         help="of them at the end; 0: the second half, and errors add up as they do in use")
     add("--chunk", type=int, default=512, help="tokens attended before they are coded, with --scored 0")
     add("--texts", default="en,zh")
+    add("--by-text", action="store_true", help="keep the mean KL of each text, too")
     add("--threads", type=int, default=1)
     add("--plan", help="a .tqkv instead of a plan made here")
     add("--save", help="write the plan to this .tqkv")
@@ -60,8 +69,10 @@ def parser():
     add("--calibration-tokens", type=int, default=lab_variant.N_TOKENS)
     add("--sensitivity", choices=["layer", "head", "none"], default="layer")
     add("--probes", type=int, default=16, help="pieces of text that sensitivities are measured on")
+    add("--probe-text", default="mixed", help="that they are pieces of")
     add("--k-share", type=float, help="of the old tokens' bytes")
     add("--tiers", type=tiers, default=((32, 8.0), (224, 6.0), (768, 4.0)))
+    add("--fixed-tiers", action="store_true", help="leave the last young tier as short as it is given, however much room is left")
     add("--exact", default="", help="K or V of layers left exact, as 5K,5V,17K: where the loss comes from")
     add("--tails", action="store_true", help="say how heavy the tails are that the codes meet, and nothing else")
     return made

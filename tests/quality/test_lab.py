@@ -6,8 +6,10 @@ with that of a cache in transformers and, with TQKV_TEST_FULL=1, of llama.cpp.
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -47,7 +49,8 @@ class TinyModel(lab_model.LabModel):
         self.layers = describe(self.net)
 
     def calibration(self, name):
-        return Text(torch.randint(256, (2 * lab_stats.PIECE_TOKENS,)), None)
+        made = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return Text(torch.randint(256, (2 * lab_stats.PIECE_TOKENS,), generator=made), None)
 
 
 @pytest.fixture(name="tiny", scope="module", params=sorted(CONFIGS))
@@ -150,7 +153,8 @@ def test_a_plan_read_back_is_the_same(tiny):
 
 SWITCHES = ["--frame 64", "--frame 0", "--frame-full 64", "--offsets", "--transform hadamard", "--transform eigen",
             "--gamma 0", "--spread 4096", "--band 32", "--step 2", "--no-w-o", "--widths 0,2,4,8", "--sensitivity none",
-            "--k-share 0.3", "--tiers 32@8,64@5", "--bits 3.2", "--context 4096"]
+            "--k-share 0.3", "--tiers 32@8,64@5", "--bits 3.2", "--context 4096", "--calibration code",
+            "--calibration-tokens 2048"]
 
 
 def facts(plan):
@@ -166,11 +170,54 @@ def test_every_switch_changes_the_plan(tiny):
         pytest.skip("one model says it")
 
     def made(options):
-        return list(facts(lab_variant.make_plan(model, lab.parser().parse_args(["gemma", *options.split()]))))
+        return list(facts(lab_variant.make_plan(model, lab.parser().parse_args(["gemma", *shlex.split(options)]))))
     shipped = made("")
-    assert made("--frame 1024 --gamma 0.5") == shipped
+    assert made("--frame 1024 --gamma 0.5 --base '--gamma 0.5 --probes 8'") == shipped
     for switch in SWITCHES:
         assert made(switch) != shipped, switch
+
+
+def test_probing_is_as_asked_for(tiny, monkeypatch):
+    model, _, _ = tiny
+    asked = []
+    monkeypatch.setattr(lab_plan, "sensitivities", lambda _, probing, by_head: asked.append((probing, by_head)) or [
+        [[1.0] * layer.n_kv_heads] * 2 for layer in model.layers])
+    for options in ("", "--probes 2 --probe-text code --gamma 1 --sensitivity head", "--base '--gamma 0.75 --frame 64'"):
+        lab_variant.make_plan(model, lab.parser().parse_args(["gemma", *shlex.split(options)]))
+    probing = lab_plan.Probing
+    assert asked == [(probing(), False), (probing(text="code", n_probes=2), True), (probing(gamma=.75, frame=64), False)]
+
+
+def test_probing_changes_sensitivities(tiny):
+    model, _, _ = tiny
+    few = {"n_probes": 2, "n_tokens": 2048}
+    found = [lab_plan.sensitivities(model, lab_plan.Probing(**{**few, **more}))
+             for more in ({}, {"text": "code"}, {"gamma": .75}, {"frame": 64}, {"n_probes": 1}, {"n_tokens": 4096})]
+    assert len(set(map(str, found))) == len(found)
+
+
+def test_the_last_young_tier_is_drawn_out_unless_fixed(tiny):
+    options = ["gemma", "--bits", "3.2", "--context", "16384", "--sensitivity", "none"]
+    n_young = []
+    for more in ([], ["--fixed-tiers"]):
+        plan = lab_variant.make_plan(tiny[0], lab.parser().parse_args([*options, *more]))
+        n_young.append(plan.tier_tokens[[layer.window for layer in plan.layers].index(0)][2])
+    assert n_young[0] > n_young[1] == 768
+
+
+def test_ratios_are_to_the_base(tiny, monkeypatch):
+    """A variant is its own base; to another one its ratio is what both lose."""
+    model, _, _ = tiny
+    monkeypatch.setattr(lab_variant, "load", lambda *_: model)
+    monkeypatch.setattr(TinyModel, "held_out", lambda self, name, n: self.calibration(name).piece(0, n), raising=False)
+    base = "--gamma 0 --sensitivity none --tiers 32@8,64@5 --bits 2.4"
+    common = shlex.split(f"{base} --context 1024 --n 1024 --scored 0 --texts en,zh --by-text")
+    rows = [lab_variant.run(lab.parser().parse_args(["gemma", *common, *more, "--base", base]))
+            for more in ([], ["--exact", "0V,1V,2V"])]
+    assert rows[0]["ratio"] == 1 and rows[0]["typical"] == 1
+    assert rows[1]["ratio"] < 0.9
+    assert rows[1]["ratio"] == pytest.approx(rows[1]["kl_mean"] / rows[0]["kl_mean"], rel=0.01)
+    assert rows[1]["kl_mean"] == pytest.approx(np.mean(list(rows[1]["kl_by_text"].values())), rel=1e-9)
 
 
 def test_only_w_o_changes_without_w_o(tiny):
@@ -196,6 +243,16 @@ def test_tails_of_a_model(tiny):
     found = list(lab_tails.tails(tiny[0], 64, 4096))
     assert [(row["layer"], row["side"]) for row in found] == [(i, side) for i in range(3) for side in "KV"]
     assert all(1 < row["kurtosis"] < 20 and row["top_percent"] >= .01 for row in found)
+
+
+def test_what_is_kept_is_computed_once(tiny):
+    """Processes that want the same at the same time wait for the first one."""
+    code = ("import sys, time; sys.path[:0] = sys.argv[1:]; from kv_lab import lab_model\n"
+            "def compute():\n    print('computed'); time.sleep(1); return 5\n"
+            "assert lab_model.once(compute, 'waits') == 5")
+    others = [subprocess.Popen([sys.executable, "-c", code, *sys.path], stdout=subprocess.PIPE) for _ in range(2)]
+    assert b"".join(other.communicate(timeout=300)[0] for other in others) == b"computed\n"
+    assert [other.returncode for other in others] == [0, 0]
 
 
 def test_intervals():

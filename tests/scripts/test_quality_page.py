@@ -59,6 +59,18 @@ def test_a_variant_has_a_line():
     assert "elsewhere" not in made
 
 
+def test_a_variant_kept_by_text_has_another_table():
+    kept = {"variant": "code alone", "profile": "8x", "model": "smollm2-f32", "context": 4096, "kl_mean": 0.0123,
+            "ratio": 1, "ratio_ci95": 0, "typical": 1, "typical_ci95": 0, "tokens": 512,
+            "kl_by_text": {"zh": 0.03, "en": 0.002}}
+    other = {**{name: kept[name] for name in kept if name != "kl_by_text"}, "variant": "base"}
+    made = quality_page.tables(quality_page.Results([], [kept, other]))
+    calibration, variants = made["calibration-smollm2-4096"], made["variants-smollm2-4096"]
+    assert "| variant | size | English | Chinese | all |" in calibration
+    assert line_of(calibration, "code alone") == [".0020", ".0300", ".0123", "1.00 ± 0.00", "1.00 ± 0.00"]
+    assert "code alone" not in variants and "base" in variants and "base" not in calibration
+
+
 def test_only_tables_change():
     page = "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\n"
     once = quality_page.with_tables(page, {"x": "X\n", "y": "Y\n"})

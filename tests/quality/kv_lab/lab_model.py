@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models with f32 weights, texts as tokens, and a folder for what is computed once."""
+import contextlib
+import fcntl
 import functools
 import os
 import pathlib
@@ -54,11 +56,20 @@ def kept(*key):
     return folder / ("-".join(str(part) for part in key) + ".pt")
 
 
+@contextlib.contextmanager
+def locked(*key):
+    """One process at a time."""
+    with open(kept(*key).with_suffix(".lock"), "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def once(compute, *key):
-    """What compute() returns, kept on disk."""
+    """What compute() returns, kept on disk; others who want it wait."""
     path = kept(*key)
-    if not path.exists():
-        part = path.with_suffix(f".part{os.getpid()}")
-        torch.save(compute(), part)
-        part.rename(path)
+    with locked(*key):
+        if not path.exists():
+            part = path.with_suffix(f".part{os.getpid()}")
+            torch.save(compute(), part)
+            part.rename(path)
     return torch.load(path, weights_only=False)

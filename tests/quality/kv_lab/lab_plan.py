@@ -148,6 +148,7 @@ class Budget:
     tiers: tuple = TIERS
     widths: tuple = WIDTHS
     k_share: float | None = None   # of the old tokens' bytes that K gets; None: as the losses ask for
+    is_fixed: bool = False         # the last young tier is never drawn out
 
 
 class Solver:
@@ -178,7 +179,7 @@ class Solver:
         while share > YOUNG_SHARE and (self._narrow() or self._shorten()):
             share = self._try_young() / budget
         has_full = any(not layer.window for layer in self.layers)
-        while (has_full and share <= YOUNG_SHARE_LONG and self.n_tiers > 2
+        while (has_full and not self.budget.is_fixed and share <= YOUNG_SHARE_LONG and self.n_tiers > 2
                and self.tokens[-1] <= self.budget.context // 2):
             self.tokens[-1] *= 2
             share = self._try_young() / budget
@@ -388,25 +389,36 @@ class Perturber:
         self.found[index][side] = kl / distortion
 
 
-def sensitivities(model, frame=1024, n_probes=16, n_tokens=16384, by_head=False):
-    """[layer][side][head] KL for each unit of distortion, measured with plans as shipped."""
+@dataclass(frozen=True, kw_only=True)
+class Probing:
+    """How sensitivities are measured: on pieces of a text, with plans fitted to the same text."""
+    frame: int = 1024
+    gamma: float = 0.5
+    text: str = "mixed"
+    n_tokens: int = 16384
+    n_probes: int = 16
+
+
+def sensitivities(model, probing, by_head=False):
+    """[layer][side][head] KL for each unit of distortion."""
     most = max(layer.n_kv_heads for layer in model.layers)
     if by_head:
-        found = [_sensitivities(model, frame, n_probes, n_tokens, head) for head in range(most)]
+        found = [_sensitivities(model, probing, head) for head in range(most)]
     else:
-        found = [_sensitivities(model, frame, n_probes, n_tokens, None)] * most
+        found = [_sensitivities(model, probing, None)] * most
     return [[[found[g][index][side] for g in range(layer.n_kv_heads)] for side in Side]
             for index, layer in enumerate(model.layers)]
 
 
-def _sensitivities(model, frame, n_probes, n_tokens, head):
+def _sensitivities(model, probing, head):
     def measure():
-        frames = [frame] * len(model.layers)
-        heads = fit(moments(model, frame, n_tokens=n_tokens), Make())
+        frames = [probing.frame] * len(model.layers)
+        found = moments(model, probing.frame, text_name=probing.text, n_tokens=probing.n_tokens)
+        heads = fit(found, Make(gamma=probing.gamma))
         perturber = Perturber(model.layers, frames, heads, N_SINKS, head)
         model.net.set_attn_implementation("sdpa")
         sensitivity.measure(model.net, perturber, model.layers, [RowMap.of(layer, RopeStyle.HALVES)
                                                                  for layer in model.layers],
-                            model.calibration("mixed"), n_probes, PERTURB_BITS, lambda *progress: None)
+                            model.calibration(probing.text), probing.n_probes, PERTURB_BITS, lambda *progress: None)
         return perturber.found
-    return once(measure, "sensitivity", model.name, frame, n_probes, *([] if head is None else [head]))
+    return once(measure, "sensitivity", model.name, *vars(probing).values(), *([] if head is None else [head]))

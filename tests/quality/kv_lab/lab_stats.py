@@ -13,7 +13,7 @@ import torch
 from turboquant import Side
 from turboquant_transformers.observer import observe_piece
 
-from .lab_model import kept, once
+from .lab_model import kept, locked, once
 
 PIECE_TOKENS = 2048
 QUERY_STRIDE = 8
@@ -94,12 +94,13 @@ def frame_bases(n, frame):
 def moments(model, frame, others=(), text_name="mixed", n_tokens=16384):
     """[layer][side][head] Moments. Those of other frame lengths cost less if they are made along with it."""
     keys = {f: ("moments", model.name, text_name, n_tokens, f) for f in (frame, *others)}
-    missing = [f for f, key in keys.items() if not kept(*key).exists()]
-    if missing:
-        recordings = record(model, text_name, n_tokens)
-        found = [_layer_moments(*each, missing) for each in zip(model.layers, recordings, model.output_projections)]
-        for i, f in enumerate(missing):
-            once(lambda i=i: [layer[i] for layer in found], *keys[f])
+    with locked("moments", model.name, text_name, n_tokens):
+        missing = [f for f, key in keys.items() if not kept(*key).exists()]
+        if missing:
+            recordings = record(model, text_name, n_tokens)
+            found = [_layer_moments(*each, missing) for each in zip(model.layers, recordings, model.output_projections)]
+            for i, f in enumerate(missing):
+                once(lambda i=i: [layer[i] for layer in found], *keys[f])
     return torch.load(kept(*keys[frame]), weights_only=False)
 
 
