@@ -4,8 +4,8 @@
 
     tests/quality/lab.py smollm2 --bits 2.0 --frame 256 --keep "frames of 256"
 
-prints KL and its ratio to the shipped variant, or to that of --base, on the same tokens; --keep adds the row, with this command, to
-docs/results/variants.json. The library is that of TQKV_LIBRARY or build/release.
+prints KL and its ratio to the shipped variant, or to that of --base, on the same tokens; --keep adds the row, with
+this command, to docs/results/variants.json. The library is that of TQKV_LIBRARY or build/release.
 """
 import argparse
 import os
@@ -72,7 +72,8 @@ def parser():
     add("--probe-text", default="mixed", help="that they are pieces of")
     add("--k-share", type=float, help="of the old tokens' bytes")
     add("--tiers", type=tiers, default=((32, 8.0), (224, 6.0), (768, 4.0)))
-    add("--fixed-tiers", action="store_true", help="leave the last young tier as short as it is given, however much room is left")
+    add("--fixed-tiers", action="store_true",
+        help="leave the last young tier as short as it is given, however much room is left")
     add("--exact", default="", help="K or V of layers left exact, as 5K,5V,17K: where the loss comes from")
     add("--tails", action="store_true", help="say how heavy the tails are that the codes meet, and nothing else")
     return made
