@@ -43,7 +43,7 @@ static __device__ __forceinline__ uint4 transposed(const uint4 &x)
  */
 template <bool TRANSPOSED, int UNROLL, int D, int N>
 static __device__ __forceinline__ void
-multiply_columns(const uint4 *__restrict__ matrix, uint32_t m, const tqkvc_columns<D, N> &columns,
+multiply_columns(const uint4 *matrix, uint32_t m, const tqkvc_columns<D, N> &columns,
                  uint32_t lane, float (&c)[N / 8][4])
 {
     const uint32_t g = lane / 4, t = lane % 4;
@@ -59,7 +59,7 @@ multiply_columns(const uint4 *__restrict__ matrix, uint32_t m, const tqkvc_colum
     for (uint32_t k = 0; k < D / 16; k++) {
         const uint32_t at = TRANSPOSED ? k * (D / 16) + m : m * (D / 16) + k;
         const uint4 *operand = matrix + (size_t)at * 64 + lane;
-        uint4 high = __ldg(operand), low = __ldg(operand + 32);
+        uint4 high = operand[0], low = operand[32];
         if (TRANSPOSED) {
             high = transposed(high);
             low = transposed(low);

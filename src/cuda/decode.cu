@@ -2,10 +2,14 @@
 /*
  * Decode: attention of a few query rows over the pages of a sequence.
  *
- *     block   KV head x up to R query rows x part of the tokens ("split") of one sequence
- *     warp    a run of tiles of 64 tokens of it, with memory for one tile of its own; no barrier inside
- *     merge   the warps of a block in shared memory; the splits by the last block that arrives
- *     finish  sums of V times the inverse of the transform on tensor cores, mean, output
+ *     block    KV head x up to R query rows x part of the tokens ("split") of one sequence
+ *     warp     a run of tiles of 64 tokens of it, with memory for one tile of its own; no barrier inside
+ *     merge    the warps of a block in shared memory, then the splits
+ *     finish   sums of V times the inverse of the transform on tensor cores, mean, output
+ *
+ * Where sequences are few, the splits of one KV head are a cluster: blocks that write to each other's shared memory. Each
+ * merges a slice of the sums and finishes some of the channels. Elsewhere the last of the splits merges what the others
+ * left in the workspace, and finishes all.
  *
  * A block begins with the queries of its frames (frames.cuh), while its first tiles are on their way.
  * Every byte of K and V is read once for up to R rows, by bulk copies of sections (1040 bytes at 4 bits
@@ -13,6 +17,7 @@
  * reverse: 16 warps of 8 KB fill a multiprocessor of sm_90, and hide each other's latency.
  * docs/GPU.md has what other ways took.
  */
+#include "cuda/cluster.cuh"
 #include "cuda/columns.cuh"
 #include "cuda/decode_tile.cuh"
 #include "cuda/frames.cuh"
@@ -23,22 +28,45 @@ namespace
 
 constexpr uint32_t ALL = 0xffffffffu;
 
+constexpr uint32_t THREADS = 32 * TQKVC_WARPS;
 template <int D, int R> struct block_memory {
     uint32_t tables[TQKVC_WIDTHS][TQKVC_WORDS + 1]; /* words and step */
-    float stats[TQKVC_WARPS][3][R];                 /* top, sum, nonzero */
+    float4 stats[TQKVC_WARPS][R];                   /* top, sum, nonzero; of a warp */
+    float4 part[R], total[R];                       /* of the block, of all splits */
     float factors[TQKVC_SPLITS_MAX][R];
-    float total[3][R];
-    uint32_t is_last, pad[3];
+    uint32_t is_last, first_frame;     /* of the products */
     uint64_t barriers[TQKVC_WARPS][2]; /* of K and of V */
+    tqkvc_products<D> products;
+    uint64_t matrix_barriers[2]; /* of K and of V */
+    tqkvc_warp_widths<D> widths[TQKVC_WARPS];
     tqkvc_warp_memory<D, R> warps[TQKVC_WARPS];
 };
 
-/* Floats of a part: sums as in tqkvc_warp_memory, then top, sum, nonzero of each row. */
-template <int D, int R> constexpr uint32_t PART_FLOATS = D * R + 3 * R;
+/* What a block of a cluster has besides. */
+template <int D, int R> struct cluster_memory {
+    static constexpr uint32_t N_FETCHED = D == 256 ? 2 : 4; /* units of a matrix */
+    uint4 matrix[N_FETCHED * D / 16 * 64];                  /* of K, then of V */
+    float products[2][R][D], means[2][R];                   /* of up to two frames */
+    float4 parts[D * R / 4];                                /* [block][slice of this one] */
+    float4 stats[TQKVC_CLUSTER_MAX][R];                     /* of blocks, as block_memory.part */
+    float4 sums[D * R / 4];
+    uint64_t parts_barrier, sums_barrier;
+};
 
-/* What the blocks of one sequence, KV head and row tile share. */
+/* A part in the workspace: sums as in tqkvc_warp_memory, then top, sum, nonzero of each row. */
+template <int D, int R> struct split_part {
+    float4 sums[D * R / 4], stats[R];
+};
+
+/* Tiles [first, end) of a sequence. */
+struct tile_range {
+    uint32_t first, end;
+};
+
+/* What the blocks of one sequence, KV head and row tile share, and the tiles of this one. */
 struct task {
-    uint32_t seq, g, row_tile, split, length, first_tile, end_tile, n_parts;
+    uint32_t seq, g, row_tile, split, length, n_parts;
+    tile_range tiles;
 };
 
 __device__ task find_task(const tqkvc_decode &p)
@@ -51,8 +79,7 @@ __device__ task find_task(const tqkvc_decode &p)
     const uint32_t each = (n_tiles + p.n_splits - 1) / p.n_splits;
     const uint32_t whole = (each + TQKVC_WARPS - 1) / TQKVC_WARPS * TQKVC_WARPS; /* warps alike */
     t.n_parts = n_tiles == 0 ? 1 : (n_tiles + whole - 1) / whole;
-    t.first_tile = min(t.split * whole, n_tiles);
-    t.end_tile = min(t.first_tile + whole, n_tiles);
+    t.tiles = {min(t.split * whole, n_tiles), min((t.split + 1) * whole, n_tiles)};
     return t;
 }
 
@@ -62,7 +89,9 @@ template <int D, int R> struct worker {
     const task &t;
     block_memory<D, R> &shared;
     tqkvc_warp_memory<D, R> &memory;
-    uint8_t *tile; /* sections of K, then of V */
+    tqkvc_warp_widths<D> &widths;
+    cluster_memory<D, R> *cluster; /* or NULL */
+    uint8_t *tile;                 /* sections of K, then of V */
     uint64_t *barriers;
     tqkvc_rows tables;
     uint32_t lane;
@@ -91,33 +120,39 @@ template <int D, int R> __device__ void start_rows(worker<D, R> &w)
         (&w.memory.sums[0][0][0])[i] = 0;
 }
 
-/* The queries of a frame, for a tier. */
-template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t frame, uint32_t tier)
+/* The queries of a frame as whole numbers, for the tier that the warp is at. */
+template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t frame)
 {
-    constexpr uint32_t WORDS = sizeof(w.memory.q) / 16;
-    const tqkvc_frames &f = w.p.frames;
-    const size_t place =
-        ((size_t)(w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_frames + frame) * f.shape.n_tiers +
-        tier;
-    const size_t at = place * f.n_row_tiles + w.t.row_tile;
-    const uint4 *operands = reinterpret_cast<const uint4 *>(f.operands) + at * WORDS;
-    const uint4 *rows = reinterpret_cast<const uint4 *>(f.rows) + at * R;
-    uint4 *q = reinterpret_cast<uint4 *>(&w.memory.q[0][0][0]);
+    const uint32_t first = (frame - w.shared.first_frame) * R;
+    const float *values = w.shared.products.values + first * D, *means = w.shared.products.means + first;
+    tqkvc_query_steps<D> steps;
 
     __syncwarp();
+    steps.load(w.tables, w.widths.k, w.lane);
+#pragma unroll 1
+    for (uint32_t start = 0; start < R; start += 4) {
+        float4 product[4][steps.N];
 #pragma unroll
-    for (uint32_t i = 0; i < (WORDS + 31) / 32; i++)
-        if (32 * i + w.lane < WORDS)
-            q[32 * i + w.lane] = __ldcg(operands + 32 * i + w.lane);
-    for (uint32_t h = 0; h < R / 4; h++) {
-        const uint32_t r = w.lane % 4 * (R / 4) + h;
-        const uint4 row =
-            w.t.row_tile * R + r < f.n_rows ? __ldcg(rows + r) : make_uint4(0, 0, 0, 0);
-        w.rows.q_factor[h] = __uint_as_float(row.x) * w.p.scale_log2;
-        w.rows.q_mean[h] = __uint_as_float(row.y) * w.p.scale_log2;
-        w.rows.q_start[h][0] = (int)row.z;
-        w.rows.q_start[h][1] = (int)row.w;
+        for (int i = 0; i < 4 * steps.N; i++)
+            product[i / steps.N][i % steps.N] = reinterpret_cast<const float4 *>(
+                values + (start + i / steps.N) * D +
+                steps.unit(i % steps.N, w.lane) * 16)[w.lane % 4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const tqkvc_query_row row =
+                make_query<D, R>(product[i], steps, start + i, w.lane, w.memory.q);
+#pragma unroll
+            for (int h = 0; h < R / 4; h++) {
+                if (w.lane % 4 * (R / 4) + h != start + i)
+                    continue;
+                w.rows.q_factor[h] = row.factor * w.p.scale_log2;
+                w.rows.q_start[h][0] = row.sums.x;
+                w.rows.q_start[h][1] = row.sums.y;
+            }
+        }
     }
+    for (uint32_t h = 0; h < R / 4; h++)
+        w.rows.q_mean[h] = means[w.lane % 4 * (R / 4) + h] * w.p.scale_log2;
     __syncwarp();
 }
 
@@ -149,14 +184,11 @@ template <int D, int R> struct segment {
                                           uint32_t in_tier)
     {
         const tqkvc_layout &layout = layout_of(w, in_tier);
+        const uint64_t widths = layout.widths[w.lane / 16];
         const uint32_t page_blocks = w.p.pages.page_tokens / TQKVC_BLOCK_TOKENS;
 
         tier = in_tier;
-        offset = layout.offset;
-        bytes[0] = layout.bytes[0];
-        bytes[1] = layout.bytes[1];
-        const uint32_t fit = w.p.tile_bytes / (bytes[0] + bytes[1]);
-        each = fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+        each = w.p.tile_blocks[tier];
         block = first * TQKVC_TILE_BLOCKS;
         end = min(end_tile * TQKVC_TILE_BLOCKS,
                   (w.t.length + TQKVC_BLOCK_TOKENS - 1) / TQKVC_BLOCK_TOKENS);
@@ -164,8 +196,14 @@ template <int D, int R> struct segment {
         entry = mine / page_blocks;
         in_page = mine % page_blocks;
         page = load_page(w, min(entry, (end - 1) / page_blocks));
+        offset = layout.offset;
+        bytes[0] = layout.bytes[0];
+        bytes[1] = layout.bytes[1];
         copy(w, 0, 0);
         copy(w, 0, 1);
+        find_runs<D / 16>(widths, w.lane, w.widths.runs);
+        if (w.lane == 0)
+            w.widths.k = widths;
     }
 
     /* Copies one side of the tile `ahead` blocks on, if there is one; K first. */
@@ -201,8 +239,6 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, segment<D, 
                          v = {w.tile + each * s.bytes[0], s.bytes[1], each - 1};
     uint32_t end_frame = 0;
 
-    if (w.lane < 2)
-        find_runs<D / 16>(layout_of(w, s.tier).widths[w.lane], w.memory.runs[w.lane]);
 #pragma unroll 1
     for (; s.block < s.end; s.block += each) {
         const uint32_t token = s.block * TQKVC_BLOCK_TOKENS,
@@ -212,12 +248,12 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, segment<D, 
         uint32_t k_scales[TQKVC_TILE_BLOCKS / 2], v_scales[TQKVC_TILE_BLOCKS / 2];
 
         if (s.block >= end_frame) {
-            load_queries<D, R>(w, s.block / frame_blocks, s.tier);
+            load_queries(w, s.block / frame_blocks);
             end_frame = (s.block / frame_blocks + 1) * frame_blocks;
         }
         ring_wait(&w.barriers[0], w.phase);
         k.load_scales(w.lane / 4, k_scales);
-        score_tile<D, R>(k, w.memory, w.tables, w.rows, w.lane, products);
+        score_tile<D, R>(k, w.memory, w.widths.runs[0], w.tables, w.rows, w.lane, products);
         __syncwarp();
         s.copy(w, each, 0);
         ring_wait(&w.barriers[1], w.phase);
@@ -225,7 +261,7 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, segment<D, 
         v.load_scales(w.lane / 4, v_scales);
         weigh_tile<R>(products, k_scales, v_scales, token, end_token, w.all_see, w.lane, w.rows,
                       weights);
-        add_values<D, R>(v, weights, w.tables, w.lane, w.memory);
+        add_values<D, R>(v, weights, w.widths.runs[1], w.tables, w.lane, w.memory);
         __syncwarp();
         s.copy(w, each, 1);
     }
@@ -251,27 +287,77 @@ __device__ uint32_t find_segment(const worker<D, R> &w, uint32_t first, uint32_t
     return end;
 }
 
-/* Queries of the frames that the tiles of the block are in. All threads of it. */
+/* Where the matrix of a side is. */
+template <int D, int R>
+__device__ __forceinline__ const uint4 *matrix_of(const worker<D, R> &w, int side)
+{
+    return reinterpret_cast<const uint4 *>(w.p.frames.image + w.p.frames.shape.parts.matrix[side]) +
+           (size_t)w.t.g * D * D / 4;
+}
+
+/* A cluster: units of the matrices on their way to shared memory. K: the first ones. V: those that this block finishes. */
+template <int D, int R> __device__ void fetch_matrix(worker<D, R> &w, int side)
+{
+    constexpr uint32_t UNIT = D / 16 * 64, N = cluster_memory<D, R>::N_FETCHED;
+    const uint32_t step = side == 0 ? 1 : w.p.n_splits, first = side == 0 ? 0 : w.t.split,
+                   there = first < D / 16 ? (D / 16 - first + step - 1) / step : 0;
+
+    if (!w.cluster || threadIdx.x != 0)
+        return;
+    expect_bytes(&w.shared.matrix_barriers[side], min(there, N) * UNIT * sizeof(uint4));
+    for (uint32_t i = 0; i < min(there, N); i++)
+        fetch(&w.shared.matrix_barriers[side], w.cluster->matrix + i * UNIT,
+              matrix_of(w, side) + (first + i * step) * UNIT, UNIT * sizeof(uint4));
+}
+
+template <int D, int R> __device__ void load_tables(worker<D, R> &w)
+{
+    const tqkvc_tables *tables = reinterpret_cast<const tqkvc_tables *>(w.p.frames.image);
+    uint32_t *to = &w.shared.tables[0][0];
+
+    for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * (TQKVC_WORDS + 1); i += THREADS)
+        to[i] = reinterpret_cast<const uint32_t *>(
+            tables->widths + i / (TQKVC_WORDS + 1))[i % (TQKVC_WORDS + 1)];
+}
+
+/* Queries of the frames that the tiles of the block are in. All threads; ends with a barrier. */
 template <int D, int R> __device__ void make_block_queries(worker<D, R> &w)
 {
-    const uint32_t frame_tiles = w.p.frames.frame_tokens / TQKV_CUDA_TILE_TOKENS;
-    const tqkvc_query_task task = {.seq = w.t.seq,
-                                   .g = w.t.g,
-                                   .row_tile = w.t.row_tile,
-                                   .length = w.t.length,
-                                   .first_frame = w.t.first_tile / frame_tiles,
-                                   .end_frame = (w.t.end_tile + frame_tiles - 1) / frame_tiles};
+    const tqkvc_frames &f = w.p.frames;
+    const uint32_t frame_tiles = f.frame_tokens / TQKV_CUDA_TILE_TOKENS;
+    tqkvc_query_task task = {.seq = w.t.seq,
+                             .g = w.t.g,
+                             .row_tile = w.t.row_tile,
+                             .first_frame = w.t.tiles.first / frame_tiles,
+                             .end_frame = (w.t.tiles.end + frame_tiles - 1) / frame_tiles};
+    const size_t place = (w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_row_tiles + w.t.row_tile;
+    const size_t row = (place * f.n_frames + task.first_frame) * R;
+    tqkvc_products<D> products = {f.products + row * D, f.means + row};
+    tqkvc_matrix<D> matrix = {matrix_of(w, 0), NULL, 0, &w.shared.matrix_barriers[0]};
 
-    static_assert(sizeof(tqkvc_query_memory<D, R>) <= sizeof(w.shared.warps), "made there");
-    make_queries<D, R>(w.p.frames, task,
-                       *reinterpret_cast<tqkvc_query_memory<D, R> *>(&w.shared.warps));
+    if (w.t.tiles.end == w.t.tiles.first)
+        task.end_frame = task.first_frame;
+    if (w.cluster) {
+        matrix.fetched = w.cluster->matrix;
+        matrix.n_fetched = w.cluster->N_FETCHED;
+        if (task.end_frame - task.first_frame <= 2)
+            products = {w.cluster->products[0][0], w.cluster->means[0]};
+    }
+    if (threadIdx.x == 0) {
+        w.shared.products = products;
+        w.shared.first_frame = task.first_frame;
+    }
+    static_assert(sizeof(tqkvc_query_memory<D, TQKVC_WARPS * R>) <= sizeof(w.shared.warps),
+                  "made there");
+    make_queries<D, R>(f, task, matrix, products, &w.shared.warps);
+    __syncthreads();
 }
 
 template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
 {
-    const uint32_t n = w.t.end_tile - w.t.first_tile, each = (n + TQKVC_WARPS - 1) / TQKVC_WARPS;
-    uint32_t i = w.t.first_tile + threadIdx.x / 32 * each, next = i;
-    const uint32_t end = min(i + each, w.t.end_tile);
+    const uint32_t n = w.t.tiles.end - w.t.tiles.first, each = (n + TQKVC_WARPS - 1) / TQKVC_WARPS;
+    uint32_t i = w.t.tiles.first + threadIdx.x / 32 * each, next = i;
+    const uint32_t end = min(i + each, w.t.tiles.end);
     segment<D, R> s;
     const auto start = [&]() {
         uint32_t tier;
@@ -281,7 +367,9 @@ template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
 
     if (i < end)
         start();
+    load_tables(w);
     make_block_queries(w);
+    fetch_matrix(w, 1);
     start_rows(w);
     while (i < end) {
         run_segment(w, s);
@@ -289,18 +377,14 @@ template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
         if (i < end)
             start();
     }
-    float(*stats)[R] = w.shared.stats[threadIdx.x / 32];
     for (int h = 0; h < R / 4; h++) {
         for (int d = 4; d < 32; d *= 2) {
             w.rows.sum[h] += __shfl_xor_sync(ALL, w.rows.sum[h], d);
             w.rows.nonzero[h] += __shfl_xor_sync(ALL, w.rows.nonzero[h], d);
         }
-        if (w.lane < 4) {
-            const uint32_t r = w.lane * (R / 4) + h;
-            stats[0][r] = w.rows.top[h];
-            stats[1][r] = w.rows.sum[h];
-            stats[2][r] = w.rows.nonzero[h];
-        }
+        if (w.lane < 4)
+            w.shared.stats[threadIdx.x / 32][w.lane * (R / 4) + h] =
+                make_float4(w.rows.top[h], w.rows.sum[h], w.rows.nonzero[h], 0.0f);
     }
 }
 
@@ -317,79 +401,123 @@ template <int R> __device__ uint32_t element_channel(uint32_t i)
 }
 
 /*
- * Factors that bring n parts, at most MAX, to one top, and the totals. get(part, what, row): top, sum, nonzero. A
+ * Factors that bring n parts, at most MAX, to one top, and the totals. get(part, row): its top, sum, nonzero. A
  * warp takes every fourth row, a lane every 32nd part.
  */
 template <int R, int MAX, typename GET>
-__device__ void find_factors(uint32_t n, GET &&get, float (*factors)[R], float (*total)[R])
+__device__ void find_factors(uint32_t n, GET &&get, float (*factors)[R], float4 (&total)[R])
 {
     constexpr int N = (MAX + 31) / 32;
     const uint32_t lane = threadIdx.x % 32;
 
 #pragma unroll 1
     for (uint32_t r = threadIdx.x / 32; r < R; r += TQKVC_WARPS) {
-        float values[N][3], top = TQKVC_LOWEST, sum = 0, nonzero = 0;
+        float4 stats[N];
+        float top = TQKVC_LOWEST, sum = 0, nonzero = 0;
 #pragma unroll
         for (int k = 0; k < N; k++) {
             const uint32_t i = 32 * k + lane;
-#pragma unroll
-            for (int what = 0; what < 3; what++)
-                values[k][what] = i < n ? get(i, what, r) : what == 0 ? TQKVC_LOWEST : 0.0f;
-            top = fmaxf(top, values[k][0]);
+            stats[k] = i < n ? get(i, r) : make_float4(TQKVC_LOWEST, 0.0f, 0.0f, 0.0f);
+            top = fmaxf(top, stats[k].x);
         }
         for (int d = 16; d > 0; d /= 2)
             top = fmaxf(top, __shfl_xor_sync(ALL, top, d));
 #pragma unroll
         for (int k = 0; k < N; k++) {
-            const float factor = exp2_fast(values[k][0] - top);
+            const float factor = exp2_fast(stats[k].x - top);
             if (32 * k + lane < n)
                 factors[32 * k + lane][r] = factor;
-            sum += values[k][1] * factor;
-            nonzero += values[k][2] * factor;
+            sum += stats[k].y * factor;
+            nonzero += stats[k].z * factor;
         }
         for (int d = 16; d > 0; d /= 2) {
             sum += __shfl_xor_sync(ALL, sum, d);
             nonzero += __shfl_xor_sync(ALL, nonzero, d);
         }
-        if (lane == 0) {
-            total[0][r] = top;
-            total[1][r] = sum;
-            total[2][r] = nonzero;
-        }
+        if (lane == 0)
+            total[r] = make_float4(top, sum, nonzero, 0.0f);
     }
 }
 
-/* Sums of all warps to those of the first warp. */
-template <int D, int R> __device__ void merge_warps(block_memory<D, R> &shared)
+/* v += x times the factors of elements i .. i + 3, that are of two rows. */
+template <int R>
+__device__ __forceinline__ void add_scaled(float4 &v, const float4 &x, const float (&factors)[R],
+                                           uint32_t i)
+{
+    const float2 f = *reinterpret_cast<const float2 *>(factors + element_row<R>(i));
+    v.x += x.x * f.x;
+    v.y += x.y * (R == 4 ? f.x : f.y);
+    v.z += x.z * (R == 4 ? f.y : f.x);
+    v.w += x.w * f.y;
+}
+
+/* Sums of all warps of the block; use(i, sums of elements 4 i .. 4 i + 3). */
+template <int D, int R, typename USE>
+__device__ void merge_warps(block_memory<D, R> &shared, USE &&use)
 {
     find_factors<R, TQKVC_WARPS>(
-        TQKVC_WARPS, [&](uint32_t i, int what, uint32_t r) { return shared.stats[i][what][r]; },
-        shared.factors, shared.total);
+        TQKVC_WARPS, [&](uint32_t i, uint32_t r) { return shared.stats[i][r]; }, shared.factors,
+        shared.part);
     __syncthreads();
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < D * R; i += 32 * TQKVC_WARPS) {
-        float v = 0;
+    for (uint32_t i = threadIdx.x; i < D * R / 4; i += THREADS) {
+        float4 v = {};
 #pragma unroll
         for (int w = 0; w < TQKVC_WARPS; w++)
-            v += (&shared.warps[w].sums[0][0][0])[i] * shared.factors[w][element_row<R>(i)];
-        (&shared.warps[0].sums[0][0][0])[i] = v;
+            add_scaled<R>(v, reinterpret_cast<float4 *>(shared.warps[w].sums)[i], shared.factors[w],
+                          4 * i);
+        use(i, v);
     }
-    __syncthreads();
 }
 
-/* Leaves the part of this block; true in the block that was last, with the sums of all in place. */
+/*
+ * Sums of all blocks, to all blocks. A block of n gets a slice of each part, adds them up and hands the sums on. All
+ * threads that share an element add it up, and hand it to different blocks.
+ */
 template <int D, int R>
-__device__ bool merge_splits(const tqkvc_decode &p, const task &t, block_memory<D, R> &shared)
+__device__ void merge_cluster(uint32_t n, uint32_t rank, block_memory<D, R> &shared,
+                              cluster_memory<D, R> &cluster)
 {
-    float *sums = &shared.warps[0].sums[0][0][0];
-    const size_t place = (size_t)t.seq * gridDim.y + blockIdx.y;
-    float *parts = p.parts + place * p.n_splits * PART_FLOATS<D, R>;
-    float *mine = parts + (size_t)t.split * PART_FLOATS<D, R>;
+    const uint32_t slice = D * R / 4 / n, n_shares = max(THREADS / slice, 1);
 
-    for (uint32_t i = threadIdx.x; i < D * R; i += 32 * TQKVC_WARPS)
-        __stcg(mine + i, sums[i]);
-    if (threadIdx.x < 3 * R)
-        __stcg(mine + D * R + threadIdx.x, (&shared.total[0][0])[threadIdx.x]);
+    cluster_wait();
+    merge_warps(shared, [&](uint32_t i, const float4 &v) {
+        push(&cluster.parts[rank * slice + i % slice], &cluster.parts_barrier, i / slice, v);
+    });
+    if (threadIdx.x < n * R)
+        push(&cluster.stats[rank][threadIdx.x % R], &cluster.parts_barrier, threadIdx.x / R,
+             shared.part[threadIdx.x % R]);
+    ring_wait(&cluster.parts_barrier, 0);
+    __syncthreads(); /* factors are free */
+    find_factors<R, TQKVC_CLUSTER_MAX>(
+        n, [&](uint32_t i, uint32_t r) { return cluster.stats[i][r]; }, shared.factors,
+        shared.total);
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x % slice; i < slice; i += THREADS) {
+        const uint32_t at = rank * slice + i;
+        float4 v = {};
+#pragma unroll 16
+        for (uint32_t k = 0; k < n; k++)
+            add_scaled<R>(v, cluster.parts[k * slice + i], shared.factors[k], 4 * at);
+        for (uint32_t k = threadIdx.x / slice % n_shares; k < n; k += n_shares)
+            push(&cluster.sums[at], &cluster.sums_barrier, k, v);
+    }
+    ring_wait(&cluster.sums_barrier, 0);
+}
+
+/* Leaves the part of this block; true in the block that was last, with the sums of all in `sums`. */
+template <int D, int R>
+__device__ bool merge_splits(const tqkvc_decode &p, const task &t, block_memory<D, R> &shared,
+                             float4 *sums)
+{
+    const size_t place = (size_t)t.seq * gridDim.y + blockIdx.y;
+    split_part<D, R> *parts = static_cast<split_part<D, R> *>(p.parts) + place * p.n_splits;
+
+    for (uint32_t i = threadIdx.x; i < D * R / 4; i += THREADS)
+        __stcg(&parts[t.split].sums[i], sums[i]);
+    if (threadIdx.x < R)
+        __stcg(&parts[t.split].stats[threadIdx.x], shared.part[threadIdx.x]);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0)
@@ -401,40 +529,34 @@ __device__ bool merge_splits(const tqkvc_decode &p, const task &t, block_memory<
     if (threadIdx.x == 0)
         p.arrivals[place] = 0;
     find_factors<R, TQKVC_SPLITS_MAX>(
-        t.n_parts,
-        [&](uint32_t i, int what, uint32_t r) {
-            return __ldcg(parts + (size_t)i * PART_FLOATS<D, R> + D * R + what * R + r);
-        },
+        t.n_parts, [&](uint32_t i, uint32_t r) { return __ldcg(&parts[i].stats[r]); },
         shared.factors, shared.total);
     __syncthreads();
-    for (uint32_t i = 4 * threadIdx.x; i < D * R; i += 4 * 32 * TQKVC_WARPS) {
-        float v[4] = {};
+    for (uint32_t i = threadIdx.x; i < D * R / 4; i += THREADS) {
+        float4 v = {};
 #pragma unroll 16
-        for (uint32_t s = 0; s < t.n_parts; s++) {
-            const float4 x =
-                __ldcg(reinterpret_cast<const float4 *>(parts + (size_t)s * PART_FLOATS<D, R> + i));
-            v[0] += x.x * shared.factors[s][element_row<R>(i)];
-            v[1] += x.y * shared.factors[s][element_row<R>(i + 1)];
-            v[2] += x.z * shared.factors[s][element_row<R>(i + 2)];
-            v[3] += x.w * shared.factors[s][element_row<R>(i + 3)];
-        }
-        *reinterpret_cast<float4 *>(sums + i) = *reinterpret_cast<const float4 *>(v);
+        for (uint32_t s = 0; s < t.n_parts; s++)
+            add_scaled<R>(v, __ldcg(&parts[s].sums[i]), shared.factors[s], 4 * i);
+        sums[i] = v;
     }
     __syncthreads();
     return true;
 }
 
-/* out = (inverse of sums + mean nonzero) / sum. columns: where the tiles were. */
+/*
+ * out = (inverse of sums + mean nonzero) / sum, for units first_unit, first_unit + step, .. of the channels. columns: where
+ * the tiles were.
+ */
 template <int D, int R>
-__device__ void finish(const tqkvc_decode &p, const task &t, block_memory<D, R> &shared,
-                       tqkvc_columns<D, 8> &columns)
+__device__ void finish(const tqkvc_decode &p, const task &t, const tqkvc_matrix<D> &matrix,
+                       uint32_t first_unit, uint32_t step, const float4 (&total)[R],
+                       const float *sums, tqkvc_columns<D, 8> &columns)
 {
     constexpr float GAIN =
         16.0f; /* sums are below 1024; lifts small ones out of f16's subnormals */
     const tqkvc_shape &shape = p.frames.shape;
-    const uint32_t lane = threadIdx.x % 32, group = shape.n_heads / shape.n_kv_heads;
-    const uint4 *matrix = reinterpret_cast<const uint4 *>(p.frames.image + shape.parts.matrix[1]) +
-                          (size_t)t.g * D * D / 4;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32,
+                   group = shape.n_heads / shape.n_kv_heads;
     const float *row_scale =
         reinterpret_cast<const float *>(p.frames.image + shape.parts.row_scale[1]) + t.g * D;
     const float *mean =
@@ -442,31 +564,33 @@ __device__ void finish(const tqkvc_decode &p, const task &t, block_memory<D, R> 
 
     /* With four rows the other columns are not read. */
 #pragma unroll 4
-    for (uint32_t i = threadIdx.x; i < D * R; i += 32 * TQKVC_WARPS) {
-        const float sum = shared.total[1][element_row<R>(i)];
-        const float v = sum > 0 ? __fdividef((&shared.warps[0].sums[0][0][0])[i], sum) : 0.0f;
+    for (uint32_t i = threadIdx.x; i < D * R; i += THREADS) {
+        const float sum = total[element_row<R>(i)].y, v = sum > 0 ? __fdividef(sums[i], sum) : 0.0f;
         columns.set(element_row<R>(i), element_channel<R>(i), v * GAIN);
     }
     __syncthreads();
-    for (uint32_t m = threadIdx.x / 32; m < D / 16; m += TQKVC_WARPS) {
-        const uint32_t d = m * 16 + lane / 4;
+    matrix.wait();
+    for (uint32_t i = warp; first_unit + i * step < D / 16; i += TQKVC_WARPS) {
+        const uint32_t m = first_unit + i * step, d = m * 16 + lane / 4;
         const float scale[2] = {__ldg(row_scale + d) / GAIN, __ldg(row_scale + d + 8) / GAIN},
                     means[2] = {__ldg(mean + d), __ldg(mean + d + 8)};
         float c[1][4];
 
-        multiply_columns<false, 8>(matrix, m, columns, lane, c);
+        if (i < matrix.n_fetched)
+            multiply_columns<false, 8>(matrix.fetched, i, columns, lane, c);
+        else
+            multiply_columns<false, 8>(matrix.all, m, columns, lane, c);
         for (uint32_t i = 0; i < 4; i++) {
             const uint32_t r = lane % 4 * 2 + i % 2, row = t.row_tile * R + r;
             if (r >= R || row >= p.frames.n_rows)
                 continue;
             const size_t at = (size_t)(t.seq * p.frames.q_len + row / group) * shape.n_heads +
                               t.g * group + row % group;
-            const float sum = shared.total[1][r];
-            const float share = sum > 0 ? __fdividef(shared.total[2][r], sum) : 0.0f;
+            const float sum = total[r].y, share = sum > 0 ? __fdividef(total[r].z, sum) : 0.0f;
             store_value(p.out, at * D + d + i / 2 * 8, p.frames.type,
                         c[0][i] * scale[i / 2] + means[i / 2] * share);
             if (p.lse && d + i / 2 == 0)
-                p.lse[at] = sum > 0 ? (shared.total[0][r] + log2f(sum)) * 0.69314718f : -INFINITY;
+                p.lse[at] = sum > 0 ? (total[r].x + log2f(sum)) * 0.69314718f : -INFINITY;
         }
     }
 }
@@ -479,49 +603,78 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, BLOCKS)
     extern __shared__ __align__(128) uint8_t dynamic[];
     block_memory<D, R> &shared = *reinterpret_cast<block_memory<D, R> *>(dynamic);
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const tqkvc_tables *tables = reinterpret_cast<const tqkvc_tables *>(p.frames.image);
-
-    wait_for_previous();
-    const task t = find_task(p);
-    for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * (TQKVC_WORDS + 1); i += 32 * TQKVC_WARPS)
-        (&shared.tables[0][0])[i] = reinterpret_cast<const uint32_t *>(
-            tables->widths + i / (TQKVC_WORDS + 1))[i % (TQKVC_WORDS + 1)];
-    if (lane < 2)
-        ring_barrier_init(&shared.barriers[warp][lane]);
-    if (t.split >= t.n_parts)
-        return;
-    __syncthreads();
 
     uint8_t *tiles = dynamic + sizeof(block_memory<D, R>);
+    cluster_memory<D, R> *cluster =
+        p.is_cluster
+            ? reinterpret_cast<cluster_memory<D, R> *>(tiles + TQKVC_WARPS * p.tile_bytes)
+            : NULL;
+
+    if (lane < 2)
+        ring_barrier_init(&shared.barriers[warp][lane]);
+    if (cluster) {
+        if (threadIdx.x == 0) {
+            expect_bytes(&cluster->parts_barrier, sizeof(cluster->parts) + p.n_splits * R * 16);
+            expect_bytes(&cluster->sums_barrier, sizeof(cluster->sums));
+        }
+        cluster_arrive();
+    }
+    wait_for_previous();
+    let_next_start();
+    const task t = find_task(p);
+    if (t.split >= t.n_parts && !cluster)
+        return;
     worker<D, R> w = {p,
                       t,
                       shared,
                       shared.warps[warp],
+                      shared.widths[warp],
+                      cluster,
                       tiles + warp * p.tile_bytes,
                       shared.barriers[warp],
                       {fresh(shared_address(shared.tables))},
                       lane};
-    run_tiles(w);
-    let_next_start();
+    fetch_matrix(w, 0);
     __syncthreads();
-    merge_warps(shared);
-    if (t.n_parts == 1 || merge_splits(p, t, shared))
-        finish(p, t, shared, *reinterpret_cast<tqkvc_columns<D, 8> *>(tiles));
+    run_tiles(w);
+    __syncthreads();
+
+    tqkvc_columns<D, 8> &columns = *reinterpret_cast<tqkvc_columns<D, 8> *>(tiles);
+    tqkvc_matrix<D> inverse = {matrix_of(w, 1), NULL, 0, &shared.matrix_barriers[1]};
+    if (cluster) {
+        merge_cluster(p.n_splits, t.split, shared, *cluster);
+        inverse.fetched = cluster->matrix;
+        inverse.n_fetched = cluster->N_FETCHED;
+        finish(p, t, inverse, t.split, p.n_splits, shared.total,
+               reinterpret_cast<const float *>(cluster->sums), columns);
+        return;
+    }
+    float4 *sums = reinterpret_cast<float4 *>(shared.warps[0].sums);
+    merge_warps(shared, [&](uint32_t i, const float4 &v) { sums[i] = v; });
+    __syncthreads();
+    if (t.n_parts > 1 && !merge_splits(p, t, shared, sums))
+        return;
+    finish(p, t, inverse, 0, 1, t.n_parts > 1 ? shared.total : shared.part,
+           reinterpret_cast<const float *>(sums), columns);
 }
 
 template <int D, int R, int BLOCKS> tqkv_status launch(const tqkvc_decode &p, cudaStream_t stream)
 {
-    const size_t bytes = tqkvc_decode_shared_bytes(D, R, p.tile_bytes);
+    const size_t bytes = tqkvc_decode_shared_bytes(D, R, p.tile_bytes, p.is_cluster);
     const auto kernel = decode_kernel<D, R, BLOCKS>;
+    const uint32_t n_cluster = p.is_cluster ? p.n_splits : 1;
 
     static_assert(sizeof(block_memory<D, R>) % 16 == 0, "tiles are 16-aligned");
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) !=
-        cudaSuccess) {
+            cudaSuccess ||
+        (n_cluster > 8 && /* more than every device of sm_90 or later has */
+         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
+             cudaSuccess)) {
         (void)cudaGetLastError();
         return TQKV_ERR_UNSUPPORTED;
     }
     const dim3 grid(p.n_splits, p.frames.shape.n_kv_heads * p.frames.n_row_tiles, p.frames.n_seqs);
-    const cudaError_t error = launch_beside(kernel, grid, 32 * TQKVC_WARPS, bytes, stream, p);
+    const cudaError_t error = launch_clusters(kernel, grid, n_cluster, THREADS, bytes, stream, p);
     (void)cudaGetLastError();
     return error == cudaSuccess ? TQKV_OK : TQKV_ERR_UNSUPPORTED;
 }
@@ -537,19 +690,21 @@ template <int D> tqkv_status launch_rows(const tqkvc_decode &p, cudaStream_t str
     return launch<D, 8, 3>(p, stream);
 }
 
-template <int D> size_t shared_bytes(uint32_t rows_per_tile)
+template <int D> size_t shared_bytes(uint32_t rows_per_tile, bool is_cluster)
 {
-    return rows_per_tile == 4 ? sizeof(block_memory<D, 4>) : sizeof(block_memory<D, 8>);
+    return rows_per_tile == 4
+               ? sizeof(block_memory<D, 4>) + (is_cluster ? sizeof(cluster_memory<D, 4>) : 0)
+               : sizeof(block_memory<D, 8>) + (is_cluster ? sizeof(cluster_memory<D, 8>) : 0);
 }
 
 } // namespace
 
 extern "C" size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile,
-                                            uint32_t tile_bytes)
+                                            uint32_t tile_bytes, bool is_cluster)
 {
-    const size_t fixed = dim == 64    ? shared_bytes<64>(rows_per_tile)
-                         : dim == 128 ? shared_bytes<128>(rows_per_tile)
-                                      : shared_bytes<256>(rows_per_tile);
+    const size_t fixed = dim == 64    ? shared_bytes<64>(rows_per_tile, is_cluster)
+                         : dim == 128 ? shared_bytes<128>(rows_per_tile, is_cluster)
+                                      : shared_bytes<256>(rows_per_tile, is_cluster);
     return fixed + TQKVC_WARPS * (size_t)tile_bytes;
 }
 
