@@ -43,6 +43,18 @@ static __device__ __forceinline__ void expect_bytes(uint64_t *barrier, uint32_t 
 #endif
 }
 
+/* One thread: copies n_bytes to where target is in the blocks of the mask, and counts them at their barriers. */
+static __device__ __forceinline__ void fetch(uint64_t *barrier, void *target, const void *source,
+                                             uint32_t n_bytes, uint16_t mask)
+{
+#if TQKVC_CLUSTERS
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(target)),
+                 "l"(source), "r"(n_bytes), "r"(shared_address(barrier)), "h"(mask)
+                 : "memory");
+#endif
+}
+
 /* Writes v to where `to` is in another block, and counts it at that block's barrier. */
 static __device__ __forceinline__ void push(float4 *to, uint64_t *barrier, uint32_t rank,
                                             const float4 &v)

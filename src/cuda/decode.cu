@@ -37,7 +37,6 @@ template <int D, int R> struct block_memory {
     uint32_t is_last, first_frame;     /* of the products */
     uint64_t barriers[TQKVC_WARPS][2]; /* of K and of V */
     tqkvc_products<D> products;
-    uint64_t matrix_barriers[2]; /* of K and of V */
     tqkvc_warp_widths<D> widths[TQKVC_WARPS];
     tqkvc_warp_memory<D, R> warps[TQKVC_WARPS];
 };
@@ -50,7 +49,7 @@ template <int D, int R> struct cluster_memory {
     float4 parts[D * R / 4];                                /* [block][slice of this one] */
     float4 stats[TQKVC_CLUSTER_MAX][R];                     /* of blocks, as block_memory.part */
     float4 sums[D * R / 4];
-    uint64_t parts_barrier, sums_barrier;
+    uint64_t barriers[4]; /* of the matrices of K and of V, of parts and stats, of sums */
 };
 
 /* A part in the workspace: sums as in tqkvc_warp_memory, then top, sum, nonzero of each row. */
@@ -295,19 +294,31 @@ __device__ __forceinline__ const uint4 *matrix_of(const worker<D, R> &w, int sid
            (size_t)w.t.g * D * D / 4;
 }
 
-/* A cluster: units of the matrices on their way to shared memory. K: the first ones. V: those that this block finishes. */
-template <int D, int R> __device__ void fetch_matrix(worker<D, R> &w, int side)
+/* A cluster: the first units of the matrix of K on their way to the memory of all blocks, a share from each. */
+template <int D, int R> __device__ void fetch_matrix(worker<D, R> &w)
+{
+    constexpr uint32_t N = sizeof(w.cluster->matrix) / sizeof(uint4);
+    const uint32_t each = N / w.p.n_splits, first = w.t.split * each;
+
+    cluster_wait();
+    if (threadIdx.x == 0)
+        fetch(&w.cluster->barriers[0], w.cluster->matrix + first, matrix_of(w, 0) + first,
+              each * sizeof(uint4), (uint16_t)((1u << w.p.n_splits) - 1));
+}
+
+/* The same of the inverse, of the units that this block finishes; where those of K were. */
+template <int D, int R> __device__ void fetch_inverse(worker<D, R> &w)
 {
     constexpr uint32_t UNIT = D / 16 * 64, N = cluster_memory<D, R>::N_FETCHED;
-    const uint32_t step = side == 0 ? 1 : w.p.n_splits, first = side == 0 ? 0 : w.t.split,
-                   there = first < D / 16 ? (D / 16 - first + step - 1) / step : 0;
+    const uint32_t n = (D / 16 + w.p.n_splits - 1 - w.t.split) / w.p.n_splits;
 
-    if (!w.cluster || threadIdx.x != 0)
+    if (threadIdx.x != 0)
         return;
-    expect_bytes(&w.shared.matrix_barriers[side], min(there, N) * UNIT * sizeof(uint4));
-    for (uint32_t i = 0; i < min(there, N); i++)
-        fetch(&w.shared.matrix_barriers[side], w.cluster->matrix + i * UNIT,
-              matrix_of(w, side) + (first + i * step) * UNIT, UNIT * sizeof(uint4));
+    expect_bytes(&w.cluster->barriers[1], min(n, N) * UNIT * sizeof(uint4));
+    for (uint32_t i = 0; i < min(n, N); i++)
+        fetch(&w.cluster->barriers[1], w.cluster->matrix + i * UNIT,
+              matrix_of(w, 1) + (w.t.split + i * w.p.n_splits) * UNIT, UNIT * sizeof(uint4),
+              (uint16_t)(1u << w.t.split));
 }
 
 template <int D, int R> __device__ void load_tables(worker<D, R> &w)
@@ -321,25 +332,25 @@ template <int D, int R> __device__ void load_tables(worker<D, R> &w)
 }
 
 /* Queries of the frames that the tiles of the block are in. All threads; ends with a barrier. */
-template <int D, int R> __device__ void make_block_queries(worker<D, R> &w)
+template <int D, int R>
+__device__ void make_block_queries(worker<D, R> &w, tqkvc_query_maker<D, R> &maker)
 {
     const tqkvc_frames &f = w.p.frames;
     const uint32_t frame_tiles = f.frame_tokens / TQKV_CUDA_TILE_TOKENS;
     tqkvc_query_task task = {.seq = w.t.seq,
                              .g = w.t.g,
-                             .row_tile = w.t.row_tile,
+                             .first_row = w.t.row_tile * R,
                              .first_frame = w.t.tiles.first / frame_tiles,
                              .end_frame = (w.t.tiles.end + frame_tiles - 1) / frame_tiles};
     const size_t place = (w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_row_tiles + w.t.row_tile;
     const size_t row = (place * f.n_frames + task.first_frame) * R;
     tqkvc_products<D> products = {f.products + row * D, f.means + row};
-    tqkvc_matrix<D> matrix = {matrix_of(w, 0), NULL, 0, &w.shared.matrix_barriers[0]};
+    tqkvc_matrix<D> matrix = {matrix_of(w, 0)};
 
     if (w.t.tiles.end == w.t.tiles.first)
         task.end_frame = task.first_frame;
     if (w.cluster) {
-        matrix.fetched = w.cluster->matrix;
-        matrix.n_fetched = w.cluster->N_FETCHED;
+        matrix = {matrix_of(w, 0), w.cluster->matrix, w.cluster->N_FETCHED, w.cluster->barriers};
         if (task.end_frame - task.first_frame <= 2)
             products = {w.cluster->products[0][0], w.cluster->means[0]};
     }
@@ -349,8 +360,10 @@ template <int D, int R> __device__ void make_block_queries(worker<D, R> &w)
     }
     static_assert(sizeof(tqkvc_query_memory<D, TQKVC_WARPS * R>) <= sizeof(w.shared.warps),
                   "made there");
-    make_queries<D, R>(f, task, matrix, products, &w.shared.warps);
+    maker.run(f, task, matrix, products, &w.shared.warps);
     __syncthreads();
+    if (w.cluster)
+        fetch_inverse(w);
 }
 
 template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
@@ -358,6 +371,7 @@ template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
     const uint32_t n = w.t.tiles.end - w.t.tiles.first, each = (n + TQKVC_WARPS - 1) / TQKVC_WARPS;
     uint32_t i = w.t.tiles.first + threadIdx.x / 32 * each, next = i;
     const uint32_t end = min(i + each, w.t.tiles.end);
+    tqkvc_query_maker<D, R> maker;
     segment<D, R> s;
     const auto start = [&]() {
         uint32_t tier;
@@ -365,11 +379,11 @@ template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
         s.start(w, i, next, tier);
     };
 
+    maker.load(w.p.frames, {.seq = w.t.seq, .g = w.t.g, .first_row = w.t.row_tile * R});
     if (i < end)
         start();
     load_tables(w);
-    make_block_queries(w);
-    fetch_matrix(w, 1);
+    make_block_queries(w, maker);
     start_rows(w);
     while (i < end) {
         run_segment(w, s);
@@ -407,7 +421,7 @@ template <int R> __device__ uint32_t element_channel(uint32_t i)
 template <int R, int MAX, typename GET>
 __device__ void find_factors(uint32_t n, GET &&get, float (*factors)[R], float4 (&total)[R])
 {
-    constexpr int N = (MAX + 31) / 32;
+    constexpr int N = (MAX + 31) / 32, LANES = MAX < 32 ? MAX : 32; /* of which lane 0 has the totals */
     const uint32_t lane = threadIdx.x % 32;
 
 #pragma unroll 1
@@ -420,7 +434,7 @@ __device__ void find_factors(uint32_t n, GET &&get, float (*factors)[R], float4 
             stats[k] = i < n ? get(i, r) : make_float4(TQKVC_LOWEST, 0.0f, 0.0f, 0.0f);
             top = fmaxf(top, stats[k].x);
         }
-        for (int d = 16; d > 0; d /= 2)
+        for (int d = LANES / 2; d > 0; d /= 2)
             top = fmaxf(top, __shfl_xor_sync(ALL, top, d));
 #pragma unroll
         for (int k = 0; k < N; k++) {
@@ -430,7 +444,7 @@ __device__ void find_factors(uint32_t n, GET &&get, float (*factors)[R], float4 
             sum += stats[k].y * factor;
             nonzero += stats[k].z * factor;
         }
-        for (int d = 16; d > 0; d /= 2) {
+        for (int d = LANES / 2; d > 0; d /= 2) {
             sum += __shfl_xor_sync(ALL, sum, d);
             nonzero += __shfl_xor_sync(ALL, nonzero, d);
         }
@@ -480,14 +494,13 @@ __device__ void merge_cluster(uint32_t n, uint32_t rank, block_memory<D, R> &sha
 {
     const uint32_t slice = D * R / 4 / n, n_shares = max(THREADS / slice, 1);
 
-    cluster_wait();
     merge_warps(shared, [&](uint32_t i, const float4 &v) {
-        push(&cluster.parts[rank * slice + i % slice], &cluster.parts_barrier, i / slice, v);
+        push(&cluster.parts[rank * slice + i % slice], &cluster.barriers[2], i / slice, v);
     });
     if (threadIdx.x < n * R)
-        push(&cluster.stats[rank][threadIdx.x % R], &cluster.parts_barrier, threadIdx.x / R,
+        push(&cluster.stats[rank][threadIdx.x % R], &cluster.barriers[2], threadIdx.x / R,
              shared.part[threadIdx.x % R]);
-    ring_wait(&cluster.parts_barrier, 0);
+    ring_wait(&cluster.barriers[2], 0);
     __syncthreads(); /* factors are free */
     find_factors<R, TQKVC_CLUSTER_MAX>(
         n, [&](uint32_t i, uint32_t r) { return cluster.stats[i][r]; }, shared.factors,
@@ -501,9 +514,9 @@ __device__ void merge_cluster(uint32_t n, uint32_t rank, block_memory<D, R> &sha
         for (uint32_t k = 0; k < n; k++)
             add_scaled<R>(v, cluster.parts[k * slice + i], shared.factors[k], 4 * at);
         for (uint32_t k = threadIdx.x / slice % n_shares; k < n; k += n_shares)
-            push(&cluster.sums[at], &cluster.sums_barrier, k, v);
+            push(&cluster.sums[at], &cluster.barriers[3], k, v);
     }
-    ring_wait(&cluster.sums_barrier, 0);
+    ring_wait(&cluster.barriers[3], 0);
 }
 
 /* Leaves the part of this block; true in the block that was last, with the sums of all in `sums`. */
@@ -562,6 +575,14 @@ __device__ void finish(const tqkvc_decode &p, const task &t, const tqkvc_matrix<
     const float *mean =
         reinterpret_cast<const float *>(p.frames.image + shape.parts.mean[1]) + t.g * D;
 
+    float4 traits; /* of channels lane / 4 and lane / 4 + 8 of a unit: row scales, means */
+    const auto load_traits = [&](uint32_t i) {
+        const uint32_t d = min(first_unit + i * step, D / 16 - 1) * 16 + lane / 4;
+        traits = make_float4(__ldg(row_scale + d), __ldg(row_scale + d + 8), __ldg(mean + d),
+                             __ldg(mean + d + 8));
+    };
+
+    load_traits(warp);
     /* With four rows the other columns are not read. */
 #pragma unroll 4
     for (uint32_t i = threadIdx.x; i < D * R; i += THREADS) {
@@ -572,14 +593,14 @@ __device__ void finish(const tqkvc_decode &p, const task &t, const tqkvc_matrix<
     matrix.wait();
     for (uint32_t i = warp; first_unit + i * step < D / 16; i += TQKVC_WARPS) {
         const uint32_t m = first_unit + i * step, d = m * 16 + lane / 4;
-        const float scale[2] = {__ldg(row_scale + d) / GAIN, __ldg(row_scale + d + 8) / GAIN},
-                    means[2] = {__ldg(mean + d), __ldg(mean + d + 8)};
+        const float scale[2] = {traits.x / GAIN, traits.y / GAIN}, means[2] = {traits.z, traits.w};
         float c[1][4];
 
         if (i < matrix.n_fetched)
             multiply_columns<false, 8>(matrix.fetched, i, columns, lane, c);
         else
             multiply_columns<false, 8>(matrix.all, m, columns, lane, c);
+        load_traits(i + TQKVC_WARPS);
         for (uint32_t i = 0; i < 4; i++) {
             const uint32_t r = lane % 4 * 2 + i % 2, row = t.row_tile * R + r;
             if (r >= R || row >= p.frames.n_rows)
@@ -614,8 +635,9 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, BLOCKS)
         ring_barrier_init(&shared.barriers[warp][lane]);
     if (cluster) {
         if (threadIdx.x == 0) {
-            expect_bytes(&cluster->parts_barrier, sizeof(cluster->parts) + p.n_splits * R * 16);
-            expect_bytes(&cluster->sums_barrier, sizeof(cluster->sums));
+            expect_bytes(&cluster->barriers[0], sizeof(cluster->matrix));
+            expect_bytes(&cluster->barriers[2], sizeof(cluster->parts) + p.n_splits * R * 16);
+            expect_bytes(&cluster->barriers[3], sizeof(cluster->sums));
         }
         cluster_arrive();
     }
@@ -634,17 +656,18 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, BLOCKS)
                       shared.barriers[warp],
                       {fresh(shared_address(shared.tables))},
                       lane};
-    fetch_matrix(w, 0);
-    __syncthreads();
+    if (cluster)
+        fetch_matrix(w);
+    else
+        __syncthreads();
     run_tiles(w);
     __syncthreads();
 
     tqkvc_columns<D, 8> &columns = *reinterpret_cast<tqkvc_columns<D, 8> *>(tiles);
-    tqkvc_matrix<D> inverse = {matrix_of(w, 1), NULL, 0, &shared.matrix_barriers[1]};
+    tqkvc_matrix<D> inverse = {matrix_of(w, 1)};
     if (cluster) {
         merge_cluster(p.n_splits, t.split, shared, *cluster);
-        inverse.fetched = cluster->matrix;
-        inverse.n_fetched = cluster->N_FETCHED;
+        inverse = {inverse.all, cluster->matrix, cluster->N_FETCHED, &cluster->barriers[1]};
         finish(p, t, inverse, t.split, p.n_splits, shared.total,
                reinterpret_cast<const float *>(cluster->sums), columns);
         return;

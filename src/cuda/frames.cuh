@@ -17,7 +17,7 @@
 
 /* Frames [first_frame, end_frame) of a sequence, for one KV head and row tile. */
 struct tqkvc_query_task {
-    uint32_t seq, g, row_tile, first_frame, end_frame;
+    uint32_t seq, g, first_row, first_frame, end_frame;
 };
 
 /*
@@ -69,34 +69,50 @@ static __device__ __forceinline__ float max_lanes(float v)
 template <int D> struct tqkvc_turn {
     static constexpr int N = D / 64; /* pairs of a lane */
     uint32_t at[2 * N];              /* their channels */
-    float sine[N], cosine[N], mean[2 * N];
+    float inv_freq[N], mean[2 * N], sine[N], cosine[N];
 
-    __device__ __forceinline__ void find_channels(const tqkvc_frames &p, uint32_t lane)
+    __device__ __forceinline__ void load(const tqkvc_frames &p, uint32_t g, uint32_t lane)
     {
+        const float *means =
+            reinterpret_cast<const float *>(p.image + p.shape.parts.mean[0]) + g * D;
+        const float *inv_freqs = reinterpret_cast<const float *>(p.image + p.shape.parts.inv_freq);
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const tqkvc_pair pair = find_pair(p.shape, 32 * i + lane);
             at[2 * i] = pair.a;
             at[2 * i + 1] = pair.b;
+            mean[2 * i] = __ldg(means + pair.a);
+            mean[2 * i + 1] = __ldg(means + pair.b);
+            inv_freq[i] = pair.turns ? __ldg(inv_freqs + 32 * i + lane) : 0.0f;
         }
     }
 
-    __device__ __forceinline__ void load(const tqkvc_frames &p, uint32_t g, uint32_t base,
-                                         uint32_t lane)
+    __device__ __forceinline__ void find_angles(uint32_t base)
     {
-        const float *means =
-            reinterpret_cast<const float *>(p.image + p.shape.parts.mean[0]) + g * D;
-        const float *inv_freq = reinterpret_cast<const float *>(p.image + p.shape.parts.inv_freq);
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            const bool turns = find_pair(p.shape, 32 * i + lane).turns;
-            mean[2 * i] = __ldg(means + at[2 * i]);
-            mean[2 * i + 1] = __ldg(means + at[2 * i + 1]);
-            turn_fast(turns ? turns_per_position(__ldg(inv_freq + 32 * i + lane)) : 0.0,
-                      (int32_t)base, sine[i], cosine[i]);
-        }
+        for (int i = 0; i < N; i++)
+            turn_fast(turns_per_position(inv_freq[i]), (int32_t)base, sine[i], cosine[i]);
     }
 };
+
+/* Rows of a row tile from `first` on, as a lane has them; past the last row it is there again. */
+template <int D, int ROWS>
+static __device__ __forceinline__ void
+load_tile_rows(const tqkvc_frames &p, const tqkvc_query_task &task, uint32_t first,
+               const tqkvc_turn<D> &turn, float (&q)[ROWS][2 * tqkvc_turn<D>::N])
+{
+    const uint32_t group = p.shape.n_heads / p.shape.n_kv_heads;
+    size_t at[ROWS];
+
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const uint32_t row = min(task.first_row + first + i, p.n_rows - 1), token = row / group;
+        at[i] = ((size_t)(task.seq * p.q_len + token) * p.shape.n_heads + task.g * group + row -
+                 token * group) *
+                D;
+    }
+    load_rows(p.q, at, turn.at, p.type, q);
+}
 
 /* Turns a row by -base and puts it into a column, divided by its largest value. Lane 0 gets its product with the mean. */
 template <int D, int N_COLUMNS>
@@ -127,42 +143,17 @@ put_row(const tqkvc_turn<D> &turn, const float (&q)[2 * tqkvc_turn<D>::N], uint3
     return sum_lanes(dot);
 }
 
-/* What a warp makes of the queries of a pass: rows [first_row, end_row) of a frame; columns of frames follow. */
-struct tqkvc_query_part {
-    uint32_t frame, column, first_row, end_row;
-};
-
-/* Rows of a frame to columns; past the last row it is there again. ROWS: at once. One warp. */
-template <int D, int R, int ROWS, int N>
+/* Turns rows and puts them into columns from `column` on. means: of the first. One warp. */
+template <int D, int ROWS, int N>
 static __device__ __forceinline__ void
-put_frame(const tqkvc_frames &p, const tqkvc_query_task &task, const tqkvc_query_part &part,
-          uint32_t lane, tqkvc_query_memory<D, N> &memory, float *means)
+put_rows(const tqkvc_turn<D> &turn, const float (&q)[ROWS][2 * tqkvc_turn<D>::N], uint32_t column,
+         uint32_t lane, tqkvc_query_memory<D, N> &memory, float *means)
 {
-    const uint32_t group = p.shape.n_heads / p.shape.n_kv_heads;
-    tqkvc_turn<D> turn;
-
-    turn.find_channels(p, lane);
-#pragma unroll 1
-    for (uint32_t r = part.first_row; r < part.end_row; r += ROWS) {
-        size_t at[ROWS];
-        float q[ROWS][2 * tqkvc_turn<D>::N];
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const uint32_t row = min(task.row_tile * R + r + i, p.n_rows - 1), token = row / group;
-            at[i] = ((size_t)(task.seq * p.q_len + token) * p.shape.n_heads + task.g * group + row -
-                     token * group) *
-                    D;
-        }
-        load_rows(p.q, at, turn.at, p.type, q);
-        if (r == part.first_row) /* while those are on their way */
-            turn.load(p, task.g, part.frame * p.frame_tokens, lane);
-#pragma unroll
-        for (int i = 0; i < ROWS; i++)
-        {
-            const float mean = put_row(turn, q[i], part.column + r + i, lane, memory);
-            if (lane == 0)
-                means[(part.frame - task.first_frame) * R + r + i] = mean;
-        }
+    for (int i = 0; i < ROWS; i++) {
+        const float mean = put_row(turn, q[i], column + i, lane, memory);
+        if (lane == 0)
+            means[i] = mean;
     }
 }
 
@@ -194,40 +185,59 @@ multiply_queries(const tqkvc_matrix<D> &matrix, const float *row_scale, uint32_t
     }
 }
 
-/* The queries of a task. All threads of a block. A pass makes a frame for each warp; one frame is made by all of them. */
-template <int D, int R>
-static __device__ __forceinline__ void
-make_queries(const tqkvc_frames &p, const tqkvc_query_task &task, const tqkvc_matrix<D> &matrix,
-             const tqkvc_products<D> &products, void *memory)
-{
-    constexpr uint32_t EACH = R / TQKVC_WARPS;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t n_frames = task.end_frame - task.first_frame;
-    const float *row_scale =
-        reinterpret_cast<const float *>(p.image + p.shape.parts.row_scale[0]) + task.g * D;
+/*
+ * The queries of a task, by all threads of a block. A pass makes a frame for each warp; one frame is made by all of
+ * them, each with EACH rows, which are loaded before anything is known of the sequence.
+ */
+template <int D, int R> struct tqkvc_query_maker {
+    static constexpr uint32_t EACH = R / TQKVC_WARPS;
+    tqkvc_turn<D> turn;
+    float q[EACH][2 * tqkvc_turn<D>::N];
 
-    if (n_frames == 1) {
-        auto &columns = *static_cast<tqkvc_query_memory<D, 8> *>(memory);
-        const tqkvc_query_part part = {task.first_frame, 0, warp * EACH, (warp + 1) * EACH};
-        put_frame<D, R, EACH>(p, task, part, lane, columns, products.means);
+    __device__ __forceinline__ void load(const tqkvc_frames &p, const tqkvc_query_task &task)
+    {
+        turn.load(p, task.g, threadIdx.x % 32);
+        load_tile_rows<D>(p, task, threadIdx.x / 32 * EACH, turn, q);
+    }
+
+    __device__ __forceinline__ void run(const tqkvc_frames &p, const tqkvc_query_task &task,
+                                        const tqkvc_matrix<D> &matrix,
+                                        const tqkvc_products<D> &products, void *memory)
+    {
+        const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        const uint32_t n_frames = task.end_frame - task.first_frame;
+        const float *row_scale =
+            reinterpret_cast<const float *>(p.image + p.shape.parts.row_scale[0]) + task.g * D;
+
+        if (n_frames == 1) {
+            auto &columns = *static_cast<tqkvc_query_memory<D, 8> *>(memory);
+            turn.find_angles(task.first_frame * p.frame_tokens);
+            put_rows(turn, q, warp * EACH, lane, columns, products.means + warp * EACH);
+            matrix.wait();
+            __syncthreads();
+            multiply_queries(matrix, row_scale, 0, R, columns, products);
+            return;
+        }
+        auto &columns = *static_cast<tqkvc_query_memory<D, TQKVC_WARPS * R> *>(memory);
         matrix.wait();
-        __syncthreads();
-        multiply_queries(matrix, row_scale, 0, R, columns, products);
-        return;
-    }
-    auto &columns = *static_cast<tqkvc_query_memory<D, TQKVC_WARPS * R> *>(memory);
-    tqkvc_query_part part = {task.first_frame + warp, warp * R, 0, R};
-    matrix.wait();
 #pragma unroll 1
-    for (uint32_t done = 0; done < n_frames; done += TQKVC_WARPS) {
-        if (done > 0)
-            __syncthreads(); /* columns were read */
-        if (part.frame < task.end_frame)
-            put_frame<D, R, 4>(p, task, part, lane, columns, products.means);
-        __syncthreads();
-        multiply_queries(matrix, row_scale, done * R, n_frames * R, columns, products);
-        part.frame += TQKVC_WARPS;
+        for (uint32_t done = 0; done < n_frames; done += TQKVC_WARPS) {
+            if (done > 0)
+                __syncthreads(); /* columns were read */
+            if (done + warp < n_frames) {
+                turn.find_angles((task.first_frame + done + warp) * p.frame_tokens);
+#pragma unroll 1
+                for (uint32_t r = 0; r < R; r += 4) {
+                    float rows[4][2 * tqkvc_turn<D>::N];
+                    load_tile_rows<D>(p, task, r, turn, rows);
+                    put_rows(turn, rows, warp * R + r, lane, columns,
+                             products.means + (done + warp) * R + r);
+                }
+            }
+            __syncthreads();
+            multiply_queries(matrix, row_scale, done * R, n_frames * R, columns, products);
+        }
     }
-}
+};
 
 #endif /* TQKVC_FRAMES_CUH */

@@ -23,17 +23,18 @@ struct tqkvc_query_row {
 };
 
 /*
- * Four values to the words of a unit that lane t of a group reads; returns the sums of both bytes.
+ * Four values to the words of a unit that lane t of a group reads; returns the sums of both bytes, of the high ones
+ * 2^16 fold: sums of 256 bytes fit 16 bits.
  * operands: with R = 4 columns 2r and 2r + 1 are the high and the low bytes of row r, with R = 8 there is an
  * operand of each.
  */
 template <int D, int R>
-static __device__ __forceinline__ int2 put_query(uint32_t (&operands)[R / 4][D / 16][32],
+static __device__ __forceinline__ int put_query(uint32_t (&operands)[R / 4][D / 16][32],
                                                  uint32_t r, uint32_t unit, uint32_t t,
                                                  const float (&v)[4], float factor)
 {
     uint32_t high = 0, low = 0;
-    int2 sums = {0, 0};
+    int sums = 0;
 
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -41,8 +42,7 @@ static __device__ __forceinline__ int2 put_query(uint32_t (&operands)[R / 4][D /
                   lower = whole - upper * 256;
         high |= ((uint32_t)upper & 255u) << 8 * i;
         low |= ((uint32_t)lower & 255u) << 8 * i;
-        sums.x += upper;
-        sums.y += lower;
+        sums += upper * 65536 + lower;
     }
     if constexpr (R == 4) {
         operands[0][unit][8 * r + t] = high;
@@ -85,7 +85,7 @@ make_query(const float4 (&product)[tqkvc_query_steps<D>::N], const tqkvc_query_s
     constexpr uint32_t ALL = 0xffffffffu;
     constexpr int N = tqkvc_query_steps<D>::N;
     float v[N][4], largest = 0;
-    int2 sums = {0, 0};
+    int sums = 0;
 
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -101,14 +101,14 @@ make_query(const float4 (&product)[tqkvc_query_steps<D>::N], const tqkvc_query_s
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const uint32_t unit = (32 * i + lane) / 4;
-        if (unit >= D / 16)
+        if (D < 128 && unit >= D / 16)
             continue;
-        const int2 s = put_query<D, R>(operands, r, unit, lane % 4, v[i], factor);
-        sums.x += steps.corrected[i] ? s.x : 0;
-        sums.y += steps.corrected[i] ? s.y : 0;
+        const int both = put_query<D, R>(operands, r, unit, lane % 4, v[i], factor);
+        sums += steps.corrected[i] ? both : 0;
     }
-    return {largest * (1.0f / TQKVC_Q_MAX),
-            {__reduce_add_sync(ALL, sums.x), __reduce_add_sync(ALL, sums.y)}};
+    sums = __reduce_add_sync(ALL, sums);
+    const int low = (int16_t)sums;
+    return {largest * (1.0f / TQKVC_Q_MAX), {(sums - low) >> 16, low}};
 }
 
 #endif /* TQKVC_QUERY_CUH */

@@ -67,18 +67,6 @@ static __device__ __forceinline__ void ring_copy(uint64_t *barrier, uint8_t *tar
 #endif
 }
 
-/* One thread: copies n_bytes from sm_90 on; the barrier expects them (cluster.cuh). */
-static __device__ __forceinline__ void fetch(uint64_t *barrier, void *target, const void *source,
-                                             uint32_t n_bytes)
-{
-#if TQKVC_BULK
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-                 "[%3];" ::"r"(shared_address(target)),
-                 "l"(source), "r"(n_bytes), "r"(shared_address(barrier))
-                 : "memory");
-#endif
-}
-
 /* Waits until the copies of the given phase (0, 1, 0, ...) of a barrier are there. */
 static __device__ __forceinline__ void ring_wait(uint64_t *barrier, uint32_t phase)
 {
