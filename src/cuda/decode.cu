@@ -94,6 +94,7 @@ template <int D, int R> struct worker {
     uint64_t *barriers;
     tqkvc_rows tables;
     uint32_t lane;
+    tqkvc_queries<D, R> *queries; /* of this warp, or of all */
     uint32_t phase = 0;   /* of both barriers */
     uint32_t all_see = 0; /* tokens that every row sees */
     tqkvc_row_state<R> rows;
@@ -119,40 +120,46 @@ template <int D, int R> __device__ void start_rows(worker<D, R> &w)
         (&w.memory.sums[0][0][0])[i] = 0;
 }
 
-/* The queries of a frame as whole numbers, for the tier that the warp is at. */
+/* ROWS rows of a frame, from `first` on, as whole numbers for units of these widths. One warp. */
+template <int D, int R, int ROWS>
+__device__ __forceinline__ void make_rows(const worker<D, R> &w, uint32_t frame, uint32_t first,
+                                          uint64_t widths, tqkvc_queries<D, R> &out)
+{
+    const float *values =
+        w.shared.products.values + ((frame - w.shared.first_frame) * R + first) * D;
+    tqkvc_query_steps<D> steps;
+    float4 product[ROWS][steps.N];
+
+    steps.load(w.tables, widths, w.lane);
+#pragma unroll
+    for (int i = 0; i < ROWS * steps.N; i++)
+        product[i / steps.N][i % steps.N] = reinterpret_cast<const float4 *>(
+            values + i / steps.N * D + steps.unit(i % steps.N, w.lane) * 16)[w.lane % 4];
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+        make_query<D, R>(product[i], steps, first + i, w.lane, out);
+}
+
+/* The queries of a frame for the tier that the warp is at, unless the block has made them. */
 template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t frame)
 {
-    const uint32_t first = (frame - w.shared.first_frame) * R;
-    const float *values = w.shared.products.values + first * D, *means = w.shared.products.means + first;
-    tqkvc_query_steps<D> steps;
+    const float *means = w.shared.products.means + (frame - w.shared.first_frame) * R;
 
     __syncwarp();
-    steps.load(w.tables, w.widths.k, w.lane);
+    if (w.queries == &w.memory.queries) {
 #pragma unroll 1
-    for (uint32_t start = 0; start < R; start += 4) {
-        float4 product[4][steps.N];
-#pragma unroll
-        for (int i = 0; i < 4 * steps.N; i++)
-            product[i / steps.N][i % steps.N] = reinterpret_cast<const float4 *>(
-                values + (start + i / steps.N) * D +
-                steps.unit(i % steps.N, w.lane) * 16)[w.lane % 4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const tqkvc_query_row row =
-                make_query<D, R>(product[i], steps, start + i, w.lane, w.memory.q);
-#pragma unroll
-            for (int h = 0; h < R / 4; h++) {
-                if (w.lane % 4 * (R / 4) + h != start + i)
-                    continue;
-                w.rows.q_factor[h] = row.factor * w.p.scale_log2;
-                w.rows.q_start[h][0] = row.sums.x;
-                w.rows.q_start[h][1] = row.sums.y;
-            }
-        }
+        for (uint32_t first = 0; first < R; first += 4)
+            make_rows<D, R, 4>(w, frame, first, w.widths.k, w.memory.queries);
+        __syncwarp();
     }
-    for (uint32_t h = 0; h < R / 4; h++)
-        w.rows.q_mean[h] = means[w.lane % 4 * (R / 4) + h] * w.p.scale_log2;
-    __syncwarp();
+    for (uint32_t h = 0; h < R / 4; h++) {
+        const uint32_t r = w.lane % 4 * (R / 4) + h;
+        const tqkvc_query_row row = w.queries->rows[r];
+        w.rows.q_factor[h] = row.factor * w.p.scale_log2;
+        w.rows.q_mean[h] = means[r] * w.p.scale_log2;
+        w.rows.q_start[h][0] = row.sums.x;
+        w.rows.q_start[h][1] = row.sums.y;
+    }
 }
 
 template <int D, int R>
@@ -252,7 +259,7 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, segment<D, 
         }
         ring_wait(&w.barriers[0], w.phase);
         k.load_scales(w.lane / 4, k_scales);
-        score_tile<D, R>(k, w.memory, w.widths.runs[0], w.tables, w.rows, w.lane, products);
+        score_tile<D, R>(k, *w.queries, w.widths.runs[0], w.tables, w.rows, w.lane, products);
         __syncwarp();
         s.copy(w, each, 0);
         ring_wait(&w.barriers[1], w.phase);
@@ -321,49 +328,97 @@ template <int D, int R> __device__ void fetch_inverse(worker<D, R> &w)
               (uint16_t)(1u << w.t.split));
 }
 
-template <int D, int R> __device__ void load_tables(worker<D, R> &w)
-{
-    const tqkvc_tables *tables = reinterpret_cast<const tqkvc_tables *>(w.p.frames.image);
-    uint32_t *to = &w.shared.tables[0][0];
+/* Words of the tables that a thread copies to shared memory; they are used after the next barrier. */
+struct table_words {
+    static constexpr uint32_t N = TQKVC_WIDTHS * (TQKVC_WORDS + 1);
+    uint32_t words[(N + THREADS - 1) / THREADS];
 
-    for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * (TQKVC_WORDS + 1); i += THREADS)
-        to[i] = reinterpret_cast<const uint32_t *>(
-            tables->widths + i / (TQKVC_WORDS + 1))[i % (TQKVC_WORDS + 1)];
+    __device__ __forceinline__ void load(const uint8_t *image)
+    {
+        const tqkvc_width *widths = reinterpret_cast<const tqkvc_tables *>(image)->widths;
+#pragma unroll
+        for (uint32_t k = 0; k < (N + THREADS - 1) / THREADS; k++) {
+            const uint32_t i = min(threadIdx.x + k * THREADS, N - 1);
+            words[k] = __ldg(widths[i / (TQKVC_WORDS + 1)].words + i % (TQKVC_WORDS + 1));
+        }
+    }
+
+    __device__ __forceinline__ void store(uint32_t *to) const
+    {
+#pragma unroll
+        for (uint32_t k = 0; k < (N + THREADS - 1) / THREADS; k++)
+            if (threadIdx.x + k * THREADS < N)
+                to[threadIdx.x + k * THREADS] = words[k];
+    }
+};
+
+/* The frames that the tiles of the block are in. */
+template <int D, int R> __device__ tqkvc_query_task find_frames(const worker<D, R> &w)
+{
+    const uint32_t frame_tiles = w.p.frames.frame_tokens / TQKV_CUDA_TILE_TOKENS,
+                   first = w.t.tiles.first / frame_tiles;
+    const bool none = w.t.tiles.end == w.t.tiles.first;
+
+    return {.seq = w.t.seq,
+            .g = w.t.g,
+            .first_row = w.t.row_tile * R,
+            .first_frame = first,
+            .end_frame = none ? first : (w.t.tiles.end + frame_tiles - 1) / frame_tiles};
 }
 
-/* Queries of the frames that the tiles of the block are in. All threads; ends with a barrier. */
+/* Where their products go. */
 template <int D, int R>
-__device__ void make_block_queries(worker<D, R> &w, tqkvc_query_maker<D, R> &maker)
+__device__ tqkvc_products<D> place_products(const worker<D, R> &w, const tqkvc_query_task &task)
 {
     const tqkvc_frames &f = w.p.frames;
-    const uint32_t frame_tiles = f.frame_tokens / TQKV_CUDA_TILE_TOKENS;
-    tqkvc_query_task task = {.seq = w.t.seq,
-                             .g = w.t.g,
-                             .first_row = w.t.row_tile * R,
-                             .first_frame = w.t.tiles.first / frame_tiles,
-                             .end_frame = (w.t.tiles.end + frame_tiles - 1) / frame_tiles};
     const size_t place = (w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_row_tiles + w.t.row_tile;
     const size_t row = (place * f.n_frames + task.first_frame) * R;
-    tqkvc_products<D> products = {f.products + row * D, f.means + row};
-    tqkvc_matrix<D> matrix = {matrix_of(w, 0)};
 
-    if (w.t.tiles.end == w.t.tiles.first)
-        task.end_frame = task.first_frame;
-    if (w.cluster) {
-        matrix = {matrix_of(w, 0), w.cluster->matrix, w.cluster->N_FETCHED, w.cluster->barriers};
-        if (task.end_frame - task.first_frame <= 2)
-            products = {w.cluster->products[0][0], w.cluster->means[0]};
-    }
+    if (w.cluster && task.end_frame - task.first_frame <= 2)
+        return {w.cluster->products[0][0], w.cluster->means[0]};
+    return {f.products + row * D, f.means + row};
+}
+
+/*
+ * Queries of the frames of the block, while start() brings its first tiles. Where all of its tiles are of one frame and
+ * tier, its warps make the whole numbers together. All threads; ends with a barrier.
+ */
+template <int D, int R, typename START>
+__device__ void make_queries(worker<D, R> &w, START &&start)
+{
+    const tqkvc_frames &f = w.p.frames;
+    tqkvc_query_task task = {.seq = w.t.seq, .g = w.t.g, .first_row = w.t.row_tile * R};
+    tqkvc_query_maker<D, R> maker;
+    tqkvc_matrix<D> matrix = {matrix_of(w, 0)};
+    table_words tables;
+    uint32_t tier = 0;
+
+    static_assert(sizeof(tqkvc_query_memory<D, TQKVC_WARPS * R>) <= sizeof(w.shared.warps),
+                  "made there");
+    maker.load(f, task);
+    tables.load(f.image);
+    task = find_frames(w);
+    const tqkvc_products<D> products = place_products(w, task);
+    maker.begin(f, task, products, &w.shared.warps);
+    start();
+    tables.store(w.shared.tables[0]);
     if (threadIdx.x == 0) {
         w.shared.products = products;
         w.shared.first_frame = task.first_frame;
     }
-    static_assert(sizeof(tqkvc_query_memory<D, TQKVC_WARPS * R>) <= sizeof(w.shared.warps),
-                  "made there");
-    maker.run(f, task, matrix, products, &w.shared.warps);
+    if (w.cluster)
+        matrix = {matrix.all, w.cluster->matrix, w.cluster->N_FETCHED, w.cluster->barriers};
+    maker.end(f, task, matrix, products, &w.shared.warps);
     __syncthreads();
     if (w.cluster)
         fetch_inverse(w);
+    if (task.end_frame - task.first_frame == 1 &&
+        find_segment(w, w.t.tiles.first, w.t.tiles.end, &tier) == w.t.tiles.end) {
+        w.queries = &w.shared.warps[0].queries;
+        make_rows<D, R, maker.EACH>(w, task.first_frame, threadIdx.x / 32 * maker.EACH,
+                                    w.shared.widths[0].k, *w.queries);
+        __syncthreads();
+    }
 }
 
 template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
@@ -371,7 +426,6 @@ template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
     const uint32_t n = w.t.tiles.end - w.t.tiles.first, each = (n + TQKVC_WARPS - 1) / TQKVC_WARPS;
     uint32_t i = w.t.tiles.first + threadIdx.x / 32 * each, next = i;
     const uint32_t end = min(i + each, w.t.tiles.end);
-    tqkvc_query_maker<D, R> maker;
     segment<D, R> s;
     const auto start = [&]() {
         uint32_t tier;
@@ -379,11 +433,10 @@ template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
         s.start(w, i, next, tier);
     };
 
-    maker.load(w.p.frames, {.seq = w.t.seq, .g = w.t.g, .first_row = w.t.row_tile * R});
-    if (i < end)
-        start();
-    load_tables(w);
-    make_block_queries(w, maker);
+    make_queries(w, [&]() {
+        if (i < end)
+            start();
+    });
     start_rows(w);
     while (i < end) {
         run_segment(w, s);
@@ -655,7 +708,8 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, BLOCKS)
                       tiles + warp * p.tile_bytes,
                       shared.barriers[warp],
                       {fresh(shared_address(shared.tables))},
-                      lane};
+                      lane,
+                      &shared.warps[warp].queries};
     if (cluster)
         fetch_matrix(w);
     else

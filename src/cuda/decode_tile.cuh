@@ -84,7 +84,7 @@ static __device__ __forceinline__ void find_runs(uint64_t widths, uint32_t lane,
 /* Shared memory of a warp besides its tile. */
 template <int D, int R> struct tqkvc_warp_memory {
     __align__(16) float sums[D / 16][32][R / 2]; /* of V: [unit][lane][channel g or g + 8, row] */
-    __align__(16) uint32_t q[R / 4][D / 16][32]; /* column operands; see query.cuh */
+    tqkvc_queries<D, R> queries;
 };
 
 /* Widths of the head of a warp in the tier that it is at. */
@@ -198,12 +198,12 @@ score_units(const tqkvc_planes &planes, const uint32_t (&offsets)[TQKVC_TILE_BLO
 /* Products of K with the query for the blocks of the tile. */
 template <int D, int R>
 static __device__ __forceinline__ void
-score_tile(const tqkvc_sections &k, const tqkvc_warp_memory<D, R> &memory, const tqkvc_run *runs,
+score_tile(const tqkvc_sections &k, const tqkvc_queries<D, R> &queries, const tqkvc_run *runs,
            tqkvc_rows tables, const tqkvc_row_state<R> &rows, uint32_t lane,
            tqkvc_product<R> (&out)[TQKVC_TILE_BLOCKS])
 {
     const uint8_t *unit = k.first + TQKVC_BLOCK_TOKENS;
-    const uint32_t *q = &memory.q[0][0][0];
+    const uint32_t *q = &queries.operands[0][0][0];
     uint32_t offsets[TQKVC_TILE_BLOCKS];
 
 #pragma unroll

@@ -22,6 +22,12 @@ struct tqkvc_query_row {
     int2 sums;    /* of its high and low bytes in units of widths 4 to 6; see lookup.cuh */
 };
 
+/* A row tile of queries of a frame for one tier. operands: of columns, see put_query. */
+template <int D, int R> struct tqkvc_queries {
+    __align__(16) uint32_t operands[R / 4][D / 16][32];
+    tqkvc_query_row rows[R];
+};
+
 /*
  * Four values to the words of a unit that lane t of a group reads; returns the sums of both bytes, of the high ones
  * 2^16 fold: sums of 256 bytes fit 16 bits.
@@ -78,9 +84,9 @@ template <int D> struct tqkvc_query_steps {
 
 /* Row r from its product with the matrix, of which a lane has four values of each of its units. One warp. */
 template <int D, int R>
-static __device__ __forceinline__ tqkvc_query_row
+static __device__ __forceinline__ void
 make_query(const float4 (&product)[tqkvc_query_steps<D>::N], const tqkvc_query_steps<D> &steps,
-           uint32_t r, uint32_t lane, uint32_t (&operands)[R / 4][D / 16][32])
+           uint32_t r, uint32_t lane, tqkvc_queries<D, R> &out)
 {
     constexpr uint32_t ALL = 0xffffffffu;
     constexpr int N = tqkvc_query_steps<D>::N;
@@ -103,12 +109,13 @@ make_query(const float4 (&product)[tqkvc_query_steps<D>::N], const tqkvc_query_s
         const uint32_t unit = (32 * i + lane) / 4;
         if (D < 128 && unit >= D / 16)
             continue;
-        const int both = put_query<D, R>(operands, r, unit, lane % 4, v[i], factor);
+        const int both = put_query<D, R>(out.operands, r, unit, lane % 4, v[i], factor);
         sums += steps.corrected[i] ? both : 0;
     }
     sums = __reduce_add_sync(ALL, sums);
     const int low = (int16_t)sums;
-    return {largest * (1.0f / TQKVC_Q_MAX), {(sums - low) >> 16, low}};
+    if (lane == 0)
+        out.rows[r] = {largest * (1.0f / TQKVC_Q_MAX), {(sums - low) >> 16, low}};
 }
 
 #endif /* TQKVC_QUERY_CUH */
