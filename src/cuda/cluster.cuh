@@ -31,7 +31,7 @@ static __device__ __forceinline__ void cluster_wait()
 #endif
 }
 
-/* One thread: makes a barrier whose first phase ends when n_bytes have come. */
+/* One thread, before cluster_arrive: makes a barrier whose first phase ends when n_bytes have come. */
 static __device__ __forceinline__ void expect_bytes(uint64_t *barrier, uint32_t n_bytes)
 {
 #if TQKVC_CLUSTERS

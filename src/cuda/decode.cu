@@ -34,23 +34,45 @@ template <int D, int R> struct block_memory {
     float4 stats[TQKVC_WARPS][R];                   /* top, sum, nonzero; of a warp */
     float4 part[R], total[R];                       /* of the block, of all splits */
     float factors[TQKVC_SPLITS_MAX][R];
-    uint32_t is_last, first_frame;     /* of the products */
+    uint32_t is_last, shares_queries, first_frame, pad; /* first_frame: of the products */
     uint64_t barriers[TQKVC_WARPS][2]; /* of K and of V */
     tqkvc_products<D> products;
     tqkvc_warp_widths<D> widths[TQKVC_WARPS];
     tqkvc_warp_memory<D, R> warps[TQKVC_WARPS];
 };
 
-/* What a block of a cluster has besides. */
+/* Of 16 channels in a matrix of a head. */
+template <int D> constexpr uint32_t UNIT_BYTES = D / 16 * 64 * sizeof(uint4);
+
+/* What a block of a cluster has besides; behind it are the units of a matrix that are fetched, of K, then of V. */
 template <int D, int R> struct cluster_memory {
-    static constexpr uint32_t N_FETCHED = D == 256 ? 2 : 4; /* units of a matrix */
-    uint4 matrix[N_FETCHED * D / 16 * 64];                  /* of K, then of V */
-    float products[2][R][D], means[2][R];                   /* of up to two frames */
-    float4 parts[D * R / 4];                                /* [block][slice of this one] */
-    float4 stats[TQKVC_CLUSTER_MAX][R];                     /* of blocks, as block_memory.part */
+    float products[2][R][D], means[2][R];   /* of up to two frames */
+    float4 parts[D * R / 4];                /* [block][slice of this one] */
+    float4 stats[TQKVC_CLUSTER_MAX][R];     /* of blocks, as block_memory.part */
     float4 sums[D * R / 4];
     uint64_t barriers[4]; /* of the matrices of K and of V, of parts and stats, of sums */
+
+    __device__ __forceinline__ uint8_t *matrix()
+    {
+        return reinterpret_cast<uint8_t *>(this + 1);
+    }
+
+    /* Units of V that block `rank` of n finishes and fetches. */
+    static __device__ __forceinline__ uint32_t count_units(uint32_t rank, uint32_t n,
+                                                           uint32_t n_fetched)
+    {
+        return min((D / 16 + n - 1 - rank) / n, n_fetched);
+    }
 };
+
+/* Behind the block's own memory and its tiles; NULL where blocks are not a cluster. */
+template <int D, int R>
+__device__ __forceinline__ cluster_memory<D, R> *find_cluster(const tqkvc_decode &p,
+                                                              block_memory<D, R> &shared)
+{
+    uint8_t *at = reinterpret_cast<uint8_t *>(&shared + 1) + TQKVC_WARPS * p.tile_bytes;
+    return p.is_cluster ? reinterpret_cast<cluster_memory<D, R> *>(at) : NULL;
+}
 
 /* A part in the workspace: sums as in tqkvc_warp_memory, then top, sum, nonzero of each row. */
 template <int D, int R> struct split_part {
@@ -88,16 +110,30 @@ template <int D, int R> struct worker {
     const task &t;
     block_memory<D, R> &shared;
     tqkvc_warp_memory<D, R> &memory;
-    tqkvc_warp_widths<D> &widths;
-    cluster_memory<D, R> *cluster; /* or NULL */
-    uint8_t *tile;                 /* sections of K, then of V */
+    uint8_t *tile; /* sections of K, then of V */
     uint64_t *barriers;
     tqkvc_rows tables;
     uint32_t lane;
-    tqkvc_queries<D, R> *queries; /* of this warp, or of all */
     uint32_t phase = 0;   /* of both barriers */
     uint32_t all_see = 0; /* tokens that every row sees */
     tqkvc_row_state<R> rows;
+
+    /* In the tier that the warp is at. */
+    __device__ __forceinline__ tqkvc_warp_widths<D> &widths() const
+    {
+        return shared.widths[threadIdx.x / 32];
+    }
+
+    __device__ __forceinline__ const tqkvc_queries<D, R> &queries() const
+    {
+        return shared.shares_queries ? shared.warps[0].queries : memory.queries;
+    }
+
+    /* NULL where blocks are not a cluster. */
+    __device__ __forceinline__ cluster_memory<D, R> *cluster() const
+    {
+        return find_cluster<D, R>(p, shared);
+    }
 };
 
 template <int D, int R> __device__ void start_rows(worker<D, R> &w)
@@ -146,15 +182,15 @@ template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t f
     const float *means = w.shared.products.means + (frame - w.shared.first_frame) * R;
 
     __syncwarp();
-    if (w.queries == &w.memory.queries) {
+    if (!w.shared.shares_queries) {
 #pragma unroll 1
         for (uint32_t first = 0; first < R; first += 4)
-            make_rows<D, R, 4>(w, frame, first, w.widths.k, w.memory.queries);
+            make_rows<D, R, 4>(w, frame, first, w.widths().k, w.memory.queries);
         __syncwarp();
     }
     for (uint32_t h = 0; h < R / 4; h++) {
         const uint32_t r = w.lane % 4 * (R / 4) + h;
-        const tqkvc_query_row row = w.queries->rows[r];
+        const tqkvc_query_row row = w.queries().rows[r];
         w.rows.q_factor[h] = row.factor * w.p.scale_log2;
         w.rows.q_mean[h] = means[r] * w.p.scale_log2;
         w.rows.q_start[h][0] = row.sums.x;
@@ -207,9 +243,9 @@ template <int D, int R> struct segment {
         bytes[1] = layout.bytes[1];
         copy(w, 0, 0);
         copy(w, 0, 1);
-        find_runs<D / 16>(widths, w.lane, w.widths.runs);
+        find_runs<D / 16>(widths, w.lane, w.widths().runs);
         if (w.lane == 0)
-            w.widths.k = widths;
+            w.widths().k = widths;
     }
 
     /* Copies one side of the tile `ahead` blocks on, if there is one; K first. */
@@ -259,7 +295,7 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, segment<D, 
         }
         ring_wait(&w.barriers[0], w.phase);
         k.load_scales(w.lane / 4, k_scales);
-        score_tile<D, R>(k, *w.queries, w.widths.runs[0], w.tables, w.rows, w.lane, products);
+        score_tile<D, R>(k, w.queries(), w.widths().runs[0], w.tables, w.rows, w.lane, products);
         __syncwarp();
         s.copy(w, each, 0);
         ring_wait(&w.barriers[1], w.phase);
@@ -267,7 +303,7 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, segment<D, 
         v.load_scales(w.lane / 4, v_scales);
         weigh_tile<R>(products, k_scales, v_scales, token, end_token, w.all_see, w.lane, w.rows,
                       weights);
-        add_values<D, R>(v, weights, w.widths.runs[1], w.tables, w.lane, w.memory);
+        add_values<D, R>(v, weights, w.widths().runs[1], w.tables, w.lane, w.memory);
         __syncwarp();
         s.copy(w, each, 1);
     }
@@ -295,36 +331,46 @@ __device__ uint32_t find_segment(const worker<D, R> &w, uint32_t first, uint32_t
 
 /* Where the matrix of a side is. */
 template <int D, int R>
-__device__ __forceinline__ const uint4 *matrix_of(const worker<D, R> &w, int side)
+__device__ __forceinline__ const uint8_t *matrix_of(const worker<D, R> &w, int side)
 {
-    return reinterpret_cast<const uint4 *>(w.p.frames.image + w.p.frames.shape.parts.matrix[side]) +
-           (size_t)w.t.g * D * D / 4;
+    return w.p.frames.image + w.p.frames.shape.parts.matrix[side] +
+           (size_t)w.t.g * (D / 16) * UNIT_BYTES<D>;
 }
 
-/* A cluster: the first units of the matrix of K on their way to the memory of all blocks, a share from each. */
-template <int D, int R> __device__ void fetch_matrix(worker<D, R> &w)
+/* The same with what was fetched. */
+template <int D, int R>
+__device__ __forceinline__ tqkvc_matrix<D> find_matrix(const worker<D, R> &w, int side)
 {
-    constexpr uint32_t N = sizeof(w.cluster->matrix) / sizeof(uint4);
-    const uint32_t each = N / w.p.n_splits, first = w.t.split * each;
+    const uint4 *all = reinterpret_cast<const uint4 *>(matrix_of(w, side));
+
+    if (!w.cluster())
+        return {all, all, 0, NULL};
+    return {all, reinterpret_cast<const uint4 *>(w.cluster()->matrix()), w.p.n_fetched,
+            &w.cluster()->barriers[side]};
+}
+
+/* The first units of the matrix of K on their way to the memory of all blocks of the cluster, a share from each. */
+template <int D, int R> __device__ void fetch_matrix(const worker<D, R> &w)
+{
+    const uint32_t n_bytes = w.p.n_fetched * UNIT_BYTES<D> / w.p.n_splits,
+                   first = w.t.split * n_bytes;
 
     cluster_wait();
-    if (threadIdx.x == 0)
-        fetch(&w.cluster->barriers[0], w.cluster->matrix + first, matrix_of(w, 0) + first,
-              each * sizeof(uint4), (uint16_t)((1u << w.p.n_splits) - 1));
+    if (threadIdx.x == 0 && n_bytes > 0)
+        fetch(&w.cluster()->barriers[0], w.cluster()->matrix() + first, matrix_of(w, 0) + first,
+              n_bytes, (uint16_t)((1u << w.p.n_splits) - 1));
 }
 
-/* The same of the inverse, of the units that this block finishes; where those of K were. */
-template <int D, int R> __device__ void fetch_inverse(worker<D, R> &w)
+/* The same of the inverse, where those were: units that this block finishes. By a warp that has least to do. */
+template <int D, int R> __device__ void fetch_inverse(const worker<D, R> &w)
 {
-    constexpr uint32_t UNIT = D / 16 * 64, N = cluster_memory<D, R>::N_FETCHED;
-    const uint32_t n = (D / 16 + w.p.n_splits - 1 - w.t.split) / w.p.n_splits;
+    const uint32_t n = w.p.n_splits, there = w.cluster()->count_units(w.t.split, n, w.p.n_fetched);
 
-    if (threadIdx.x != 0)
+    if (threadIdx.x != THREADS - 1)
         return;
-    expect_bytes(&w.cluster->barriers[1], min(n, N) * UNIT * sizeof(uint4));
-    for (uint32_t i = 0; i < min(n, N); i++)
-        fetch(&w.cluster->barriers[1], w.cluster->matrix + i * UNIT,
-              matrix_of(w, 1) + (w.t.split + i * w.p.n_splits) * UNIT, UNIT * sizeof(uint4),
+    for (uint32_t i = 0; i < there; i++)
+        fetch(&w.cluster()->barriers[1], w.cluster()->matrix() + i * UNIT_BYTES<D>,
+              matrix_of(w, 1) + (w.t.split + i * n) * UNIT_BYTES<D>, UNIT_BYTES<D>,
               (uint16_t)(1u << w.t.split));
 }
 
@@ -374,8 +420,8 @@ __device__ tqkvc_products<D> place_products(const worker<D, R> &w, const tqkvc_q
     const size_t place = (w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_row_tiles + w.t.row_tile;
     const size_t row = (place * f.n_frames + task.first_frame) * R;
 
-    if (w.cluster && task.end_frame - task.first_frame <= 2)
-        return {w.cluster->products[0][0], w.cluster->means[0]};
+    if (w.cluster() && task.end_frame - task.first_frame <= 2)
+        return {w.cluster()->products[0][0], w.cluster()->means[0]};
     return {f.products + row * D, f.means + row};
 }
 
@@ -389,7 +435,6 @@ __device__ void make_queries(worker<D, R> &w, START &&start)
     const tqkvc_frames &f = w.p.frames;
     tqkvc_query_task task = {.seq = w.t.seq, .g = w.t.g, .first_row = w.t.row_tile * R};
     tqkvc_query_maker<D, R> maker;
-    tqkvc_matrix<D> matrix = {matrix_of(w, 0)};
     table_words tables;
     uint32_t tier = 0;
 
@@ -399,24 +444,22 @@ __device__ void make_queries(worker<D, R> &w, START &&start)
     tables.load(f.image);
     task = find_frames(w);
     const tqkvc_products<D> products = place_products(w, task);
-    maker.begin(f, task, products, &w.shared.warps);
     start();
     tables.store(w.shared.tables[0]);
+    const bool share = task.end_frame - task.first_frame == 1 &&
+                       find_segment(w, w.t.tiles.first, w.t.tiles.end, &tier) == w.t.tiles.end;
     if (threadIdx.x == 0) {
         w.shared.products = products;
         w.shared.first_frame = task.first_frame;
+        w.shared.shares_queries = share;
     }
-    if (w.cluster)
-        matrix = {matrix.all, w.cluster->matrix, w.cluster->N_FETCHED, w.cluster->barriers};
-    maker.end(f, task, matrix, products, &w.shared.warps);
+    maker.run(f, task, find_matrix(w, 0), products, &w.shared.warps);
     __syncthreads();
-    if (w.cluster)
+    if (w.cluster())
         fetch_inverse(w);
-    if (task.end_frame - task.first_frame == 1 &&
-        find_segment(w, w.t.tiles.first, w.t.tiles.end, &tier) == w.t.tiles.end) {
-        w.queries = &w.shared.warps[0].queries;
+    if (share) {
         make_rows<D, R, maker.EACH>(w, task.first_frame, threadIdx.x / 32 * maker.EACH,
-                                    w.shared.widths[0].k, *w.queries);
+                                    w.shared.widths[0].k, w.shared.warps[0].queries);
         __syncthreads();
     }
 }
@@ -679,16 +722,16 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, BLOCKS)
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     uint8_t *tiles = dynamic + sizeof(block_memory<D, R>);
-    cluster_memory<D, R> *cluster =
-        p.is_cluster
-            ? reinterpret_cast<cluster_memory<D, R> *>(tiles + TQKVC_WARPS * p.tile_bytes)
-            : NULL;
+    cluster_memory<D, R> *cluster = find_cluster(p, shared);
 
     if (lane < 2)
         ring_barrier_init(&shared.barriers[warp][lane]);
     if (cluster) {
         if (threadIdx.x == 0) {
-            expect_bytes(&cluster->barriers[0], sizeof(cluster->matrix));
+            const uint32_t n_inverse =
+                cluster->count_units(blockIdx.x, p.n_splits, p.n_fetched);
+            expect_bytes(&cluster->barriers[0], p.n_fetched * UNIT_BYTES<D>);
+            expect_bytes(&cluster->barriers[1], n_inverse * UNIT_BYTES<D>);
             expect_bytes(&cluster->barriers[2], sizeof(cluster->parts) + p.n_splits * R * 16);
             expect_bytes(&cluster->barriers[3], sizeof(cluster->sums));
         }
@@ -703,13 +746,10 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, BLOCKS)
                       t,
                       shared,
                       shared.warps[warp],
-                      shared.widths[warp],
-                      cluster,
                       tiles + warp * p.tile_bytes,
                       shared.barriers[warp],
                       {fresh(shared_address(shared.tables))},
-                      lane,
-                      &shared.warps[warp].queries};
+                      lane};
     if (cluster)
         fetch_matrix(w);
     else
@@ -718,10 +758,9 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, BLOCKS)
     __syncthreads();
 
     tqkvc_columns<D, 8> &columns = *reinterpret_cast<tqkvc_columns<D, 8> *>(tiles);
-    tqkvc_matrix<D> inverse = {matrix_of(w, 1)};
+    const tqkvc_matrix<D> inverse = find_matrix(w, 1);
     if (cluster) {
         merge_cluster(p.n_splits, t.split, shared, *cluster);
-        inverse = {inverse.all, cluster->matrix, cluster->N_FETCHED, &cluster->barriers[1]};
         finish(p, t, inverse, t.split, p.n_splits, shared.total,
                reinterpret_cast<const float *>(cluster->sums), columns);
         return;
@@ -737,7 +776,8 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, BLOCKS)
 
 template <int D, int R, int BLOCKS> tqkv_status launch(const tqkvc_decode &p, cudaStream_t stream)
 {
-    const size_t bytes = tqkvc_decode_shared_bytes(D, R, p.tile_bytes, p.is_cluster);
+    const size_t bytes = tqkvc_decode_shared_bytes(D, R, p.tile_bytes, p.is_cluster) +
+                         p.n_fetched * UNIT_BYTES<D>;
     const auto kernel = decode_kernel<D, R, BLOCKS>;
     const uint32_t n_cluster = p.is_cluster ? p.n_splits : 1;
 

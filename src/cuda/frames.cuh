@@ -200,20 +200,7 @@ template <int D, int R> struct tqkvc_query_maker {
         load_tile_rows<D>(p, task, threadIdx.x / 32 * EACH, turn, q);
     }
 
-    /* What is to be done of one frame before the matrix is there. */
-    __device__ __forceinline__ void begin(const tqkvc_frames &p, const tqkvc_query_task &task,
-                                          const tqkvc_products<D> &products, void *memory)
-    {
-        const uint32_t first = threadIdx.x / 32 * EACH;
-
-        if (task.end_frame - task.first_frame != 1)
-            return;
-        turn.find_angles(task.first_frame * p.frame_tokens);
-        put_rows(turn, q, first, threadIdx.x % 32, *static_cast<tqkvc_query_memory<D, 8> *>(memory),
-                 products.means + first);
-    }
-
-    __device__ __forceinline__ void end(const tqkvc_frames &p, const tqkvc_query_task &task,
+    __device__ __forceinline__ void run(const tqkvc_frames &p, const tqkvc_query_task &task,
                                         const tqkvc_matrix<D> &matrix,
                                         const tqkvc_products<D> &products, void *memory)
     {
@@ -224,6 +211,8 @@ template <int D, int R> struct tqkvc_query_maker {
 
         if (n_frames == 1) {
             auto &columns = *static_cast<tqkvc_query_memory<D, 8> *>(memory);
+            turn.find_angles(task.first_frame * p.frame_tokens);
+            put_rows(turn, q, warp * EACH, lane, columns, products.means + warp * EACH);
             matrix.wait();
             __syncthreads();
             multiply_queries(matrix, row_scale, 0, R, columns, products);

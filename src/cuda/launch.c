@@ -12,6 +12,7 @@
 #define SHARED_BYTES_MAX (227u * 1024u) /* of a block on sm_90; smaller devices say so themselves */
 #define SHARED_BYTES_RESERVED 1024u     /* beside what a block asks for */
 #define TILES_OF_BLOCK 1.5f /* tiles of a warp that take as long as the rest of what a block does */
+#define FETCHED_UNITS_MAX 4 /* a unit for each warp; more were not faster */
 #define LOG2_E 1.44269504f
 #define SEQUENCES_MAX 65535u /* of a grid's third dimension */
 
@@ -42,6 +43,7 @@ typedef struct decode_plan {
     uint32_t n_rows, rows_per_tile, n_row_tiles, n_frames, frame_tokens, tile_bytes, n_blocks,
         n_splits;
     bool is_cluster;
+    uint32_t n_fetched;
     size_t products_bytes, means_bytes, parts_bytes, arrivals_bytes;
 } decode_plan;
 
@@ -117,17 +119,25 @@ static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan,
 
 /*
  * Whether splits are a cluster: if there are 2, 4, 8 or 16, and each block has a multiprocessor of its own. Where blocks
- * fill the device, clusters leave gaps, and waiting for each other costs more than it saves.
+ * fill the device, clusters leave gaps, and waiting for each other costs more than it saves. Half of the memory of a
+ * multiprocessor is left to the next launch, so that it starts in time; what remains of the other is for a matrix.
  */
-static bool choose_cluster(const tqkvc_shape *shape, const decode_plan *plan, uint32_t n_places)
+static void choose_cluster(const tqkvc_shape *shape, uint32_t n_places, decode_plan *plan)
 {
-    const uint32_t n = plan->n_splits;
+    const uint32_t n = plan->n_splits, unit_bytes = shape->dim * 64;
+    const size_t half = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2,
+                 used = tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes,
+                                                  true) +
+                        SHARED_BYTES_RESERVED;
 
-    return n > 1 && n <= TQKVC_CLUSTER_MAX && (n & (n - 1)) == 0 &&
-           device_attribute(cudaDevAttrClusterLaunch) != 0 &&
-           n * n_places <= device_attribute(cudaDevAttrMultiProcessorCount) &&
-           tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes, true) <=
-               SHARED_BYTES_MAX;
+    plan->is_cluster = n > 1 && n <= TQKVC_CLUSTER_MAX && (n & (n - 1)) == 0 &&
+                       device_attribute(cudaDevAttrClusterLaunch) != 0 &&
+                       n * n_places <= device_attribute(cudaDevAttrMultiProcessorCount) &&
+                       used <= half;
+    if (!plan->is_cluster)
+        return;
+    const size_t room = (half - used) / unit_bytes;
+    plan->n_fetched = room < FETCHED_UNITS_MAX ? (uint32_t)room : FETCHED_UNITS_MAX;
 }
 
 static size_t aligned(size_t bytes)
@@ -152,7 +162,7 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
     plan->tile_bytes = choose_tile_bytes(shape, plan->rows_per_tile);
     plan->n_blocks = choose_blocks(shape, plan);
     plan->n_splits = choose_splits(shape, plan, n_seqs, max_tokens);
-    plan->is_cluster = choose_cluster(shape, plan, n_seqs * shape->n_kv_heads * plan->n_row_tiles);
+    choose_cluster(shape, n_seqs * shape->n_kv_heads * plan->n_row_tiles, plan);
 
     const size_t tiles = (size_t)n_seqs * shape->n_kv_heads * plan->n_row_tiles;
     const size_t rows = tiles * plan->n_frames * plan->rows_per_tile;
@@ -206,6 +216,7 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
                       .lse = args->lse,
                       .n_splits = plan.n_splits,
                       .is_cluster = plan.is_cluster,
+                      .n_fetched = plan.n_fetched,
                       .n_blocks = plan.n_blocks,
                       .tile_bytes = plan.tile_bytes,
                       .scale_log2 = args->scale * LOG2_E};

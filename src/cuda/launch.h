@@ -45,6 +45,7 @@ typedef struct tqkvc_decode {
     uint32_t *arrivals; /* [n_seqs][n_kv_heads][row tiles], zero between calls */
     uint32_t n_splits, n_blocks; /* n_blocks: of a multiprocessor */
     bool is_cluster;             /* the splits, 2, 4, 8 or 16 of them, are a cluster */
+    uint32_t n_fetched;          /* units of a matrix that it has in shared memory */
     uint32_t tile_bytes, tile_blocks[TQKV_TIERS_MAX]; /* of one warp */
     float scale_log2;            /* scale * log2(e) */
 } tqkvc_decode;
@@ -64,7 +65,7 @@ typedef struct tqkvc_unpack {
 } tqkvc_unpack;
 
 tqkv_status tqkvc_launch_decode(const tqkvc_decode *decode, void *stream);
-/* Bytes of shared memory of a block of decode. */
+/* Bytes of shared memory of a block of decode, without units of a matrix. */
 size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t tile_bytes,
                                  bool is_cluster);
 tqkv_status tqkvc_launch_store(const tqkvc_store *store, void *stream);
