@@ -37,7 +37,6 @@ template <int D, int R> struct block_memory {
     uint32_t is_last, shares_queries, first_frame, pad; /* first_frame: of the products */
     uint64_t barriers[TQKVC_WARPS][2]; /* of K and of V */
     tqkvc_products<D> products;
-    tqkvc_warp_widths<D> widths[TQKVC_WARPS];
     tqkvc_warp_memory<D, R> warps[TQKVC_WARPS];
 };
 
@@ -118,17 +117,6 @@ template <int D, int R> struct worker {
     uint32_t all_see = 0; /* tokens that every row sees */
     tqkvc_row_state<R> rows;
 
-    /* In the tier that the warp is at. */
-    __device__ __forceinline__ tqkvc_warp_widths<D> &widths() const
-    {
-        return shared.widths[threadIdx.x / 32];
-    }
-
-    __device__ __forceinline__ const tqkvc_queries<D, R> &queries() const
-    {
-        return shared.shares_queries ? shared.warps[0].queries : memory.queries;
-    }
-
     /* NULL where blocks are not a cluster. */
     __device__ __forceinline__ cluster_memory<D, R> *cluster() const
     {
@@ -156,17 +144,25 @@ template <int D, int R> __device__ void start_rows(worker<D, R> &w)
         (&w.memory.sums[0][0][0])[i] = 0;
 }
 
-/* ROWS rows of a frame, from `first` on, as whole numbers for units of these widths. One warp. */
+template <int D, int R>
+__device__ __forceinline__ const tqkvc_layout &layout_of(const worker<D, R> &w, uint32_t tier)
+{
+    const tqkvc_shape &shape = w.p.frames.shape;
+    return reinterpret_cast<const tqkvc_layout *>(
+        w.p.frames.image + shape.parts.layouts)[tier * shape.n_kv_heads + w.t.g];
+}
+
+/* ROWS rows of a frame, from `first` on, as whole numbers for a tier. One warp. */
 template <int D, int R, int ROWS>
 __device__ __forceinline__ void make_rows(const worker<D, R> &w, uint32_t frame, uint32_t first,
-                                          uint64_t widths, tqkvc_queries<D, R> &out)
+                                          uint32_t tier, tqkvc_queries<D, R> &out)
 {
     const float *values =
         w.shared.products.values + ((frame - w.shared.first_frame) * R + first) * D;
     tqkvc_query_steps<D> steps;
     float4 product[ROWS][steps.N];
 
-    steps.load(w.tables, widths, w.lane);
+    steps.load(w.tables, layout_of(w, tier).widths[0], w.lane);
 #pragma unroll
     for (int i = 0; i < ROWS * steps.N; i++)
         product[i / steps.N][i % steps.N] = reinterpret_cast<const float4 *>(
@@ -176,8 +172,8 @@ __device__ __forceinline__ void make_rows(const worker<D, R> &w, uint32_t frame,
         make_query<D, R>(product[i], steps, first + i, w.lane, out);
 }
 
-/* The queries of a frame for the tier that the warp is at, unless the block has made them. */
-template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t frame)
+/* The queries of a frame for a tier, unless the block has made them. */
+template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t frame, uint32_t tier)
 {
     const float *means = w.shared.products.means + (frame - w.shared.first_frame) * R;
 
@@ -185,25 +181,17 @@ template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t f
     if (!w.shared.shares_queries) {
 #pragma unroll 1
         for (uint32_t first = 0; first < R; first += 4)
-            make_rows<D, R, 4>(w, frame, first, w.widths().k, w.memory.queries);
+            make_rows<D, R, 4>(w, frame, first, tier, w.memory.queries);
         __syncwarp();
     }
     for (uint32_t h = 0; h < R / 4; h++) {
         const uint32_t r = w.lane % 4 * (R / 4) + h;
-        const tqkvc_query_row row = w.queries().rows[r];
+        const tqkvc_query_row row = w.memory.queries.rows[r];
         w.rows.q_factor[h] = row.factor * w.p.scale_log2;
         w.rows.q_mean[h] = means[r] * w.p.scale_log2;
         w.rows.q_start[h][0] = row.sums.x;
         w.rows.q_start[h][1] = row.sums.y;
     }
-}
-
-template <int D, int R>
-__device__ __forceinline__ const tqkvc_layout &layout_of(const worker<D, R> &w, uint32_t tier)
-{
-    const tqkvc_shape &shape = w.p.frames.shape;
-    return reinterpret_cast<const tqkvc_layout *>(
-        w.p.frames.image + shape.parts.layouts)[tier * shape.n_kv_heads + w.t.g];
 }
 
 /* Tiles of one tier, of which one or a part of one is on its way into a warp's memory. */
@@ -226,7 +214,6 @@ template <int D, int R> struct segment {
                                           uint32_t in_tier)
     {
         const tqkvc_layout &layout = layout_of(w, in_tier);
-        const uint64_t widths = layout.widths[w.lane / 16];
         const uint32_t page_blocks = w.p.pages.page_tokens / TQKVC_BLOCK_TOKENS;
 
         tier = in_tier;
@@ -243,9 +230,6 @@ template <int D, int R> struct segment {
         bytes[1] = layout.bytes[1];
         copy(w, 0, 0);
         copy(w, 0, 1);
-        find_runs<D / 16>(widths, w.lane, w.widths().runs);
-        if (w.lane == 0)
-            w.widths().k = widths;
     }
 
     /* Copies one side of the tile `ahead` blocks on, if there is one; K first. */
@@ -281,6 +265,7 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, segment<D, 
                          v = {w.tile + each * s.bytes[0], s.bytes[1], each - 1};
     uint32_t end_frame = 0;
 
+    find_runs<D / 16>(layout_of(w, s.tier).widths[w.lane / 16], w.lane, w.memory.runs);
 #pragma unroll 1
     for (; s.block < s.end; s.block += each) {
         const uint32_t token = s.block * TQKVC_BLOCK_TOKENS,
@@ -290,12 +275,12 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, segment<D, 
         uint32_t k_scales[TQKVC_TILE_BLOCKS / 2], v_scales[TQKVC_TILE_BLOCKS / 2];
 
         if (s.block >= end_frame) {
-            load_queries(w, s.block / frame_blocks);
+            load_queries(w, s.block / frame_blocks, s.tier);
             end_frame = (s.block / frame_blocks + 1) * frame_blocks;
         }
         ring_wait(&w.barriers[0], w.phase);
         k.load_scales(w.lane / 4, k_scales);
-        score_tile<D, R>(k, w.queries(), w.widths().runs[0], w.tables, w.rows, w.lane, products);
+        score_tile<D, R>(k, w.memory, w.tables, w.rows, w.lane, products);
         __syncwarp();
         s.copy(w, each, 0);
         ring_wait(&w.barriers[1], w.phase);
@@ -303,7 +288,7 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, segment<D, 
         v.load_scales(w.lane / 4, v_scales);
         weigh_tile<R>(products, k_scales, v_scales, token, end_token, w.all_see, w.lane, w.rows,
                       weights);
-        add_values<D, R>(v, weights, w.widths().runs[1], w.tables, w.lane, w.memory);
+        add_values<D, R>(v, weights, w.tables, w.lane, w.memory);
         __syncwarp();
         s.copy(w, each, 1);
     }
@@ -425,6 +410,19 @@ __device__ tqkvc_products<D> place_products(const worker<D, R> &w, const tqkvc_q
     return {f.products + row * D, f.means + row};
 }
 
+/* Queries of one frame and tier for all warps of the block, by all of them. */
+template <int D, int R>
+__device__ void share_queries(worker<D, R> &w, uint32_t frame, uint32_t tier)
+{
+    constexpr uint32_t EACH = R / TQKVC_WARPS, N = sizeof(w.memory.queries) / sizeof(uint4);
+    tqkvc_queries<D, R> &made = w.shared.warps[0].queries;
+
+    make_rows<D, R, EACH>(w, frame, threadIdx.x / 32 * EACH, tier, made);
+    __syncthreads();
+    for (uint32_t i = w.lane; i < N && threadIdx.x >= 32; i += 32)
+        reinterpret_cast<uint4 *>(&w.memory.queries)[i] = reinterpret_cast<const uint4 *>(&made)[i];
+}
+
 /*
  * Queries of the frames of the block, while start() brings its first tiles. Where all of its tiles are of one frame and
  * tier, its warps make the whole numbers together. All threads; ends with a barrier.
@@ -457,11 +455,8 @@ __device__ void make_queries(worker<D, R> &w, START &&start)
     __syncthreads();
     if (w.cluster())
         fetch_inverse(w);
-    if (share) {
-        make_rows<D, R, maker.EACH>(w, task.first_frame, threadIdx.x / 32 * maker.EACH,
-                                    w.shared.widths[0].k, w.shared.warps[0].queries);
-        __syncthreads();
-    }
+    if (share)
+        share_queries(w, task.first_frame, tier);
 }
 
 template <int D, int R> __device__ void run_tiles(worker<D, R> &w)

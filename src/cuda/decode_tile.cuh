@@ -85,12 +85,7 @@ static __device__ __forceinline__ void find_runs(uint64_t widths, uint32_t lane,
 template <int D, int R> struct tqkvc_warp_memory {
     __align__(16) float sums[D / 16][32][R / 2]; /* of V: [unit][lane][channel g or g + 8, row] */
     tqkvc_queries<D, R> queries;
-};
-
-/* Widths of the head of a warp in the tier that it is at. */
-template <int D> struct tqkvc_warp_widths {
-    uint64_t k;
-    tqkvc_run runs[2][D / 16]; /* of K and of V */
+    tqkvc_run runs[2][D / 16]; /* of K and of V, in the tier that the warp is at */
 };
 
 /* x, of which the compiler keeps nothing in registers that it could know before. */
@@ -198,12 +193,12 @@ score_units(const tqkvc_planes &planes, const uint32_t (&offsets)[TQKVC_TILE_BLO
 /* Products of K with the query for the blocks of the tile. */
 template <int D, int R>
 static __device__ __forceinline__ void
-score_tile(const tqkvc_sections &k, const tqkvc_queries<D, R> &queries, const tqkvc_run *runs,
-           tqkvc_rows tables, const tqkvc_row_state<R> &rows, uint32_t lane,
+score_tile(const tqkvc_sections &k, const tqkvc_warp_memory<D, R> &memory, tqkvc_rows tables,
+           const tqkvc_row_state<R> &rows, uint32_t lane,
            tqkvc_product<R> (&out)[TQKVC_TILE_BLOCKS])
 {
     const uint8_t *unit = k.first + TQKVC_BLOCK_TOKENS;
-    const uint32_t *q = &queries.operands[0][0][0];
+    const uint32_t *q = &memory.queries.operands[0][0][0];
     uint32_t offsets[TQKVC_TILE_BLOCKS];
 
 #pragma unroll
@@ -211,7 +206,7 @@ score_tile(const tqkvc_sections &k, const tqkvc_queries<D, R> &queries, const tq
         offsets[b] = k.offset(b);
         out[b].start(rows.q_start);
     }
-    for_runs<D / 16>(runs, [&](auto width, uint32_t n) {
+    for_runs<D / 16>(memory.runs[0], [&](auto width, uint32_t n) {
         constexpr int BITS = decltype(width)::value;
         const uint32_t here = fresh(lane), g = here / 4, t = here % 4;
         tqkvc_table<BITS, TQKV_SIDE_K> table;
@@ -479,8 +474,8 @@ static __device__ __forceinline__ void add_sums(const int (&added)[2][R / 4],
 /* Units without codes in this tier are only brought to the new top. */
 template <int D, int R>
 static __device__ __forceinline__ void
-add_values(const tqkvc_sections &v, const tqkvc_probabilities<R> &weights, const tqkvc_run *runs,
-           tqkvc_rows tables, uint32_t lane, tqkvc_warp_memory<D, R> &memory)
+add_values(const tqkvc_sections &v, const tqkvc_probabilities<R> &weights, tqkvc_rows tables,
+           uint32_t lane, tqkvc_warp_memory<D, R> &memory)
 {
     constexpr int H = R / 4;
     const uint8_t *unit = v.first + TQKVC_BLOCK_TOKENS;
@@ -493,7 +488,7 @@ add_values(const tqkvc_sections &v, const tqkvc_probabilities<R> &weights, const
         offsets[b] = v.offset(b);
         spread_probabilities<R>(weights.packed[b], lane, p[b]);
     }
-    for_runs<D / 16>(runs, [&](auto width, uint32_t n) {
+    for_runs<D / 16>(memory.runs[1], [&](auto width, uint32_t n) {
         constexpr int BITS = decltype(width)::value;
         const uint32_t here = fresh(lane);
         tqkvc_table<BITS, TQKV_SIDE_V> table;
