@@ -114,7 +114,10 @@ load_tile_rows(const tqkvc_frames &p, const tqkvc_query_task &task, uint32_t fir
     load_rows(p.q, at, turn.at, p.type, q);
 }
 
-/* Turns a row by -base and puts it into a column, divided by its largest value. Lane 0 gets its product with the mean. */
+/*
+ * Turns a row by -base and puts it into a column, divided by its largest value. Lane 0 gets its product with
+ * the mean.
+ */
 template <int D, int N_COLUMNS>
 static __device__ __forceinline__ float
 put_row(const tqkvc_turn<D> &turn, const float (&q)[2 * tqkvc_turn<D>::N], uint32_t column,

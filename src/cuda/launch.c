@@ -118,9 +118,10 @@ static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan,
 }
 
 /*
- * Whether splits are a cluster: if there are 2, 4, 8 or 16, and each block has a multiprocessor of its own. Where blocks
- * fill the device, clusters leave gaps, and waiting for each other costs more than it saves. Half of the memory of a
- * multiprocessor is left to the next launch, so that it starts in time; what remains of the other is for a matrix.
+ * Whether splits are a cluster: if there are 2, 4, 8 or 16, and each block has a multiprocessor of its own.
+ * Where blocks fill the device, clusters leave gaps, and waiting for each other costs more than it saves.
+ * Half of the memory of a multiprocessor is left to the next launch, so that it starts in time; what remains
+ * of the other is for a matrix.
  */
 static void choose_cluster(const tqkvc_shape *shape, uint32_t n_places, decode_plan *plan)
 {
