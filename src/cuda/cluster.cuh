@@ -15,7 +15,6 @@
 #define TQKVC_CLUSTERS 0
 #endif
 
-
 /* Between them all threads of all blocks of the cluster have come to the first. */
 static __device__ __forceinline__ void cluster_arrive()
 {

@@ -118,25 +118,30 @@ static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan,
 }
 
 /*
- * Whether splits are a cluster: if there are 2, 4, 8 or 16, and each block has a multiprocessor of its own.
+ * Whether splits are a cluster: if they are few, and each block has a multiprocessor of its own. Then there
+ * are 2, 4, 8 or 16; blocks without tokens cost nothing.
  * Where blocks fill the device, clusters leave gaps, and waiting for each other costs more than it saves.
  * Half of the memory of a multiprocessor is left to the next launch, so that it starts in time; what remains
  * of the other is for a matrix.
  */
 static void choose_cluster(const tqkvc_shape *shape, uint32_t n_places, decode_plan *plan)
 {
-    const uint32_t n = plan->n_splits, unit_bytes = shape->dim * 64;
+    const uint32_t unit_bytes = shape->dim * 64;
     const size_t half = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2,
                  used = tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes,
                                                   true) +
                         SHARED_BYTES_RESERVED;
 
-    plan->is_cluster = n > 1 && n <= TQKVC_CLUSTER_MAX && (n & (n - 1)) == 0 &&
+    uint32_t n = 1;
+    while (n < plan->n_splits)
+        n *= 2;
+    plan->is_cluster = n > 1 && n <= TQKVC_CLUSTER_MAX &&
                        device_attribute(cudaDevAttrClusterLaunch) != 0 &&
                        n * n_places <= device_attribute(cudaDevAttrMultiProcessorCount) &&
                        used <= half;
     if (!plan->is_cluster)
         return;
+    plan->n_splits = n;
     const size_t room = (half - used) / unit_bytes;
     plan->n_fetched = room < FETCHED_UNITS_MAX ? (uint32_t)room : FETCHED_UNITS_MAX;
 }
