@@ -43,12 +43,12 @@ static __device__ __forceinline__ uint4 transposed(const uint4 &x)
  */
 template <bool TRANSPOSED, int UNROLL, int D, int N>
 static __device__ __forceinline__ void
-multiply_columns(const uint4 *__restrict__ matrix, uint32_t m, const tqkvc_columns<D, N> &columns,
+multiply_columns(const uint4 *matrix, uint32_t m, const tqkvc_columns<D, N> &columns,
                  uint32_t lane, float (&c)[N / 8][4])
 {
     const uint32_t g = lane / 4, t = lane % 4;
 
-    float small[N / 8][4] = {}; /* a chain of products of its own */
+    float small[2][N / 8][4] = {}; /* chains of products of their own */
 
 #pragma unroll
     for (uint32_t n = 0; n < N / 8; n++)
@@ -59,7 +59,7 @@ multiply_columns(const uint4 *__restrict__ matrix, uint32_t m, const tqkvc_colum
     for (uint32_t k = 0; k < D / 16; k++) {
         const uint32_t at = TRANSPOSED ? k * (D / 16) + m : m * (D / 16) + k;
         const uint4 *operand = matrix + (size_t)at * 64 + lane;
-        uint4 high = __ldg(operand), low = __ldg(operand + 32);
+        uint4 high = operand[0], low = operand[32];
         if (TRANSPOSED) {
             high = transposed(high);
             low = transposed(low);
@@ -70,16 +70,16 @@ multiply_columns(const uint4 *__restrict__ matrix, uint32_t m, const tqkvc_colum
                 reinterpret_cast<const uint32_t *>(&columns.high[8 * n + g][16 * k + 2 * t]);
             const uint32_t *b_low =
                 reinterpret_cast<const uint32_t *>(&columns.low[8 * n + g][16 * k + 2 * t]);
-            multiply_f16(small[n], low, b_high[0], b_high[4]);
+            multiply_f16(small[0][n], low, b_high[0], b_high[4]);
             multiply_f16(c[n], high, b_high[0], b_high[4]);
-            multiply_f16(small[n], high, b_low[0], b_low[4]);
+            multiply_f16(small[1][n], high, b_low[0], b_low[4]);
         }
     }
 #pragma unroll
     for (uint32_t n = 0; n < N / 8; n++)
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++)
-            c[n][i] += small[n][i];
+            c[n][i] += small[0][n][i] + small[1][n][i];
 }
 
 static __device__ __forceinline__ float load_value(const void *p, size_t i, tqkv_cuda_type type)

@@ -2,10 +2,14 @@
 /*
  * Decode: attention of a few query rows over the pages of a sequence.
  *
- *     block   KV head x up to R query rows x part of the tokens ("split") of one sequence
- *     warp    a run of tiles of 64 tokens of it, with memory for one tile of its own; no barrier inside
- *     merge   the warps of a block in shared memory; the splits by the last block that arrives
- *     finish  sums of V times the inverse of the transform on tensor cores, mean, output
+ *     block    KV head x up to R query rows x part of the tokens ("split") of one sequence
+ *     warp     a run of tiles of 64 tokens of it, with memory for one tile of its own; no barrier inside
+ *     merge    the warps of a block in shared memory, then the splits (decode_merge.cuh)
+ *     finish   sums of V times the inverse of the transform on tensor cores, mean, output
+ *
+ * Where sequences are few, the splits of one KV head are a cluster: blocks that write to each other's
+ * shared memory. Each merges a slice of the sums and finishes some of the channels. Elsewhere the last of
+ * the splits merges what the others left in the workspace, and finishes all.
  *
  * A block begins with the queries of its frames (frames.cuh), while its first tiles are on their way.
  * Every byte of K and V is read once for up to R rows, by bulk copies of sections (1040 bytes at 4 bits
@@ -13,48 +17,15 @@
  * reverse: 16 warps of 8 KB fill a multiprocessor of sm_90, and hide each other's latency.
  * docs/GPU.md has what other ways took.
  */
+#include "cuda/cluster.cuh"
 #include "cuda/columns.cuh"
+#include "cuda/decode_merge.cuh"
 #include "cuda/decode_tile.cuh"
 #include "cuda/frames.cuh"
 #include "cuda/ring.cuh"
 
 namespace
 {
-
-constexpr uint32_t ALL = 0xffffffffu;
-
-template <int D, int R> struct block_memory {
-    uint32_t tables[TQKVC_WIDTHS][TQKVC_WORDS + 1]; /* words and step */
-    float stats[TQKVC_WARPS][3][R];                 /* top, sum, nonzero */
-    float factors[TQKVC_SPLITS_MAX][R];
-    float total[3][R];
-    uint32_t is_last, pad[3];
-    uint64_t barriers[TQKVC_WARPS][2]; /* of K and of V */
-    tqkvc_warp_memory<D, R> warps[TQKVC_WARPS];
-};
-
-/* Floats of a part: sums as in tqkvc_warp_memory, then top, sum, nonzero of each row. */
-template <int D, int R> constexpr uint32_t PART_FLOATS = D * R + 3 * R;
-
-/* What the blocks of one sequence, KV head and row tile share. */
-struct task {
-    uint32_t seq, g, row_tile, split, length, first_tile, end_tile, n_parts;
-};
-
-__device__ task find_task(const tqkvc_decode &p)
-{
-    const uint32_t n = p.frames.n_row_tiles;
-    task t = {
-        .seq = blockIdx.z, .g = blockIdx.y / n, .row_tile = blockIdx.y % n, .split = blockIdx.x};
-    t.length = max(p.frames.seq_lens[t.seq], 0);
-    const uint32_t n_tiles = (t.length + TQKV_CUDA_TILE_TOKENS - 1) / TQKV_CUDA_TILE_TOKENS;
-    const uint32_t each = (n_tiles + p.n_splits - 1) / p.n_splits;
-    const uint32_t whole = (each + TQKVC_WARPS - 1) / TQKVC_WARPS * TQKVC_WARPS; /* warps alike */
-    t.n_parts = n_tiles == 0 ? 1 : (n_tiles + whole - 1) / whole;
-    t.first_tile = min(t.split * whole, n_tiles);
-    t.end_tile = min(t.first_tile + whole, n_tiles);
-    return t;
-}
 
 /* A warp and where it is. */
 template <int D, int R> struct worker {
@@ -69,6 +40,12 @@ template <int D, int R> struct worker {
     uint32_t phase = 0;   /* of both barriers */
     uint32_t all_see = 0; /* tokens that every row sees */
     tqkvc_row_state<R> rows;
+
+    /* NULL where blocks are not a cluster. */
+    __device__ __forceinline__ cluster_memory<D, R> *cluster() const
+    {
+        return find_cluster<D, R>(p, shared);
+    }
 };
 
 template <int D, int R> __device__ void start_rows(worker<D, R> &w)
@@ -91,42 +68,54 @@ template <int D, int R> __device__ void start_rows(worker<D, R> &w)
         (&w.memory.sums[0][0][0])[i] = 0;
 }
 
-/* The queries of a frame, for a tier. */
-template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t frame, uint32_t tier)
-{
-    constexpr uint32_t WORDS = sizeof(w.memory.q) / 16;
-    const tqkvc_frames &f = w.p.frames;
-    const size_t place =
-        ((size_t)(w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_frames + frame) * f.shape.n_tiers +
-        tier;
-    const size_t at = place * f.n_row_tiles + w.t.row_tile;
-    const uint4 *operands = reinterpret_cast<const uint4 *>(f.operands) + at * WORDS;
-    const uint4 *rows = reinterpret_cast<const uint4 *>(f.rows) + at * R;
-    uint4 *q = reinterpret_cast<uint4 *>(&w.memory.q[0][0][0]);
-
-    __syncwarp();
-#pragma unroll
-    for (uint32_t i = 0; i < (WORDS + 31) / 32; i++)
-        if (32 * i + w.lane < WORDS)
-            q[32 * i + w.lane] = __ldcg(operands + 32 * i + w.lane);
-    for (uint32_t h = 0; h < R / 4; h++) {
-        const uint32_t r = w.lane % 4 * (R / 4) + h;
-        const uint4 row =
-            w.t.row_tile * R + r < f.n_rows ? __ldcg(rows + r) : make_uint4(0, 0, 0, 0);
-        w.rows.q_factor[h] = __uint_as_float(row.x) * w.p.scale_log2;
-        w.rows.q_mean[h] = __uint_as_float(row.y) * w.p.scale_log2;
-        w.rows.q_start[h][0] = (int)row.z;
-        w.rows.q_start[h][1] = (int)row.w;
-    }
-    __syncwarp();
-}
-
 template <int D, int R>
 __device__ __forceinline__ const tqkvc_layout &layout_of(const worker<D, R> &w, uint32_t tier)
 {
     const tqkvc_shape &shape = w.p.frames.shape;
     return reinterpret_cast<const tqkvc_layout *>(
         w.p.frames.image + shape.parts.layouts)[tier * shape.n_kv_heads + w.t.g];
+}
+
+/* ROWS rows of a frame, from `first` on, as whole numbers for a tier. One warp. */
+template <int D, int R, int ROWS>
+__device__ __forceinline__ void make_rows(const worker<D, R> &w, uint32_t frame, uint32_t first,
+                                          uint32_t tier, tqkvc_queries<D, R> &out)
+{
+    const float *values =
+        w.shared.products.values + ((frame - w.shared.first_frame) * R + first) * D;
+    tqkvc_query_steps<D> steps;
+    float4 product[ROWS][steps.N];
+
+    steps.load(w.tables, layout_of(w, tier).widths[0], w.lane);
+#pragma unroll
+    for (int i = 0; i < ROWS * steps.N; i++)
+        product[i / steps.N][i % steps.N] = reinterpret_cast<const float4 *>(
+            values + i / steps.N * D + steps.unit(i % steps.N, w.lane) * 16)[w.lane % 4];
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+        make_query<D, R>(product[i], steps, first + i, w.lane, out);
+}
+
+/* The queries of a frame for a tier, unless the block has made them. */
+template <int D, int R> __device__ void load_queries(worker<D, R> &w, uint32_t frame, uint32_t tier)
+{
+    const float *means = w.shared.products.means + (frame - w.shared.first_frame) * R;
+
+    __syncwarp();
+    if (!w.shared.shares_queries) {
+#pragma unroll 1
+        for (uint32_t first = 0; first < R; first += 4)
+            make_rows<D, R, 4>(w, frame, first, tier, w.memory.queries);
+        __syncwarp();
+    }
+    for (uint32_t h = 0; h < R / 4; h++) {
+        const uint32_t r = w.lane % 4 * (R / 4) + h;
+        const tqkvc_query_row row = w.memory.queries.rows[r];
+        w.rows.q_factor[h] = row.factor * w.p.scale_log2;
+        w.rows.q_mean[h] = means[r] * w.p.scale_log2;
+        w.rows.q_start[h][0] = row.sums.x;
+        w.rows.q_start[h][1] = row.sums.y;
+    }
 }
 
 /* Tiles of one tier, of which one or a part of one is on its way into a warp's memory. */
@@ -152,11 +141,7 @@ template <int D, int R> struct segment {
         const uint32_t page_blocks = w.p.pages.page_tokens / TQKVC_BLOCK_TOKENS;
 
         tier = in_tier;
-        offset = layout.offset;
-        bytes[0] = layout.bytes[0];
-        bytes[1] = layout.bytes[1];
-        const uint32_t fit = w.p.tile_bytes / (bytes[0] + bytes[1]);
-        each = fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+        each = w.p.tile_blocks[tier];
         block = first * TQKVC_TILE_BLOCKS;
         end = min(end_tile * TQKVC_TILE_BLOCKS,
                   (w.t.length + TQKVC_BLOCK_TOKENS - 1) / TQKVC_BLOCK_TOKENS);
@@ -164,6 +149,9 @@ template <int D, int R> struct segment {
         entry = mine / page_blocks;
         in_page = mine % page_blocks;
         page = load_page(w, min(entry, (end - 1) / page_blocks));
+        offset = layout.offset;
+        bytes[0] = layout.bytes[0];
+        bytes[1] = layout.bytes[1];
         copy(w, 0, 0);
         copy(w, 0, 1);
     }
@@ -201,8 +189,7 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, segment<D, 
                          v = {w.tile + each * s.bytes[0], s.bytes[1], each - 1};
     uint32_t end_frame = 0;
 
-    if (w.lane < 2)
-        find_runs<D / 16>(layout_of(w, s.tier).widths[w.lane], w.memory.runs[w.lane]);
+    find_runs<D / 16>(layout_of(w, s.tier).widths[w.lane / 16], w.lane, w.memory.runs);
 #pragma unroll 1
     for (; s.block < s.end; s.block += each) {
         const uint32_t token = s.block * TQKVC_BLOCK_TOKENS,
@@ -212,7 +199,7 @@ template <int D, int R> __device__ void run_segment(worker<D, R> &w, segment<D, 
         uint32_t k_scales[TQKVC_TILE_BLOCKS / 2], v_scales[TQKVC_TILE_BLOCKS / 2];
 
         if (s.block >= end_frame) {
-            load_queries<D, R>(w, s.block / frame_blocks, s.tier);
+            load_queries(w, s.block / frame_blocks, s.tier);
             end_frame = (s.block / frame_blocks + 1) * frame_blocks;
         }
         ring_wait(&w.barriers[0], w.phase);
@@ -251,27 +238,156 @@ __device__ uint32_t find_segment(const worker<D, R> &w, uint32_t first, uint32_t
     return end;
 }
 
-/* Queries of the frames that the tiles of the block are in. All threads of it. */
-template <int D, int R> __device__ void make_block_queries(worker<D, R> &w)
+/* Where the matrix of a side is. */
+template <int D, int R>
+__device__ __forceinline__ const uint8_t *matrix_of(const worker<D, R> &w, int side)
 {
-    const uint32_t frame_tiles = w.p.frames.frame_tokens / TQKV_CUDA_TILE_TOKENS;
-    const tqkvc_query_task task = {.seq = w.t.seq,
-                                   .g = w.t.g,
-                                   .row_tile = w.t.row_tile,
-                                   .length = w.t.length,
-                                   .first_frame = w.t.first_tile / frame_tiles,
-                                   .end_frame = (w.t.end_tile + frame_tiles - 1) / frame_tiles};
+    return w.p.frames.image + w.p.frames.shape.parts.matrix[side] +
+           (size_t)w.t.g * (D / 16) * UNIT_BYTES<D>;
+}
 
-    static_assert(sizeof(tqkvc_query_memory<D, R>) <= sizeof(w.shared.warps), "made there");
-    make_queries<D, R>(w.p.frames, task,
-                       *reinterpret_cast<tqkvc_query_memory<D, R> *>(&w.shared.warps));
+/* The same with what was fetched. */
+template <int D, int R>
+__device__ __forceinline__ tqkvc_matrix<D> find_matrix(const worker<D, R> &w, int side)
+{
+    const uint4 *all = reinterpret_cast<const uint4 *>(matrix_of(w, side));
+
+    if (!w.cluster())
+        return {all, all, 0, NULL};
+    return {all, reinterpret_cast<const uint4 *>(w.cluster()->matrix()), w.p.n_fetched,
+            &w.cluster()->barriers[side]};
+}
+
+/* The first units of the matrix of K on their way to the memory of all blocks of the cluster, a share from each. */
+template <int D, int R> __device__ void fetch_matrix(const worker<D, R> &w)
+{
+    const uint32_t n_bytes = w.p.n_fetched * UNIT_BYTES<D> / w.p.n_splits,
+                   first = w.t.split * n_bytes;
+
+    cluster_wait();
+    if (threadIdx.x == 0 && n_bytes > 0)
+        fetch(&w.cluster()->barriers[0], w.cluster()->matrix() + first, matrix_of(w, 0) + first,
+              n_bytes, (uint16_t)((1u << w.p.n_splits) - 1));
+}
+
+/* The same of the inverse, where those were: units that this block finishes. By a warp that has least to do. */
+template <int D, int R> __device__ void fetch_inverse(const worker<D, R> &w)
+{
+    const uint32_t n = w.p.n_splits, there = w.cluster()->count_units(w.t.split, n, w.p.n_fetched);
+
+    if (threadIdx.x != THREADS - 1)
+        return;
+    for (uint32_t i = 0; i < there; i++)
+        fetch(&w.cluster()->barriers[1], w.cluster()->matrix() + i * UNIT_BYTES<D>,
+              matrix_of(w, 1) + (w.t.split + i * n) * UNIT_BYTES<D>, UNIT_BYTES<D>,
+              (uint16_t)(1u << w.t.split));
+}
+
+/* Words of the tables that a thread copies to shared memory; they are used after the next barrier. */
+struct table_words {
+    static constexpr uint32_t N = TQKVC_WIDTHS * (TQKVC_WORDS + 1);
+    uint32_t words[(N + THREADS - 1) / THREADS];
+
+    __device__ __forceinline__ void load(const uint8_t *image)
+    {
+        const tqkvc_width *widths = reinterpret_cast<const tqkvc_tables *>(image)->widths;
+#pragma unroll
+        for (uint32_t k = 0; k < (N + THREADS - 1) / THREADS; k++) {
+            const uint32_t i = min(threadIdx.x + k * THREADS, N - 1);
+            words[k] = __ldg(widths[i / (TQKVC_WORDS + 1)].words + i % (TQKVC_WORDS + 1));
+        }
+    }
+
+    __device__ __forceinline__ void store(uint32_t *to) const
+    {
+#pragma unroll
+        for (uint32_t k = 0; k < (N + THREADS - 1) / THREADS; k++)
+            if (threadIdx.x + k * THREADS < N)
+                to[threadIdx.x + k * THREADS] = words[k];
+    }
+};
+
+/* The frames that the tiles of the block are in. */
+template <int D, int R> __device__ tqkvc_query_task find_frames(const worker<D, R> &w)
+{
+    const uint32_t frame_tiles = w.p.frames.frame_tokens / TQKV_CUDA_TILE_TOKENS,
+                   first = w.t.tiles.first / frame_tiles;
+    const bool none = w.t.tiles.end == w.t.tiles.first;
+
+    return {.seq = w.t.seq,
+            .g = w.t.g,
+            .first_row = w.t.row_tile * R,
+            .first_frame = first,
+            .end_frame = none ? first : (w.t.tiles.end + frame_tiles - 1) / frame_tiles};
+}
+
+/* Where their products go. */
+template <int D, int R>
+__device__ tqkvc_products<D> place_products(const worker<D, R> &w, const tqkvc_query_task &task)
+{
+    const tqkvc_frames &f = w.p.frames;
+    const size_t place = (w.t.seq * f.shape.n_kv_heads + w.t.g) * f.n_row_tiles + w.t.row_tile;
+    const size_t row = (place * f.n_frames + task.first_frame) * R;
+
+    if (w.cluster() && task.end_frame - task.first_frame <= 2)
+        return {w.cluster()->products[0][0], w.cluster()->means[0]};
+    return {f.products + row * D, f.means + row};
+}
+
+/* Queries of one frame and tier for all warps of the block, by all of them. */
+template <int D, int R>
+__device__ void share_queries(worker<D, R> &w, uint32_t frame, uint32_t tier)
+{
+    constexpr uint32_t EACH = R / TQKVC_WARPS, N = sizeof(w.memory.queries) / sizeof(uint4);
+    tqkvc_queries<D, R> &made = w.shared.warps[0].queries;
+
+    make_rows<D, R, EACH>(w, frame, threadIdx.x / 32 * EACH, tier, made);
+    __syncthreads();
+    for (uint32_t i = w.lane; i < N && threadIdx.x >= 32; i += 32)
+        reinterpret_cast<uint4 *>(&w.memory.queries)[i] = reinterpret_cast<const uint4 *>(&made)[i];
+}
+
+/*
+ * Queries of the frames of the block, while start() brings its first tiles. Where all of its tiles are of one frame and
+ * tier, its warps make the whole numbers together. All threads; ends with a barrier.
+ */
+template <int D, int R, typename START>
+__device__ void make_queries(worker<D, R> &w, START &&start)
+{
+    const tqkvc_frames &f = w.p.frames;
+    tqkvc_query_task task = {.seq = w.t.seq, .g = w.t.g, .first_row = w.t.row_tile * R};
+    tqkvc_query_maker<D, R> maker;
+    table_words tables;
+    uint32_t tier = 0;
+
+    static_assert(sizeof(tqkvc_query_memory<D, TQKVC_WARPS * R>) <= sizeof(w.shared.warps),
+                  "made there");
+    maker.load(f, task);
+    tables.load(f.image);
+    task = find_frames(w);
+    const tqkvc_products<D> products = place_products(w, task);
+    start();
+    tables.store(w.shared.tables[0]);
+    const bool share = task.end_frame - task.first_frame == 1 &&
+                       find_segment(w, w.t.tiles.first, w.t.tiles.end, &tier) == w.t.tiles.end;
+    if (threadIdx.x == 0) {
+        w.shared.products = products;
+        w.shared.first_frame = task.first_frame;
+        w.shared.shares_queries = share;
+    }
+    maker.run(f, task, find_matrix(w, 0), products, &w.shared.warps);
+    __syncthreads();
+    if (w.cluster())
+        fetch_inverse(w);
+    if (share)
+        share_queries(w, task.first_frame, tier);
 }
 
 template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
 {
-    const uint32_t n = w.t.end_tile - w.t.first_tile, each = (n + TQKVC_WARPS - 1) / TQKVC_WARPS;
-    uint32_t i = w.t.first_tile + threadIdx.x / 32 * each, next = i;
-    const uint32_t end = min(i + each, w.t.end_tile);
+    const uint32_t n = w.t.tiles.end - w.t.tiles.first, each = (n + TQKVC_WARPS - 1) / TQKVC_WARPS;
+    uint32_t i = w.t.tiles.first + threadIdx.x / 32 * each, next = i;
+    const uint32_t end = min(i + each, w.t.tiles.end);
     segment<D, R> s;
     const auto start = [&]() {
         uint32_t tier;
@@ -279,9 +395,10 @@ template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
         s.start(w, i, next, tier);
     };
 
-    if (i < end)
-        start();
-    make_block_queries(w);
+    make_queries(w, [&]() {
+        if (i < end)
+            start();
+    });
     start_rows(w);
     while (i < end) {
         run_segment(w, s);
@@ -289,184 +406,73 @@ template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
         if (i < end)
             start();
     }
-    float(*stats)[R] = w.shared.stats[threadIdx.x / 32];
     for (int h = 0; h < R / 4; h++) {
         for (int d = 4; d < 32; d *= 2) {
             w.rows.sum[h] += __shfl_xor_sync(ALL, w.rows.sum[h], d);
             w.rows.nonzero[h] += __shfl_xor_sync(ALL, w.rows.nonzero[h], d);
         }
-        if (w.lane < 4) {
-            const uint32_t r = w.lane * (R / 4) + h;
-            stats[0][r] = w.rows.top[h];
-            stats[1][r] = w.rows.sum[h];
-            stats[2][r] = w.rows.nonzero[h];
-        }
+        if (w.lane < 4)
+            w.shared.stats[threadIdx.x / 32][w.lane * (R / 4) + h] =
+                make_float4(w.rows.top[h], w.rows.sum[h], w.rows.nonzero[h], 0.0f);
     }
-}
-
-/* Row of element i of the sums. */
-template <int R> __device__ uint32_t element_row(uint32_t i)
-{
-    return i / (R / 2) % 4 * (R / 4) + i % (R / 4);
-}
-
-/* Channel of element i of the sums. */
-template <int R> __device__ uint32_t element_channel(uint32_t i)
-{
-    return i / (16 * R) * 16 + i / (R / 2) % 32 / 4 + i % (R / 2) / (R / 4) * 8;
 }
 
 /*
- * Factors that bring n parts, at most MAX, to one top, and the totals. get(part, what, row): top, sum, nonzero. A
- * warp takes every fourth row, a lane every 32nd part.
+ * out = (inverse of sums + mean nonzero) / sum, for units first_unit, first_unit + step, .. of the
+ * channels. columns: where the tiles were.
  */
-template <int R, int MAX, typename GET>
-__device__ void find_factors(uint32_t n, GET &&get, float (*factors)[R], float (*total)[R])
-{
-    constexpr int N = (MAX + 31) / 32;
-    const uint32_t lane = threadIdx.x % 32;
-
-#pragma unroll 1
-    for (uint32_t r = threadIdx.x / 32; r < R; r += TQKVC_WARPS) {
-        float values[N][3], top = TQKVC_LOWEST, sum = 0, nonzero = 0;
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            const uint32_t i = 32 * k + lane;
-#pragma unroll
-            for (int what = 0; what < 3; what++)
-                values[k][what] = i < n ? get(i, what, r) : what == 0 ? TQKVC_LOWEST : 0.0f;
-            top = fmaxf(top, values[k][0]);
-        }
-        for (int d = 16; d > 0; d /= 2)
-            top = fmaxf(top, __shfl_xor_sync(ALL, top, d));
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            const float factor = exp2_fast(values[k][0] - top);
-            if (32 * k + lane < n)
-                factors[32 * k + lane][r] = factor;
-            sum += values[k][1] * factor;
-            nonzero += values[k][2] * factor;
-        }
-        for (int d = 16; d > 0; d /= 2) {
-            sum += __shfl_xor_sync(ALL, sum, d);
-            nonzero += __shfl_xor_sync(ALL, nonzero, d);
-        }
-        if (lane == 0) {
-            total[0][r] = top;
-            total[1][r] = sum;
-            total[2][r] = nonzero;
-        }
-    }
-}
-
-/* Sums of all warps to those of the first warp. */
-template <int D, int R> __device__ void merge_warps(block_memory<D, R> &shared)
-{
-    find_factors<R, TQKVC_WARPS>(
-        TQKVC_WARPS, [&](uint32_t i, int what, uint32_t r) { return shared.stats[i][what][r]; },
-        shared.factors, shared.total);
-    __syncthreads();
-#pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < D * R; i += 32 * TQKVC_WARPS) {
-        float v = 0;
-#pragma unroll
-        for (int w = 0; w < TQKVC_WARPS; w++)
-            v += (&shared.warps[w].sums[0][0][0])[i] * shared.factors[w][element_row<R>(i)];
-        (&shared.warps[0].sums[0][0][0])[i] = v;
-    }
-    __syncthreads();
-}
-
-/* Leaves the part of this block; true in the block that was last, with the sums of all in place. */
 template <int D, int R>
-__device__ bool merge_splits(const tqkvc_decode &p, const task &t, block_memory<D, R> &shared)
-{
-    float *sums = &shared.warps[0].sums[0][0][0];
-    const size_t place = (size_t)t.seq * gridDim.y + blockIdx.y;
-    float *parts = p.parts + place * p.n_splits * PART_FLOATS<D, R>;
-    float *mine = parts + (size_t)t.split * PART_FLOATS<D, R>;
-
-    for (uint32_t i = threadIdx.x; i < D * R; i += 32 * TQKVC_WARPS)
-        __stcg(mine + i, sums[i]);
-    if (threadIdx.x < 3 * R)
-        __stcg(mine + D * R + threadIdx.x, (&shared.total[0][0])[threadIdx.x]);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0)
-        shared.is_last = atomicAdd(p.arrivals + place, 1u) == t.n_parts - 1;
-    __syncthreads();
-    if (!shared.is_last)
-        return false;
-    __threadfence();
-    if (threadIdx.x == 0)
-        p.arrivals[place] = 0;
-    find_factors<R, TQKVC_SPLITS_MAX>(
-        t.n_parts,
-        [&](uint32_t i, int what, uint32_t r) {
-            return __ldcg(parts + (size_t)i * PART_FLOATS<D, R> + D * R + what * R + r);
-        },
-        shared.factors, shared.total);
-    __syncthreads();
-    for (uint32_t i = 4 * threadIdx.x; i < D * R; i += 4 * 32 * TQKVC_WARPS) {
-        float v[4] = {};
-#pragma unroll 16
-        for (uint32_t s = 0; s < t.n_parts; s++) {
-            const float4 x =
-                __ldcg(reinterpret_cast<const float4 *>(parts + (size_t)s * PART_FLOATS<D, R> + i));
-            v[0] += x.x * shared.factors[s][element_row<R>(i)];
-            v[1] += x.y * shared.factors[s][element_row<R>(i + 1)];
-            v[2] += x.z * shared.factors[s][element_row<R>(i + 2)];
-            v[3] += x.w * shared.factors[s][element_row<R>(i + 3)];
-        }
-        *reinterpret_cast<float4 *>(sums + i) = *reinterpret_cast<const float4 *>(v);
-    }
-    __syncthreads();
-    return true;
-}
-
-/* out = (inverse of sums + mean nonzero) / sum. columns: where the tiles were. */
-template <int D, int R>
-__device__ void finish(const tqkvc_decode &p, const task &t, block_memory<D, R> &shared,
-                       tqkvc_columns<D, 8> &columns)
+__device__ void finish(const tqkvc_decode &p, const task &t, const tqkvc_matrix<D> &matrix,
+                       uint32_t first_unit, uint32_t step, const float4 (&total)[R],
+                       const float *sums, tqkvc_columns<D, 8> &columns)
 {
     constexpr float GAIN =
         16.0f; /* sums are below 1024; lifts small ones out of f16's subnormals */
     const tqkvc_shape &shape = p.frames.shape;
-    const uint32_t lane = threadIdx.x % 32, group = shape.n_heads / shape.n_kv_heads;
-    const uint4 *matrix = reinterpret_cast<const uint4 *>(p.frames.image + shape.parts.matrix[1]) +
-                          (size_t)t.g * D * D / 4;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32,
+                   group = shape.n_heads / shape.n_kv_heads;
     const float *row_scale =
         reinterpret_cast<const float *>(p.frames.image + shape.parts.row_scale[1]) + t.g * D;
     const float *mean =
         reinterpret_cast<const float *>(p.frames.image + shape.parts.mean[1]) + t.g * D;
 
+    float4 traits; /* of channels lane / 4 and lane / 4 + 8 of a unit: row scales, means */
+    const auto load_traits = [&](uint32_t i) {
+        const uint32_t d = min(first_unit + i * step, D / 16 - 1) * 16 + lane / 4;
+        traits = make_float4(__ldg(row_scale + d), __ldg(row_scale + d + 8), __ldg(mean + d),
+                             __ldg(mean + d + 8));
+    };
+
+    load_traits(warp);
     /* With four rows the other columns are not read. */
 #pragma unroll 4
-    for (uint32_t i = threadIdx.x; i < D * R; i += 32 * TQKVC_WARPS) {
-        const float sum = shared.total[1][element_row<R>(i)];
-        const float v = sum > 0 ? __fdividef((&shared.warps[0].sums[0][0][0])[i], sum) : 0.0f;
+    for (uint32_t i = threadIdx.x; i < D * R; i += THREADS) {
+        const float sum = total[element_row<R>(i)].y, v = sum > 0 ? __fdividef(sums[i], sum) : 0.0f;
         columns.set(element_row<R>(i), element_channel<R>(i), v * GAIN);
     }
     __syncthreads();
-    for (uint32_t m = threadIdx.x / 32; m < D / 16; m += TQKVC_WARPS) {
-        const uint32_t d = m * 16 + lane / 4;
-        const float scale[2] = {__ldg(row_scale + d) / GAIN, __ldg(row_scale + d + 8) / GAIN},
-                    means[2] = {__ldg(mean + d), __ldg(mean + d + 8)};
+    matrix.wait();
+    for (uint32_t i = warp; first_unit + i * step < D / 16; i += TQKVC_WARPS) {
+        const uint32_t m = first_unit + i * step, d = m * 16 + lane / 4;
+        const float scale[2] = {traits.x / GAIN, traits.y / GAIN}, means[2] = {traits.z, traits.w};
         float c[1][4];
 
-        multiply_columns<false, 8>(matrix, m, columns, lane, c);
+        if (i < matrix.n_fetched)
+            multiply_columns<false, 8>(matrix.fetched, i, columns, lane, c);
+        else
+            multiply_columns<false, 8>(matrix.all, m, columns, lane, c);
+        load_traits(i + TQKVC_WARPS);
         for (uint32_t i = 0; i < 4; i++) {
             const uint32_t r = lane % 4 * 2 + i % 2, row = t.row_tile * R + r;
             if (r >= R || row >= p.frames.n_rows)
                 continue;
             const size_t at = (size_t)(t.seq * p.frames.q_len + row / group) * shape.n_heads +
                               t.g * group + row % group;
-            const float sum = shared.total[1][r];
-            const float share = sum > 0 ? __fdividef(shared.total[2][r], sum) : 0.0f;
+            const float sum = total[r].y, share = sum > 0 ? __fdividef(total[r].z, sum) : 0.0f;
             store_value(p.out, at * D + d + i / 2 * 8, p.frames.type,
                         c[0][i] * scale[i / 2] + means[i / 2] * share);
             if (p.lse && d + i / 2 == 0)
-                p.lse[at] = sum > 0 ? (shared.total[0][r] + log2f(sum)) * 0.69314718f : -INFINITY;
+                p.lse[at] = sum > 0 ? (total[r].x + log2f(sum)) * 0.69314718f : -INFINITY;
         }
     }
 }
@@ -479,20 +485,28 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, BLOCKS)
     extern __shared__ __align__(128) uint8_t dynamic[];
     block_memory<D, R> &shared = *reinterpret_cast<block_memory<D, R> *>(dynamic);
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const tqkvc_tables *tables = reinterpret_cast<const tqkvc_tables *>(p.frames.image);
-
-    wait_for_previous();
-    const task t = find_task(p);
-    for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * (TQKVC_WORDS + 1); i += 32 * TQKVC_WARPS)
-        (&shared.tables[0][0])[i] = reinterpret_cast<const uint32_t *>(
-            tables->widths + i / (TQKVC_WORDS + 1))[i % (TQKVC_WORDS + 1)];
-    if (lane < 2)
-        ring_barrier_init(&shared.barriers[warp][lane]);
-    if (t.split >= t.n_parts)
-        return;
-    __syncthreads();
 
     uint8_t *tiles = dynamic + sizeof(block_memory<D, R>);
+    cluster_memory<D, R> *cluster = find_cluster(p, shared);
+
+    if (lane < 2)
+        ring_barrier_init(&shared.barriers[warp][lane]);
+    if (cluster) {
+        if (threadIdx.x == 0) {
+            const uint32_t n_inverse =
+                cluster->count_units(blockIdx.x, p.n_splits, p.n_fetched);
+            expect_bytes(&cluster->barriers[0], p.n_fetched * UNIT_BYTES<D>);
+            expect_bytes(&cluster->barriers[1], n_inverse * UNIT_BYTES<D>);
+            expect_bytes(&cluster->barriers[2], sizeof(cluster->parts) + p.n_splits * R * 16);
+            expect_bytes(&cluster->barriers[3], sizeof(cluster->sums));
+        }
+        cluster_arrive();
+    }
+    wait_for_previous();
+    let_next_start();
+    const task t = find_task(p);
+    if (t.split >= t.n_parts && !cluster)
+        return;
     worker<D, R> w = {p,
                       t,
                       shared,
@@ -501,27 +515,48 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, BLOCKS)
                       shared.barriers[warp],
                       {fresh(shared_address(shared.tables))},
                       lane};
+    if (cluster)
+        fetch_matrix(w);
+    else
+        __syncthreads();
     run_tiles(w);
-    let_next_start();
     __syncthreads();
-    merge_warps(shared);
-    if (t.n_parts == 1 || merge_splits(p, t, shared))
-        finish(p, t, shared, *reinterpret_cast<tqkvc_columns<D, 8> *>(tiles));
+
+    tqkvc_columns<D, 8> &columns = *reinterpret_cast<tqkvc_columns<D, 8> *>(tiles);
+    const tqkvc_matrix<D> inverse = find_matrix(w, 1);
+    if (cluster) {
+        merge_cluster(p.n_splits, t.split, shared, *cluster);
+        finish(p, t, inverse, t.split, p.n_splits, shared.total,
+               reinterpret_cast<const float *>(cluster->sums), columns);
+        return;
+    }
+    float4 *sums = reinterpret_cast<float4 *>(shared.warps[0].sums);
+    merge_warps(shared, [&](uint32_t i, const float4 &v) { sums[i] = v; });
+    __syncthreads();
+    if (t.n_parts > 1 && !merge_splits(p, t, shared, sums))
+        return;
+    finish(p, t, inverse, 0, 1, t.n_parts > 1 ? shared.total : shared.part,
+           reinterpret_cast<const float *>(sums), columns);
 }
 
 template <int D, int R, int BLOCKS> tqkv_status launch(const tqkvc_decode &p, cudaStream_t stream)
 {
-    const size_t bytes = tqkvc_decode_shared_bytes(D, R, p.tile_bytes);
+    const size_t bytes = tqkvc_decode_shared_bytes(D, R, p.tile_bytes, p.is_cluster) +
+                         p.n_fetched * UNIT_BYTES<D>;
     const auto kernel = decode_kernel<D, R, BLOCKS>;
+    const uint32_t n_cluster = p.is_cluster ? p.n_splits : 1;
 
     static_assert(sizeof(block_memory<D, R>) % 16 == 0, "tiles are 16-aligned");
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) !=
-        cudaSuccess) {
+            cudaSuccess ||
+        (n_cluster > 8 && /* more than every device of sm_90 or later has */
+         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
+             cudaSuccess)) {
         (void)cudaGetLastError();
         return TQKV_ERR_UNSUPPORTED;
     }
     const dim3 grid(p.n_splits, p.frames.shape.n_kv_heads * p.frames.n_row_tiles, p.frames.n_seqs);
-    const cudaError_t error = launch_beside(kernel, grid, 32 * TQKVC_WARPS, bytes, stream, p);
+    const cudaError_t error = launch_clusters(kernel, grid, n_cluster, THREADS, bytes, stream, p);
     (void)cudaGetLastError();
     return error == cudaSuccess ? TQKV_OK : TQKV_ERR_UNSUPPORTED;
 }
@@ -537,19 +572,21 @@ template <int D> tqkv_status launch_rows(const tqkvc_decode &p, cudaStream_t str
     return launch<D, 8, 3>(p, stream);
 }
 
-template <int D> size_t shared_bytes(uint32_t rows_per_tile)
+template <int D> size_t shared_bytes(uint32_t rows_per_tile, bool is_cluster)
 {
-    return rows_per_tile == 4 ? sizeof(block_memory<D, 4>) : sizeof(block_memory<D, 8>);
+    return rows_per_tile == 4
+               ? sizeof(block_memory<D, 4>) + (is_cluster ? sizeof(cluster_memory<D, 4>) : 0)
+               : sizeof(block_memory<D, 8>) + (is_cluster ? sizeof(cluster_memory<D, 8>) : 0);
 }
 
 } // namespace
 
 extern "C" size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile,
-                                            uint32_t tile_bytes)
+                                            uint32_t tile_bytes, bool is_cluster)
 {
-    const size_t fixed = dim == 64    ? shared_bytes<64>(rows_per_tile)
-                         : dim == 128 ? shared_bytes<128>(rows_per_tile)
-                                      : shared_bytes<256>(rows_per_tile);
+    const size_t fixed = dim == 64    ? shared_bytes<64>(rows_per_tile, is_cluster)
+                         : dim == 128 ? shared_bytes<128>(rows_per_tile, is_cluster)
+                                      : shared_bytes<256>(rows_per_tile, is_cluster);
     return fixed + TQKVC_WARPS * (size_t)tile_bytes;
 }
 

@@ -61,27 +61,31 @@ struct tqkvc_run {
     uint16_t bits, n_units;
 };
 
-/* One thread. runs: at most N of N units. */
-template <int N> static __device__ void find_runs(uint64_t widths, tqkvc_run *runs)
+/*
+ * Runs of N units of K and of V, of which lanes below 16 have the widths of K and the others those of V; N at most 16.
+ * A run begins where a lane's width is not that of the lane before. One warp.
+ */
+template <int N>
+static __device__ __forceinline__ void find_runs(uint64_t widths, uint32_t lane,
+                                                 tqkvc_run (&runs)[2][N])
 {
-    tqkvc_run run = {(uint16_t)(widths & 15u), 0};
+    const uint32_t unit = lane % 16, side = lane / 16;
+    const uint32_t bits = (uint32_t)(widths >> 4 * unit) & 15u,
+                   before = __shfl_up_sync(0xffffffffu, bits, 1);
+    const bool begins = unit < N && (unit == 0 || bits != before);
+    const uint32_t starts = __ballot_sync(0xffffffffu, begins) >> 16 * side & 0xffffu,
+                   later = starts >> unit >> 1;
 
-#pragma unroll 1
-    for (uint32_t u = 0; u < N; u++, widths >>= 4) {
-        if ((widths & 15u) != run.bits) {
-            *runs++ = run;
-            run = {(uint16_t)(widths & 15u), 0};
-        }
-        run.n_units++;
-    }
-    *runs = run;
+    if (begins)
+        runs[side][__popc(starts & ((1u << unit) - 1))] = {
+            (uint16_t)bits, (uint16_t)(later ? __ffs(later) : N - unit)};
 }
 
 /* Shared memory of a warp besides its tile. */
 template <int D, int R> struct tqkvc_warp_memory {
     __align__(16) float sums[D / 16][32][R / 2]; /* of V: [unit][lane][channel g or g + 8, row] */
-    __align__(16) uint32_t q[R / 4][D / 16][32]; /* column operands; see query.cuh */
-    tqkvc_run runs[2][D / 16];                   /* of K and of V */
+    tqkvc_queries<D, R> queries;
+    tqkvc_run runs[2][D / 16]; /* of K and of V, in the tier that the warp is at */
 };
 
 /* x, of which the compiler keeps nothing in registers that it could know before. */
@@ -194,7 +198,7 @@ score_tile(const tqkvc_sections &k, const tqkvc_warp_memory<D, R> &memory, tqkvc
            tqkvc_product<R> (&out)[TQKVC_TILE_BLOCKS])
 {
     const uint8_t *unit = k.first + TQKVC_BLOCK_TOKENS;
-    const uint32_t *q = &memory.q[0][0][0];
+    const uint32_t *q = &memory.queries.operands[0][0][0];
     uint32_t offsets[TQKVC_TILE_BLOCKS];
 
 #pragma unroll

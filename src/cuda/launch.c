@@ -12,6 +12,7 @@
 #define SHARED_BYTES_MAX (227u * 1024u) /* of a block on sm_90; smaller devices say so themselves */
 #define SHARED_BYTES_RESERVED 1024u     /* beside what a block asks for */
 #define TILES_OF_BLOCK 1.5f /* tiles of a warp that take as long as the rest of what a block does */
+#define FETCHED_UNITS_MAX 4 /* a unit for each warp; more were not faster */
 #define LOG2_E 1.44269504f
 #define SEQUENCES_MAX 65535u /* of a grid's third dimension */
 
@@ -41,7 +42,9 @@ static uint32_t page_bytes(const tqkvc_shape *shape, uint32_t tier, uint32_t pag
 typedef struct decode_plan {
     uint32_t n_rows, rows_per_tile, n_row_tiles, n_frames, frame_tokens, tile_bytes, n_blocks,
         n_splits;
-    size_t operands_bytes, rows_bytes, parts_bytes, arrivals_bytes;
+    bool is_cluster;
+    uint32_t n_fetched;
+    size_t products_bytes, means_bytes, parts_bytes, arrivals_bytes;
 } decode_plan;
 
 static uint32_t device_attribute(enum cudaDeviceAttr attribute)
@@ -62,7 +65,7 @@ static uint32_t device_attribute(enum cudaDeviceAttr attribute)
  */
 static uint32_t choose_tile_bytes(const tqkvc_shape *shape, uint32_t rows_per_tile)
 {
-    const size_t fixed = tqkvc_decode_shared_bytes(shape->dim, rows_per_tile, 0);
+    const size_t fixed = tqkvc_decode_shared_bytes(shape->dim, rows_per_tile, 0, false);
     const uint32_t room = (uint32_t)(SHARED_BYTES_MAX - fixed) / TQKVC_WARPS;
     const uint32_t columns = 2 * 8 * (shape->dim + 8) * 2; /* that the end puts there */
     uint32_t n_blocks = TQKVC_TILE_BLOCKS, bytes = tqkvi_div_up(columns, TQKVC_WARPS * 16) * 16;
@@ -82,7 +85,7 @@ static uint32_t choose_blocks(const tqkvc_shape *shape, const decode_plan *plan)
 {
     const uint32_t sm_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     const size_t bytes =
-        tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes) +
+        tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes, false) +
         SHARED_BYTES_RESERVED;
     const uint32_t n = (uint32_t)(sm_bytes / bytes);
 
@@ -114,6 +117,35 @@ static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan,
     return best;
 }
 
+/*
+ * Whether splits are a cluster: if they are few, and each block has a multiprocessor of its own. Then there
+ * are 2, 4, 8 or 16; blocks without tokens cost nothing.
+ * Where blocks fill the device, clusters leave gaps, and waiting for each other costs more than it saves.
+ * Half of the memory of a multiprocessor is left to the next launch, so that it starts in time; what remains
+ * of the other is for a matrix.
+ */
+static void choose_cluster(const tqkvc_shape *shape, uint32_t n_places, decode_plan *plan)
+{
+    const uint32_t unit_bytes = shape->dim * 64;
+    const size_t half = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2,
+                 used = tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes,
+                                                  true) +
+                        SHARED_BYTES_RESERVED;
+
+    uint32_t n = 1;
+    while (n < plan->n_splits)
+        n *= 2;
+    plan->is_cluster = n > 1 && n <= TQKVC_CLUSTER_MAX &&
+                       device_attribute(cudaDevAttrClusterLaunch) != 0 &&
+                       n * n_places <= device_attribute(cudaDevAttrMultiProcessorCount) &&
+                       used <= half;
+    if (!plan->is_cluster)
+        return;
+    plan->n_splits = n;
+    const size_t room = (half - used) / unit_bytes;
+    plan->n_fetched = room < FETCHED_UNITS_MAX ? (uint32_t)room : FETCHED_UNITS_MAX;
+}
+
 static size_t aligned(size_t bytes)
 {
     return (bytes + 255) / 256 * 256;
@@ -136,17 +168,17 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
     plan->tile_bytes = choose_tile_bytes(shape, plan->rows_per_tile);
     plan->n_blocks = choose_blocks(shape, plan);
     plan->n_splits = choose_splits(shape, plan, n_seqs, max_tokens);
+    choose_cluster(shape, n_seqs * shape->n_kv_heads * plan->n_row_tiles, plan);
 
-    const size_t heads = (size_t)n_seqs * shape->n_kv_heads;
-    const size_t rows =
-        heads * plan->n_frames * shape->n_tiers * plan->n_row_tiles * plan->rows_per_tile;
-    const size_t part_floats = (size_t)(shape->dim + 3) * plan->rows_per_tile;
-    plan->operands_bytes = aligned(rows * shape->dim * sizeof(uint16_t));
-    plan->rows_bytes = aligned(rows * sizeof(tqkvc_query_row));
+    const size_t tiles = (size_t)n_seqs * shape->n_kv_heads * plan->n_row_tiles;
+    const size_t rows = tiles * plan->n_frames * plan->rows_per_tile;
+    const size_t part_floats = (size_t)(shape->dim + 4) * plan->rows_per_tile;
+    plan->products_bytes = aligned(rows * shape->dim * sizeof(float));
+    plan->means_bytes = aligned(rows * sizeof(float));
     plan->parts_bytes =
-        aligned(heads * plan->n_row_tiles * plan->n_splits * part_floats * sizeof(float));
-    plan->arrivals_bytes = aligned(heads * plan->n_row_tiles * sizeof(uint32_t));
-    return tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes) <=
+        aligned(tiles * plan->n_splits * part_floats * sizeof(float));
+    plan->arrivals_bytes = aligned(tiles * sizeof(uint32_t));
+    return tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes, false) <=
            SHARED_BYTES_MAX;
 }
 
@@ -157,7 +189,7 @@ size_t tqkv_cuda_decode_bytes(const tqkv_cuda_layer *layer, uint32_t n_seqs, uin
 
     if (!layer || !plan_decode(layer, n_seqs, q_len, max_tokens, &plan))
         return 0;
-    return plan.arrivals_bytes + plan.operands_bytes + plan.rows_bytes + plan.parts_bytes;
+    return plan.arrivals_bytes + plan.products_bytes + plan.means_bytes + plan.parts_bytes;
 }
 
 tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
@@ -177,8 +209,6 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
                                  .image = image,
                                  .q = args->q,
                                  .seq_lens = args->seq_lens,
-                                 .tiers = args->pages.tiers,
-                                 .tiers_stride = args->pages.tiers_stride,
                                  .n_seqs = args->n_seqs,
                                  .q_len = args->q_len,
                                  .n_rows = plan.n_rows,
@@ -191,18 +221,23 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
                       .out = args->out,
                       .lse = args->lse,
                       .n_splits = plan.n_splits,
+                      .is_cluster = plan.is_cluster,
+                      .n_fetched = plan.n_fetched,
                       .n_blocks = plan.n_blocks,
                       .tile_bytes = plan.tile_bytes,
                       .scale_log2 = args->scale * LOG2_E};
     p.arrivals = (uint32_t *)(void *)next;
     next += plan.arrivals_bytes;
-    p.frames.operands = (uint32_t *)(void *)next;
-    next += plan.operands_bytes;
-    p.frames.rows = (tqkvc_query_row *)(void *)next;
-    next += plan.rows_bytes;
-    p.parts = (float *)(void *)next;
-    for (uint32_t tier = 0; tier < layer->shape.n_tiers; tier++)
+    p.frames.products = (float *)(void *)next;
+    next += plan.products_bytes;
+    p.frames.means = (float *)(void *)next;
+    next += plan.means_bytes;
+    p.parts = next;
+    for (uint32_t tier = 0; tier < layer->shape.n_tiers; tier++) {
+        const uint32_t fit = plan.tile_bytes / layer->shape.section_bytes_max[tier];
         p.page_bytes[tier] = page_bytes(&layer->shape, tier, args->pages.page_tokens);
+        p.tile_blocks[tier] = fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+    }
 
     return tqkvc_launch_decode(&p, stream);
 }

@@ -6,6 +6,8 @@
 #ifndef TQKVC_LAUNCH_H
 #define TQKVC_LAUNCH_H
 
+#include <stdbool.h>
+
 #include "cuda/image.h"
 
 #ifdef __cplusplus
@@ -15,29 +17,20 @@ extern "C" {
 #define TQKVC_SPLITS_MAX 64 /* parts of the tokens of a sequence */
 #define TQKVC_WARPS 4       /* of a thread block of decode */
 #define TQKVC_BLOCKS_MAX 4  /* of a multiprocessor */
-
-/* What a row of queries of a frame takes beside its operands. */
-typedef struct tqkvc_query_row {
-    float factor;              /* of the whole numbers */
-    float mean;                /* turned q times mean of K */
-    int32_t high_sum, low_sum; /* of its bytes in units of widths 4 to 6; see lookup.cuh */
-} tqkvc_query_row;
+#define TQKVC_CLUSTER_MAX 16 /* splits of a cluster */
 
 /*
  * Queries of frames: what decode multiplies with codes. Rows of a KV head (query token * group + head)
- * are cut into tiles of 4 or 8. A frame has queries for each tier, as widths and so steps differ; only
- * those of tiers that it has tokens in are made.
+ * are cut into tiles of 4 or 8.
  */
 typedef struct tqkvc_frames {
     tqkvc_shape shape;
     const uint8_t *image;
     const void *q;           /* [n_seqs][q_len][n_heads][dim] */
     const int32_t *seq_lens; /* [n_seqs] */
-    const uint8_t *tiers;    /* as tqkv_cuda_pages */
-    uint32_t
-        *operands; /* [n_seqs][KV heads][n_frames][tiers][row tiles][rows / 4][dim / 16][32] out */
-    tqkvc_query_row *rows; /* [n_seqs][KV heads][n_frames][tiers][row tiles][rows] out */
-    uint32_t tiers_stride, n_seqs, q_len, n_rows, n_frames, frame_tokens;
+    float *products;         /* [n_seqs][KV heads][row tiles][n_frames][rows][dim]; see frames.cuh */
+    float *means;            /* [n_seqs][KV heads][row tiles][n_frames][rows] */
+    uint32_t n_seqs, q_len, n_rows, n_frames, frame_tokens;
     uint32_t rows_per_tile, n_row_tiles;
     tqkv_cuda_type type;
 } tqkvc_frames;
@@ -48,10 +41,12 @@ typedef struct tqkvc_decode {
     uint32_t page_bytes[TQKV_TIERS_MAX];
     void *out;
     float *lse;
-    float *parts;                /* [n_seqs][n_kv_heads][row tiles][n_splits][part floats] */
-    uint32_t *arrivals;          /* [n_seqs][n_kv_heads][row tiles], zero between calls */
+    void *parts;        /* [n_seqs][n_kv_heads][row tiles][n_splits]; see decode.cu */
+    uint32_t *arrivals; /* [n_seqs][n_kv_heads][row tiles], zero between calls */
     uint32_t n_splits, n_blocks; /* n_blocks: of a multiprocessor */
-    uint32_t tile_bytes;         /* of one warp */
+    bool is_cluster;             /* the splits, 2, 4, 8 or 16 of them, are a cluster */
+    uint32_t n_fetched;          /* units of a matrix that it has in shared memory */
+    uint32_t tile_bytes, tile_blocks[TQKV_TIERS_MAX]; /* of one warp */
     float scale_log2;            /* scale * log2(e) */
 } tqkvc_decode;
 
@@ -70,8 +65,9 @@ typedef struct tqkvc_unpack {
 } tqkvc_unpack;
 
 tqkv_status tqkvc_launch_decode(const tqkvc_decode *decode, void *stream);
-/* Bytes of shared memory of a block of decode. */
-size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t tile_bytes);
+/* Bytes of shared memory of a block of decode, without units of a matrix. */
+size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t tile_bytes,
+                                 bool is_cluster);
 tqkv_status tqkvc_launch_store(const tqkvc_store *store, void *stream);
 tqkv_status tqkvc_launch_unpack(const tqkvc_unpack *unpack, void *stream);
 tqkv_status tqkvc_launch_merge(void *out_a, float *lse_a, const void *out_b, const float *lse_b,

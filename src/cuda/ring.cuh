@@ -88,38 +88,4 @@ static __device__ __forceinline__ void ring_wait(uint64_t *barrier, uint32_t pha
     }
 }
 
-/* Programmatic dependent launch: lets the next kernel start; waits for the one before. */
-static __device__ __forceinline__ void let_next_start()
-{
-#if TQKVC_BULK
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-static __device__ __forceinline__ void wait_for_previous()
-{
-#if TQKVC_BULK
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-/* Launches a kernel that may start before the one ahead of it in the stream has ended. */
-template <typename ARGS>
-static cudaError_t launch_beside(void (*kernel)(ARGS), dim3 grid, uint32_t n_threads,
-                                 size_t shared_bytes, cudaStream_t stream, const ARGS &args)
-{
-    cudaLaunchAttribute beside = {};
-    cudaLaunchConfig_t config = {};
-
-    beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    beside.val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = grid;
-    config.blockDim = dim3(n_threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &beside;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, args);
-}
-
 #endif /* TQKVC_RING_CUH */

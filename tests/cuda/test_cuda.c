@@ -564,6 +564,26 @@ static void test_decode(void **state)
     }
 }
 
+/* Few sequences, whose splits are clusters of 2 to 16 blocks, some of them without tokens. */
+static void test_clusters(void **state)
+{
+    static const int32_t lengths[][2] = {{600, 0}, {1100, 40}, {2100, 1090}, {3900, 1700}};
+    static const uint32_t dims[] = {64, 128, 256}, groups[] = {3, 8};
+    (void)state;
+    test_random random = {seed + 2};
+
+    if (is_short)
+        skip();
+    for (uint32_t i = 0; i < 12; i++) {
+        const uint32_t group = groups[i / 3 % 2], n = i % 4 == 3 ? 1 : 2;
+        layer l = make_layer(&random, dims[i % 3], group, 1, i % 2);
+        sequences s = make_sequences(&random, &l, lengths[i % 4], n, 64, i / 6 == 0);
+        check_decode(&random, &l, &s, 1, TQKV_CUDA_F32, 5e-4);
+        free_sequences(&s);
+        free_layer(&l);
+    }
+}
+
 /* Every width on its own, as layouts are drawn at random above. */
 static void test_long(void **state)
 {
@@ -708,7 +728,8 @@ int main(int argc, char **argv)
     const struct CMUnitTest host_tests[] = {cmocka_unit_test(test_arguments)};
     const struct CMUnitTest device_tests[] = {
         cmocka_unit_test(test_store), cmocka_unit_test(test_unpack), cmocka_unit_test(test_merge),
-        cmocka_unit_test(test_decode), cmocka_unit_test(test_long)};
+        cmocka_unit_test(test_decode), cmocka_unit_test(test_clusters),
+        cmocka_unit_test(test_long)};
     int n_devices = 0;
 
     for (int i = 1; i < argc; i++) {
