@@ -549,7 +549,7 @@ template <int D, int R, int BLOCKS> tqkv_status launch(const tqkvc_decode &p, cu
     static_assert(sizeof(block_memory<D, R>) % 16 == 0, "tiles are 16-aligned");
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) !=
             cudaSuccess ||
-        (n_cluster > 8 && /* more than every device of sm_90 or later has */
+        (n_cluster > TQKVC_CLUSTER_PORTABLE &&
          cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
              cudaSuccess)) {
         (void)cudaGetLastError();

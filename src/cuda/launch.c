@@ -117,6 +117,15 @@ static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan,
     return best;
 }
 
+/* More than 8 blocks are not portable; those of compute capability 9 take 16. */
+static uint32_t largest_cluster(void)
+{
+    if (device_attribute(cudaDevAttrClusterLaunch) == 0)
+        return 1;
+    return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 ? TQKVC_CLUSTER_MAX
+                                                                    : TQKVC_CLUSTER_PORTABLE;
+}
+
 /*
  * Whether splits are a cluster: if they are few, and each block has a multiprocessor of its own. Then there
  * are 2, 4, 8 or 16; blocks without tokens cost nothing.
@@ -135,8 +144,7 @@ static void choose_cluster(const tqkvc_shape *shape, uint32_t n_places, decode_p
     uint32_t n = 1;
     while (n < plan->n_splits)
         n *= 2;
-    plan->is_cluster = n > 1 && n <= TQKVC_CLUSTER_MAX &&
-                       device_attribute(cudaDevAttrClusterLaunch) != 0 &&
+    plan->is_cluster = n > 1 && n <= largest_cluster() &&
                        n * n_places <= device_attribute(cudaDevAttrMultiProcessorCount) &&
                        used <= half;
     if (!plan->is_cluster)

@@ -18,6 +18,7 @@ extern "C" {
 #define TQKVC_WARPS 4       /* of a thread block of decode */
 #define TQKVC_BLOCKS_MAX 4  /* of a multiprocessor */
 #define TQKVC_CLUSTER_MAX 16 /* splits of a cluster */
+#define TQKVC_CLUSTER_PORTABLE 8
 
 /*
  * Queries of frames: what decode multiplies with codes. Rows of a KV head (query token * group + head)

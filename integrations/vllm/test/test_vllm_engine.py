@@ -43,12 +43,13 @@ def growing_prompts():
 
 
 def returning_prompts():
-    """300 tokens that come three times: twice in a row, and after others have taken their copies."""
+    """300 tokens that come twice in a row and again after others, and 300 that come before and after those alone."""
     rng = random.Random(4)
-    shared = random_tokens(rng, 300)
+    shared, once = random_tokens(rng, 300), random_tokens(rng, 300)
     again = [[shared + random_tokens(rng, 20)] for _ in range(3)]
-    others = [random_tokens(rng, 320) for _ in range(4)]
-    return {"rounds": [again[0], again[1], others, again[2]], "max_tokens": 8}
+    rare = [[once + random_tokens(rng, 20)] for _ in range(2)]
+    others = [random_tokens(rng, 320) for _ in range(8)]
+    return {"rounds": [again[0], again[1], rare[0], others, again[2], rare[1]], "max_tokens": 8}
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +151,10 @@ def test_ngram_drafts_change_nothing(tiered):
 
 
 def test_newest_tokens_of_a_hit_are_read_again_where_copies_are_gone(tiered):
-    """A hit of two blocks of 128 tokens keeps one of them."""
+    """A prefix of two blocks of 128 tokens that was found once is kept; of another one a block is read again."""
     result = tiered["returning"]
     assert "error" not in result, result["error"]
-    assert [output["cached"] for output in outputs(result)] == [0, 256, 0, 0, 0, 0, 128]
+    assert [output["cached"] for output in outputs(result)] == [0, 256, 0, *[0] * 8, 256, 128]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
