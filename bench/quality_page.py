@@ -21,7 +21,8 @@ UBATCH = 512
 CONTEXTS = [2048, 8192]
 LONG = 8192
 MODELS = {"smollm2": "SmolLM2-135M", "smollm2-f32": "SmolLM2-135M in f32",
-          "qwen": "Qwen2.5-Coder-0.5B", "gemma": "Gemma 3 270M"}
+          "qwen": "Qwen2.5-Coder-0.5B", "qwen-f32": "Qwen2.5-Coder-0.5B in f32",
+          "gemma": "Gemma 3 270M"}
 CACHES = {("f16", ""): "llama.cpp f16", ("q8_0", ""): "llama.cpp q8_0", ("q4_0", ""): "llama.cpp q4_0",
           ("turboquant", "near-lossless"): "ours near-lossless", ("turboquant", "5x"): "**ours 5x**",
           ("turboquant", "8x"): "ours 8x"}
@@ -196,12 +197,17 @@ def legend(figure, caches):
                   columnspacing=1.4)
 
 
+def files_of(models):
+    """Without those in f32: a plot with a column for each model has room for the files as people run them."""
+    return [model for model in models if not model.endswith("-f32")]
+
+
 def draw_bits(plt, results):
     """Mean KL against bits: all domains as a large mark, each as a small one to the right of it."""
     from matplotlib.ticker import NullLocator
     aside = 1.1
     contexts = results.contexts()
-    models = [model for model in MODELS if any(model in results.models(context) for context in contexts)]
+    models = files_of(model for model in MODELS if any(model in results.models(context) for context in contexts))
     figure, axes = plt.subplots(len(contexts), len(models), sharex=True, sharey=True, squeeze=False,
                                 figsize=(8.33, 0.6 + 2.5 * len(contexts)), layout="constrained")
     for line, context in zip(axes, contexts):
@@ -250,7 +256,7 @@ def draw_domains(plt, results):
 def draw_positions(plt, results):
     """None where no row has positions."""
     rows = {key: row["positions"] for key, row in results.rows.items() if key[1] == LONG and row.get("positions")}
-    models = [model for model in MODELS if any(key[0] == model for key in rows)]
+    models = files_of(model for model in MODELS if any(key[0] == model for key in rows))
     if not models:
         return None
     figure, axes = plt.subplots(1, len(models), sharex=True, sharey=True, squeeze=False, figsize=(8.33, 3.1),
