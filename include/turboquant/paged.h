@@ -14,8 +14,8 @@
  * 16 tokens, the youngest tier that reaches them, so what it sees depends on the distance alone and
  * not on how tokens came together in batches. Copies are found by block and replaced by least
  * recent use: a token that has none (its sequence found the block in a prefix cache, or there are
- * more sequences than copies) is read from its block. Writing a token again makes the copies of it and of those after it in
- * its 16 invalid, so a rejected draft leaves nothing behind.
+ * more sequences than copies) is read from its block. Writing a token again makes the copies of it
+ * and of those after it in its 16 invalid, so a rejected draft leaves nothing behind.
  *
  * A block must be written from its first token before it is read, each time the engine gives it to
  * other tokens. Blocks start as zeros. Blocks that the engine fills by other means (copies, loads from

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Scales of scores and weights, and one step of the online softmax between them. exp(x) = 2^n * e^r with n = round(x / ln 2)
- * and e^r by a polynomial on |r| <= ln 2 / 2 (coefficients of Cephes' expf; error below 2 ulp).
+ * Scales of scores and weights, and one step of the online softmax between them. exp(x) is 2^n * e^r
+ * with n = round(x / ln 2) and e^r by a polynomial on |r| <= ln 2 / 2 (coefficients of Cephes' expf;
+ * error below 2 ulp).
  */
 #include <arm_neon.h>
 #include <math.h>

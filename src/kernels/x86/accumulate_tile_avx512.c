@@ -32,7 +32,7 @@ static void accumulate_4x64(const tile *t, size_t a, size_t i, const float *f, f
     o += a * dim + i;
     tqkvk_lines sum = {scaled(o, f[0]), scaled(o + dim, f[1]), scaled(o + 2 * dim, f[2]),
                        scaled(o + 3 * dim, f[3])};
-    sum = tqkvk_lines_fma(sum, t->p + a * t->p_stride, t->p_stride, t->v + i, dim, t->n_k);
+    sum = tqkvk_lines_sum(sum, t->p + a * t->p_stride, t->p_stride, t->v + i, dim, t->n_k);
     store_line(o, sum.r0);
     store_line(o + dim, sum.r1);
     store_line(o + 2 * dim, sum.r2);
@@ -41,13 +41,8 @@ static void accumulate_4x64(const tile *t, size_t a, size_t i, const float *f, f
 
 static void accumulate_1x64(const tile *t, size_t a, size_t i, const float *f, float *o)
 {
-    const float *p = t->p + a * t->p_stride, *v = t->v + i;
-
     o += a * t->dim + i;
-    tqkvk_line sum = scaled(o, f[a]);
-    for (size_t b = 0; b < t->n_k; b++, v += t->dim)
-        sum = tqkvk_line_fma(sum, tqkvk_line_load(v), p[b]);
-    store_line(o, sum);
+    store_line(o, tqkvk_line_sum(scaled(o, f[a]), t->p + a * t->p_stride, t->v + i, t->dim, t->n_k));
 }
 
 static void accumulate_4x16(const tile *t, size_t a, size_t i, const float *f, float *o)

@@ -86,7 +86,7 @@ static void dot_4(const tile *t, const float *q, size_t dim, bool is_first, floa
     if (!is_first)
         sum = (tqkvk_lines){load_scores(t, s), load_scores(t, s + s_stride),
                             load_scores(t, s + 2 * s_stride), load_scores(t, s + 3 * s_stride)};
-    sum = tqkvk_lines_fma(sum, q, dim, t->k, TQKVK_LINE, t->n_channels);
+    sum = tqkvk_lines_sum(sum, q, dim, t->k, TQKVK_LINE, t->n_channels);
     store_scores(t, sum.r0, s);
     store_scores(t, sum.r1, s + s_stride);
     store_scores(t, sum.r2, s + 2 * s_stride);
@@ -95,10 +95,8 @@ static void dot_4(const tile *t, const float *q, size_t dim, bool is_first, floa
 
 static void dot_1(const tile *t, const float *q, bool is_first, float *s)
 {
-    tqkvk_line sum = is_first ? tqkvk_line_zero() : load_scores(t, s);
-    for (size_t i = 0; i < t->n_channels; i++)
-        sum = tqkvk_line_fma(sum, tqkvk_line_load(t->k + i * TQKVK_LINE), q[i]);
-    store_scores(t, sum, s);
+    const tqkvk_line start = is_first ? tqkvk_line_zero() : load_scores(t, s);
+    store_scores(t, tqkvk_line_sum(start, q, t->k, TQKVK_LINE, t->n_channels), s);
 }
 
 void tqkvk_dot_tile_f32_avx512(const float *q, size_t n_q, const float *k, size_t n_k, size_t dim,

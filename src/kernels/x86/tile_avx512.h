@@ -47,8 +47,17 @@ TQKVK_INLINE tqkvk_line tqkvk_line_fma(tqkvk_line sum, tqkvk_line x, float f)
         _mm512_fmadd_ps(x.c, factor, sum.c), _mm512_fmadd_ps(x.d, factor, sum.d)};
 }
 
-/* sum.r[a] += sum over i < n of p[a * p_stride + i] * v[i * v_stride ..] */
-TQKVK_INLINE tqkvk_lines tqkvk_lines_fma(tqkvk_lines sum, const float *p, size_t p_stride,
+/* sum += sum over i < n of p[i] * v[i * v_stride ..] */
+TQKVK_INLINE tqkvk_line tqkvk_line_sum(tqkvk_line sum, const float *p, const float *v,
+                                       size_t v_stride, size_t n)
+{
+    for (size_t i = 0; i < n; i++, v += v_stride)
+        sum = tqkvk_line_fma(sum, tqkvk_line_load(v), p[i]);
+    return sum;
+}
+
+/* The same of four rows: sum.r[a] += sum over i < n of p[a * p_stride + i] * v[i * v_stride ..] */
+TQKVK_INLINE tqkvk_lines tqkvk_lines_sum(tqkvk_lines sum, const float *p, size_t p_stride,
                                          const float *v, size_t v_stride, size_t n)
 {
     for (size_t i = 0; i < n; i++, p++, v += v_stride) {
