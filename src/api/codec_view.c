@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "api/codec_view.h"
 
+#include "base/alloc.h"
+
 size_t tqkvi_view_bytes(const tqkv_codec *codec)
 {
-    const size_t bytes = 2 * (size_t)codec->n_kv_heads * sizeof(tqkvi_attn_head);
-
-    return (bytes + TQKV_ALIGN - 1) / TQKV_ALIGN * TQKV_ALIGN;
+    return tqkvi_align_up(2 * (size_t)codec->n_kv_heads * sizeof(tqkvi_attn_head));
 }
 
 void tqkvi_view_heads(const tqkv_codec *codec, tqkvi_attn_head *heads)

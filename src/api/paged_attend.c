@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "api/codec_view.h"
+#include "base/alloc.h"
 #include "base/parallel.h"
 
 #define SPANS_MAX (TQKV_TIERS_MAX + 1) /* the last tier, the younger ones, the new tokens */
@@ -35,14 +36,9 @@ typedef struct block_lists {
     int32_t *bases, *positions; /* of at; positions: of first tokens */
 } block_lists;
 
-static size_t round_up(size_t bytes)
-{
-    return (bytes + TQKV_ALIGN - 1) / TQKV_ALIGN * TQKV_ALIGN;
-}
-
 static size_t lists_bytes(size_t n_blocks)
 {
-    return round_up(n_blocks * (2 * sizeof(uint8_t *) + 3 * sizeof(int32_t) + 1));
+    return tqkvi_align_up(n_blocks * (2 * sizeof(uint8_t *) + 3 * sizeof(int32_t) + 1));
 }
 
 static block_lists lists_init(void *memory, size_t n_blocks)
@@ -83,8 +79,8 @@ static size_t group_bytes(const tqkv_plan_layer *shape, uint32_t seq_len)
 {
     const size_t floats = shape->k_dim + shape->v_dim + 2;
 
-    return round_up(GROUP_MAX * shape->n_heads * floats * sizeof(float) +
-                    seq_len / TQKVI_BLOCK_TOKENS * sizeof(bool));
+    return tqkvi_align_up(GROUP_MAX * shape->n_heads * floats * sizeof(float) +
+                          seq_len / TQKVI_BLOCK_TOKENS * sizeof(bool));
 }
 
 static group_rows group_rows_init(void *memory, const tqkv_plan_layer *shape)

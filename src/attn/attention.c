@@ -42,9 +42,7 @@ typedef struct part_sums {
 
 static size_t part_bytes(const tqkv_plan_layer *shape, size_t n_rows)
 {
-    const size_t bytes = sizeof(part_sums) + 2 * n_rows * shape->v_dim * sizeof(float);
-
-    return (bytes + TQKV_ALIGN - 1) / TQKV_ALIGN * TQKV_ALIGN;
+    return tqkvi_align_up(sizeof(part_sums) + 2 * n_rows * shape->v_dim * sizeof(float));
 }
 
 static uint32_t parts_wanted(uint32_t n_kv_heads, uint32_t n_row_blocks)
@@ -110,9 +108,9 @@ static void save_part(tqkvi_attn_work *work, uint8_t *memory)
     float *acc = (float *)(void *)(memory + sizeof(*part));
 
     tqkvi_attn_settle(work);
-    memcpy(part->m, work->m, sizeof(part->m));
-    memcpy(part->l, work->l, sizeof(part->l));
-    memcpy(part->nonzero, work->nonzero, sizeof(part->nonzero));
+    memcpy(part->m, work->m, work->n_rows * sizeof(*part->m));
+    memcpy(part->l, work->l, work->n_rows * sizeof(*part->l));
+    memcpy(part->nonzero, work->nonzero, work->n_rows * sizeof(*part->nonzero));
     memcpy(part->used, work->used, sizeof(part->used));
     for (int space = 0; space < 2; space++)
         if (work->used[space])

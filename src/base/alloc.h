@@ -29,6 +29,12 @@ static inline uint32_t tqkvi_div_up(uint32_t a, uint32_t b)
     return a / b + (a % b != 0);
 }
 
+/* Rounded up to a multiple of TQKV_ALIGN; bytes far from SIZE_MAX. */
+static inline size_t tqkvi_align_up(size_t bytes)
+{
+    return (bytes + TQKV_ALIGN - 1) / TQKV_ALIGN * TQKV_ALIGN;
+}
+
 /* Forwards a failure. Only while nothing is owned. */
 #define TQKV_TRY(expr)                        \
     do {                                      \
