@@ -87,6 +87,16 @@ typedef enum tqkv_builtin { TQKV_BUILTIN_F16 = 0, TQKV_BUILTIN_Q8 = 1 } tqkv_bui
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_plan_builtin(tqkv_builtin kind, const tqkv_plan_layer *shape,
                                                       tqkv_plan **out);
 
+/*
+ * What rank `rank` of n_ranks needs where an engine deals the heads of every layer out to ranks in order
+ * (tensor parallelism): n_heads / n_ranks query heads and their KV heads, copied. Where there are
+ * fewer KV heads than ranks, neighbours have the same one. bits_total stays that of the whole plan.
+ * Errors: TQKV_ERR_INVALID_ARG, TQKV_ERR_UNSUPPORTED (heads of a layer that cannot be dealt
+ * out evenly), TQKV_ERR_NO_MEMORY.
+ */
+TQKV_API TQKV_NODISCARD tqkv_status tqkv_plan_share(const tqkv_plan *plan, uint32_t rank, uint32_t n_ranks,
+                                                    tqkv_plan **out);
+
 /* Accepts NULL. */
 TQKV_API void tqkv_plan_destroy(tqkv_plan *plan);
 

@@ -42,6 +42,16 @@ tqkv_status tqkv_plan_builtin(tqkv_builtin kind, const tqkv_plan_layer *shape, t
     return tqkvi_plan_create_builtin(NULL, kind, shape, out);
 }
 
+tqkv_status tqkv_plan_share(const tqkv_plan *plan, uint32_t rank, uint32_t n_ranks, tqkv_plan **out)
+{
+    if (!out)
+        return TQKV_ERR_INVALID_ARG;
+    *out = NULL;
+    if (!plan || rank >= n_ranks)
+        return TQKV_ERR_INVALID_ARG;
+    return tqkvi_plan_create_share(NULL, plan, rank, n_ranks, out);
+}
+
 void tqkv_plan_destroy(tqkv_plan *plan)
 {
     tqkvi_plan_destroy(plan);

@@ -150,6 +150,11 @@ TQKV_NODISCARD tqkv_status tqkvi_plan_save_file(const tqkv_plan *plan, const cha
 TQKV_NODISCARD tqkv_status tqkvi_plan_create_builtin(const tqkv_allocator *mem, tqkv_builtin kind,
                                                      const tqkv_plan_layer *shape, tqkv_plan **out);
 
+/* See tqkv_plan_share. mem NULL: malloc. */
+TQKV_NODISCARD tqkv_status tqkvi_plan_create_share(const tqkv_allocator *mem, const tqkv_plan *plan,
+                                                   uint32_t rank, uint32_t n_ranks,
+                                                   tqkv_plan **out);
+
 /* The file as bytes; *out from plan->mem, freed by tqkvi_free. The plan is sealed. */
 TQKV_NODISCARD tqkv_status tqkvi_plan_serialise(const tqkv_plan *plan, uint8_t **out,
                                                 size_t *n_bytes);

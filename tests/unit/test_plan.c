@@ -515,6 +515,85 @@ static void builtins_survive_a_lack_of_memory(void **unused)
     assert_int_equal(status, TQKV_OK);
 }
 
+/* A layer of 16 query heads over 4 KV heads, one without a cache, and one of 8 over 8. */
+static tqkv_plan *plan_of_many_heads(void)
+{
+    const tqkv_plan_layer shapes[] = {test_shape(16, 4, 32, 48), {.n_heads = 0},
+                                      test_shape(8, 8, 16, 16)};
+    tqkv_plan *plan;
+    assert_int_equal(test_plan_make(NULL, 5, shapes, 3, 3, &plan), TQKV_OK);
+    return plan;
+}
+
+static void assert_same_head(const tqkvi_head_plan *a, const tqkvi_head_plan *b, uint32_t dim)
+{
+    assert_memory_equal(a->layout, b->layout, sizeof(a->layout));
+    assert_memory_equal(a->mean, b->mean, dim * sizeof(float));
+    assert_memory_equal(a->transform, b->transform, (size_t)dim * dim * sizeof(float));
+    assert_memory_equal(a->weight, b->weight, dim / TQKV_UNIT_CHANNELS * sizeof(float));
+}
+
+static void shares_have_the_heads_of_their_rank(void **unused)
+{
+    (void)unused;
+    tqkv_plan *plan = plan_of_many_heads();
+    for (uint32_t n_ranks = 1; n_ranks <= 8; n_ranks *= 2) {
+        uint32_t token_bytes[3] = {0};
+        for (uint32_t rank = 0; rank < n_ranks; rank++) {
+            tqkv_plan *share;
+            assert_int_equal(tqkv_plan_share(plan, rank, n_ranks, &share), TQKV_OK);
+            assert_int_equal(share->n_sinks, plan->n_sinks);
+            assert_int_equal(share->layers[1].shape.n_kv_heads, 0);
+            assert_true((memcmp(share->fingerprint, plan->fingerprint, 32) == 0) == (n_ranks == 1));
+            for (uint32_t i = 0; i < 3; i += 2) {
+                const tqkv_plan_layer *whole = &plan->layers[i].shape, *own = &share->layers[i].shape;
+                assert_int_equal(own->n_heads * n_ranks, whole->n_heads);
+                assert_int_equal(own->tier_tokens[0], whole->tier_tokens[0]);
+                /* The KV head that each query head of the whole plan asks. */
+                for (uint32_t h = 0; h < own->n_heads; h++) {
+                    const uint32_t g = h / (own->n_heads / own->n_kv_heads);
+                    const uint32_t of_whole =
+                        (rank * own->n_heads + h) / (whole->n_heads / whole->n_kv_heads);
+                    for (uint32_t side = 0; side < 2; side++)
+                        assert_same_head(&share->layers[i].heads[side][g],
+                                         &plan->layers[i].heads[side][of_whole],
+                                         side ? whole->v_dim : whole->k_dim);
+                }
+                token_bytes[i] += own->token_bytes[0];
+            }
+            tqkv_plan_destroy(share);
+        }
+        assert_int_equal(token_bytes[2], plan->layers[2].shape.token_bytes[0]);
+        assert_int_equal(token_bytes[0], /* two ranks of eight have the same KV head */
+                         plan->layers[0].shape.token_bytes[0] * (n_ranks == 8 ? 2 : 1));
+    }
+    tqkv_plan_destroy(plan);
+}
+
+static void shares_that_do_not_exist_are_refused(void **unused)
+{
+    (void)unused;
+    tqkv_plan *plan = plan_of_many_heads(), *share = (tqkv_plan *)1;
+    tqkv_status status = TQKV_ERR_NO_MEMORY;
+    assert_int_equal(tqkv_plan_share(plan, 0, 3, &share), TQKV_ERR_UNSUPPORTED);
+    assert_null(share);
+    assert_int_equal(tqkv_plan_share(plan, 0, 16, &share), TQKV_ERR_UNSUPPORTED);
+    assert_int_equal(tqkv_plan_share(plan, 2, 2, &share), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_plan_share(plan, 0, 0, &share), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_plan_share(NULL, 0, 1, &share), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_plan_share(plan, 0, 1, NULL), TQKV_ERR_INVALID_ARG);
+    for (size_t step = 1; status != TQKV_OK && step < ALLOC_STEPS_MAX; step++) {
+        test_memory memory = {.fail_call = step};
+        const tqkv_allocator mem = test_memory_allocator(&memory);
+        status = tqkvi_plan_create_share(&mem, plan, 1, 2, &share);
+        assert_true(status == TQKV_OK || (status == TQKV_ERR_NO_MEMORY && !share));
+        tqkvi_plan_destroy(share);
+        assert_int_equal(memory.n_live, 0);
+    }
+    assert_int_equal(status, TQKV_OK);
+    tqkv_plan_destroy(plan);
+}
+
 static void weights_are_told(void **unused)
 {
     (void)unused;
@@ -590,6 +669,8 @@ int main(void)
         cmocka_unit_test(f16_has_no_arrays),
         cmocka_unit_test(builtins_refuse_what_they_cannot_do),
         cmocka_unit_test(builtins_survive_a_lack_of_memory),
+        cmocka_unit_test(shares_have_the_heads_of_their_rank),
+        cmocka_unit_test(shares_that_do_not_exist_are_refused),
         cmocka_unit_test(weights_are_told),
         cmocka_unit_test(questions_out_of_range_are_refused),
     };

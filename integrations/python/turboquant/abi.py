@@ -102,6 +102,7 @@ FUNCTIONS = {
     "tqkv_plan_load": (STATUS, [c_char_p, LOG, OUT]),
     "tqkv_plan_save": (STATUS, [OBJECT, c_char_p, LOG]),
     "tqkv_plan_builtin": (STATUS, [c_int, POINTER(PlanLayer), OUT]),
+    "tqkv_plan_share": (STATUS, [OBJECT, c_uint32, c_uint32, OUT]),
     "tqkv_plan_destroy": (None, [OBJECT]),
     "tqkv_plan_get_info": (None, [OBJECT, POINTER(PlanInfo)]),
     "tqkv_plan_get_layer": (STATUS, [OBJECT, c_uint32, POINTER(PlanLayer)]),

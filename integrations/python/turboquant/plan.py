@@ -87,6 +87,12 @@ class Plan(Handle):
         check(load().tqkv_plan_builtin(kind, shape.struct(), out), f"built-in plan {Builtin(kind).name.lower()}")
         return cls(out)
 
+    def share(self, rank, n_ranks):
+        """The plan for one of the ranks that the heads of every layer are dealt out to."""
+        out = ctypes.c_void_p()
+        check(load().tqkv_plan_share(self, rank, n_ranks, out), f"share {rank} of {n_ranks} of the plan's heads")
+        return Plan(out)
+
     def save(self, path):
         log = Log()
         check(load().tqkv_plan_save(self, os.fsencode(path), log.struct), str(path), log)
