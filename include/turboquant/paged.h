@@ -4,10 +4,12 @@
  * them through block tables. The engine allocates, shares and forgets blocks as it likes; this
  * object knows how tokens lie in a block, and attends over block tables.
  *
- *     engine's block    block_tokens tokens, token_bytes of the plan's last tier each
+ *     engine's block    block_tokens tokens, token_bytes of the old tier each
  *     beside the blocks copies of young tokens at the widths of the younger tiers
  *
- * Every token is encoded into its block at once, at the last tier's widths. A block that holds one
+ * The old tier is the plan's last one; in a layer with a window, the first that together with those
+ * before it holds as many tokens, as older ones are never read, and the last may not store them.
+ * Every token is encoded into its block at once, at the old tier's widths. A block that holds one
  * of the newest tokens of its sequence, or its first ones, also gets a copy in each younger tier that
  * reaches it, 16 tokens at a time; the last tokens of every block get one in tier 0, for sequences
  * that find the block in a prefix cache and go on behind it. A query at a position takes, for each
@@ -62,7 +64,9 @@ TQKV_API void tqkv_paged_config_init(tqkv_paged_config *config);
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_paged_create(const tqkv_paged_config *config, tqkv_paged **out);
 TQKV_API void tqkv_paged_destroy(tqkv_paged *paged);
 
-/* Bytes of one of the engine's blocks: block_tokens times token_bytes of the plan's last tier. */
+/* Index of the old tier of a layer; UINT32_MAX: no plan, or a layer that it has no cache for. */
+TQKV_API uint32_t tqkv_paged_old_tier(const tqkv_plan *plan, uint32_t layer);
+/* Bytes of one of the engine's blocks: block_tokens times token_bytes of the old tier. */
 TQKV_API size_t tqkv_paged_block_bytes(const tqkv_paged *paged);
 /*
  * Most bytes that an object with this config holds beside the blocks: copies and tables, but not the

@@ -49,6 +49,11 @@ size_t tqkv_paged_bytes(const tqkv_paged_config *config)
     return is_config(config) ? tqkvi_paged_bytes(config) : 0;
 }
 
+uint32_t tqkv_paged_old_tier(const tqkv_plan *plan, uint32_t layer)
+{
+    return tqkvi_is_cached_layer(plan, layer) ? tqkvi_paged_old_tier(plan, layer) : UINT32_MAX;
+}
+
 size_t tqkv_paged_block_bytes(const tqkv_paged *paged)
 {
     return paged ? (size_t)paged->page_blocks * paged->layouts[paged->old_tier].block_bytes : 0;

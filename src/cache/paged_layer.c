@@ -13,6 +13,19 @@ typedef struct measures {
     uint32_t sinks; /* entry of the sinks, or TQKVI_COPY_NONE */
 } measures;
 
+uint32_t tqkvi_paged_old_tier(const tqkv_plan *plan, uint32_t layer)
+{
+    const tqkv_plan_layer *shape = &plan->layers[layer].shape;
+    uint64_t n_tokens = 0;
+
+    for (uint32_t tier = 0; tier + 1 < plan->n_tiers; tier++) {
+        n_tokens += shape->tier_tokens[tier];
+        if (shape->window != 0 && n_tokens >= shape->window)
+            return tier;
+    }
+    return plan->n_tiers - 1;
+}
+
 /* n_kept: for each sequence, on top of per_sequence. */
 static void add_copies(measures *m, const tqkv_paged_config *config, uint32_t tier, uint64_t reach,
                        uint64_t per_sequence, uint64_t n_kept)
@@ -45,6 +58,7 @@ static measures measure(const tqkv_paged_config *config)
 {
     const tqkv_plan *plan = config->plan;
     const tqkv_plan_layer *shape = &plan->layers[config->layer].shape;
+    const uint32_t old_tier = tqkvi_paged_old_tier(plan, config->layer);
     const uint32_t window =
         shape->window ? tqkvi_div_up(shape->window, TQKVI_BLOCK_TOKENS) : UINT32_MAX;
     measures m = {.n_blocks = config->n_blocks * (config->block_tokens / TQKVI_BLOCK_TOKENS),
@@ -53,7 +67,7 @@ static measures measure(const tqkv_paged_config *config)
                   .sinks = TQKVI_COPY_NONE};
     uint64_t n_tokens = 0;
 
-    for (uint32_t tier = 0; tier + 1 < plan->n_tiers; tier++) {
+    for (uint32_t tier = 0; tier < old_tier; tier++) {
         n_tokens += shape->tier_tokens[tier];
         const uint64_t held = (n_tokens + TQKVI_BLOCK_TOKENS - 1) / TQKVI_BLOCK_TOKENS;
         const uint64_t reach = held < window ? held : window;
@@ -62,7 +76,7 @@ static measures measure(const tqkv_paged_config *config)
                        reach + 2 + tqkvi_div_up(config->n_drafts, TQKVI_BLOCK_TOKENS),
                        tier == 0 ? reach : 0);
     }
-    if (plan->n_sinks > 0 && plan->n_tiers > 1) {
+    if (plan->n_sinks > 0 && old_tier > 0) {
         const uint32_t n = tqkvi_div_up(plan->n_sinks, TQKVI_BLOCK_TOKENS);
         m.sinks = config->n_sequences[0] > 0 ? m.n_copies : TQKVI_COPY_NONE;
         add_copies(&m, config, 0, n, 2 * (uint64_t)n, 0);
@@ -150,7 +164,7 @@ tqkv_status tqkvi_paged_create(const tqkv_paged_config *config, tqkv_paged **out
     paged->mem = mem;
     paged->page_blocks = config->block_tokens / TQKVI_BLOCK_TOKENS;
     paged->n_pages = config->n_blocks;
-    paged->old_tier = config->plan->n_tiers - 1;
+    paged->old_tier = tqkvi_paged_old_tier(config->plan, config->layer);
     paged->n_sinks = config->plan->n_sinks;
     paged->frame_tokens = config->plan->frame_tokens;
 

@@ -51,6 +51,8 @@ struct tqkv_paged {
 
 /* config: checked. */
 TQKV_NODISCARD tqkv_status tqkvi_paged_create(const tqkv_paged_config *config, tqkv_paged **out);
+/* paged.h says which. The plan has the layer. */
+uint32_t tqkvi_paged_old_tier(const tqkv_plan *plan, uint32_t layer);
 /* Bytes of tables and copies. config: checked. */
 size_t tqkvi_paged_bytes(const tqkv_paged_config *config);
 /* Accepts NULL and a half-built object. */

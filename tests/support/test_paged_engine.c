@@ -145,16 +145,30 @@ static uint32_t slot_of(const test_engine *e, const test_sequence *seq, uint32_t
            position % e->c->block_tokens;
 }
 
+/* Tier of the blocks. */
+static uint32_t old_tier(const test_engine *e)
+{
+    uint32_t tier = 0, n = 0;
+
+    while (tier + 1 < e->c->n_tiers) {
+        n += tier_tokens[tier];
+        if (e->c->window != 0 && n >= e->c->window)
+            break;
+        tier++;
+    }
+    return tier;
+}
+
 /* Whether copies `i` have the 16 tokens at index when the newest are at index `newest`. */
 static bool reaches(const test_engine *e, uint32_t i, uint32_t index, uint32_t newest)
 {
     uint32_t n = 0;
 
-    if (e->c->n_tiers < 2 || e->c->n_sequences == 0)
+    if (old_tier(e) == 0 || e->c->n_sequences == 0)
         return false;
     if (i == TEST_SINKS || index == 0) /* 4 sinks: the first block */
         return i == TEST_SINKS && index == 0;
-    if (i + 1 >= e->c->n_tiers)
+    if (i >= old_tier(e))
         return false;
     for (uint32_t tier = 0; tier <= i; tier++)
         n += tier_tokens[tier];
@@ -307,7 +321,7 @@ static uint32_t tier_of(const test_engine *e, const test_sequence *seq, uint32_t
     for (uint32_t i = 0; i <= TEST_SINKS; i++)
         if (reaches(e, i, index, newest) && (e->held[i][block] & needed) == needed)
             return i == TEST_SINKS ? 0 : i;
-    return e->c->n_tiers > 0 ? e->c->n_tiers - 1 : 0;
+    return old_tier(e);
 }
 
 static double dot(const float *a, const float *b, uint32_t n, double *terms)

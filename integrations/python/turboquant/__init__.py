@@ -6,13 +6,13 @@ The names of include/turboquant/*.h without their prefix. Failures raise TurboQu
 from .calibration import Calibration
 from .codec import Codec
 from .library import TurboQuantError, version
-from .paged import Paged, paged_bytes, paged_config
+from .paged import Paged, paged_bytes, paged_config, paged_old_tier
 from .plan import Builtin, Plan, PlanLayer, Rope, RopeStyle, Side
 from .store import Batch, Store
 from .workers import Workers
 
 __all__ = ["Batch", "Builtin", "Calibration", "Codec", "Paged", "Plan", "PlanLayer", "Rope", "RopeStyle", "Side",
-           "Store", "TurboQuantError", "Workers", "paged_bytes", "paged_config", "version"]
+           "Store", "TurboQuantError", "Workers", "paged_bytes", "paged_config", "paged_old_tier", "version"]
 
 
 def __getattr__(name):

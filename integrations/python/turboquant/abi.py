@@ -143,6 +143,7 @@ FUNCTIONS = {
     "tqkv_paged_create": (STATUS, [POINTER(PagedConfig), OUT]),
     "tqkv_paged_destroy": (None, [OBJECT]),
     "tqkv_paged_block_bytes": (c_size_t, [OBJECT]),
+    "tqkv_paged_old_tier": (c_uint32, [OBJECT, c_uint32]),
     "tqkv_paged_bytes": (c_size_t, [POINTER(PagedConfig)]),
     "tqkv_paged_batch_init": (None, [POINTER(PagedBatch)]),
     "tqkv_paged_write": (STATUS, [OBJECT, POINTER(PagedBatch), PARALLEL]),

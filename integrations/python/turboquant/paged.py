@@ -16,6 +16,11 @@ def paged_config(plan, layer, block_tokens, n_blocks, n_sequences, n_drafts, n_b
     return config
 
 
+def paged_old_tier(plan, layer):
+    """Tier that the engine's blocks have the widths of."""
+    return load().tqkv_paged_old_tier(plan, layer)
+
+
 def paged_bytes(config):
     """Most bytes that an object with this config holds beside the engine's blocks."""
     return load().tqkv_paged_bytes(config)
