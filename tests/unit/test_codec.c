@@ -77,9 +77,9 @@ static void fill_head(test_random *random, const recipe *r, tqkvi_head_plan *hea
     const uint32_t n_units = r->dim / TQKV_UNIT_CHANNELS;
     for (uint32_t tier = 0; tier < N_TIERS; tier++) {
         uint8_t bits[TQKV_UNITS_MAX];
-        for (uint32_t u = 0; u < n_units; u++)
-            bits[u] = r->bits[tier] == 255 ? widths[test_random_u32(random) % COUNT(widths)]
-                                           : r->bits[tier];
+        memset(bits, r->bits[tier], sizeof(bits));
+        for (uint32_t u = 0; u < n_units && r->bits[tier] == 255; u++)
+            bits[u] = widths[test_random_u32(random) % COUNT(widths)];
         assert_int_equal(tqkvi_layout_init(&head->layout[tier], bits, n_units), TQKV_OK);
     }
     for (uint32_t d = 0; d < r->dim; d++)
