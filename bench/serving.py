@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures a plan in vLLM's CPU backend against the stock engine: quality, prefix hits, room, throughput.
 
-    bench/serving.py PLAN --model smollm2 [--texts en,code,zh] [--context 2048] [--pieces 6] [--load 0] [--rounds 3]
+    bench/serving.py PLAN --model smollm2 [--texts en,code,zh] [--context 2048] [--pieces 6] [--load 0] [--shared N]
+                     [--rounds 3]
 
 kl        mean KL of the second half of --context tokens of each text, read in chunks of 512
 hit       mean KL of the 64 tokens behind a prefix of 1024, of --pieces places of each text: read in one go; after a
-          prefix hit while copies of young tokens are there; after one when other requests have taken them
+          prefix hit right behind the request that left it; after one when all the others have come in between
 room      tokens that fit, by vLLM's own count, as a multiple of a stock cache of 16 bits
-load      seconds for --load requests at once, each of --context tokens: one shared prefix, 64 of its own, and 64 that
-          are generated; stock by ours, median of rounds and their spread
+load      seconds for --load requests at once, each of --context tokens: --shared that are those of all (all but 128),
+          its own, and 64 that are generated; stock by ours, median of rounds and their spread
 
 Weights and the stock cache are f32, so nothing else rounds. The model is the GGUF file of scripts/fetch.py as a
 checkpoint, made once under build/; vLLM is that of scripts/vllm_env.py. Rows go into docs/results/vllm.json.
@@ -105,7 +106,7 @@ def prefix_hits(engines, net, texts, n_pieces, base):
     n = len(whole)
     # Prompts, whether they are cached, and which of them are those of `whole`.
     runs = {"one go": (whole, False, slice(n)), "hit": (in_turn, True, slice(1, None, 2)),
-            "hit without copies": (prefixes + whole, True, slice(n, None))}
+            "hit after others": (prefixes + whole, True, slice(n, None))}
     want = engines.run(False, whole, prefix_caching=False)
     rows = []
     for case, (prompts, caching, at) in runs.items():
@@ -119,13 +120,18 @@ def prefix_hits(engines, net, texts, n_pieces, base):
     return rows
 
 
-def load(engines, texts, n_requests, context, n_rounds, base):
-    tokens = next(iter(texts.values()))
-    prompts = [tokens[:context - 2 * TAIL] + tokens[context + i * TAIL:context + (i + 1) * TAIL]
-               for i in range(n_requests)]
+def load_prompts(tokens, n_requests, context, n_shared):
+    """Prompts that leave room for what is generated; `n_shared` first tokens are those of all."""
+    n_own = context - TAIL - n_shared
+    return [tokens[:n_shared] + tokens[at:at + n_own]
+            for at in range(n_shared + 2 * TAIL, n_shared + 2 * TAIL + n_requests * n_own, n_own)]
+
+
+def load(engines, texts, n_requests, context, n_shared, n_rounds, base):
+    prompts = load_prompts(next(iter(texts.values())), n_requests, context, n_shared)
     stock, ours = (engines.run(has_plan, load=prompts, rounds=n_rounds)["seconds"] for has_plan in (False, True))
     generated = n_requests * TAIL
-    return [base | {"measure": "load", "requests": n_requests, "context": context,
+    return [base | {"measure": "load", "requests": n_requests, "context": context, "shared": n_shared,
                     "ratio": float(np.median(stock) / np.median(ours)), "ratio_low": float(stock.min() / ours.max()),
                     "ratio_high": float(stock.max() / ours.min()), "tokens_per_s": float(generated / np.median(ours)),
                     "tokens_per_s_stock": float(generated / np.median(stock)), "rounds": n_rounds}]
@@ -133,7 +139,8 @@ def load(engines, texts, n_requests, context, n_rounds, base):
 
 def keep(rows):
     def key(row):
-        return [row.get(field) for field in ("model", "profile", "measure", "domain", "case", "context", "requests")]
+        return [row.get(field) for field in ("model", "profile", "measure", "domain", "case", "context", "requests",
+                                              "shared")]
 
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     new = [key(row) for row in rows]
@@ -152,6 +159,7 @@ def parse():
     add("--context", type=int, default=2048)
     add("--pieces", type=int, default=6)
     add("--load", type=int, default=0)
+    add("--shared", type=int)
     add("--rounds", type=int, default=3)
     return parser.parse_args()
 
@@ -162,7 +170,9 @@ def main():
     checkpoint = ROOT / "build" / "checkpoints" / arguments.model
     if not (checkpoint / "config.json").exists():
         save_checkpoint(model.net, checkpoint)
-    n = max(arguments.context + arguments.load * TAIL, arguments.pieces * 2 * PREFIX)
+    n_shared = arguments.context - 2 * TAIL if arguments.shared is None else arguments.shared
+    n = max(n_shared + 2 * TAIL + arguments.load * (arguments.context - TAIL - n_shared),
+            arguments.context, arguments.pieces * 2 * PREFIX)
     texts = {name: model.held_out(name, n).tolist() for name in arguments.texts.split(",")}
     engines = Engines(arguments.python, checkpoint, arguments.plan.resolve(),
                       {"max_num_batched_tokens": CHUNK, "max_model_len": max(arguments.context, PREFIX + TAIL) + 1,
@@ -170,7 +180,7 @@ def main():
     base = {"model": arguments.model, "profile": arguments.profile,
             "command": "bench/serving.py " + shlex.join(sys.argv[1:])}
     if arguments.load:
-        rows = load(engines, texts, arguments.load, arguments.context, arguments.rounds, base)
+        rows = load(engines, texts, arguments.load, arguments.context, n_shared, arguments.rounds, base)
     else:
         rows = quality(engines, model.net, texts, arguments.context, base)
         rows += prefix_hits(engines, model.net, texts, arguments.pieces, base)

@@ -68,6 +68,13 @@ def test_a_hit_that_was_none_is_an_error():
         serving.prefix_hits(Engines({False: .1, True: .3}, cached=0), Net, texts(4 * serving.PREFIX), 1, {})
 
 
+def test_prompts_of_a_load_share_what_they_should():
+    first, second = serving.load_prompts(list(range(10000)), 2, 1024, 300)
+    assert first[:300] == second[:300] == list(range(300))
+    assert not set(first[300:]) & set(second[300:])
+    assert len(first) == len(second) == 1024 - serving.TAIL
+
+
 def test_rows_are_replaced_by_their_key(tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "RESULTS", tmp_path / "vllm.json")
     row = {"model": "m", "profile": "5x", "measure": "hit", "case": "hit"}

@@ -18,16 +18,19 @@ class Python:
     def __init__(self, path):
         self.path = path
 
-    def run(self, arguments, plan=None):
+    def run(self, arguments, plan=None, n_ranks=1):
         env = {name: value for name, value in os.environ.items() if name not in ("TQKV_PLAN", "PYTHONPATH")} | ENV
+        if n_ranks > 1:
+            cpus = sorted(os.sched_getaffinity(0))
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cpus[rank % len(cpus)]) for rank in range(n_ranks))
         if plan:
             env["TQKV_PLAN"] = str(plan)
         return subprocess.run([self.path, *map(str, arguments)], env=env, cwd=HERE, capture_output=True, text=True,
                               timeout=3600, check=False)
 
-    def serve(self, plan, jobs):
+    def serve(self, plan, jobs, n_ranks=1):
         """What run_engine.py prints for jobs (by name), and the log of them all."""
-        got = self.run(["run_engine.py", json.dumps(list(jobs.values()))], plan)
+        got = self.run(["run_engine.py", json.dumps(list(jobs.values()))], plan, n_ranks)
         assert got.returncode == 0, got.stdout[-2000:] + got.stderr[-4000:]
         return dict(zip(jobs, json.loads(got.stdout.strip().splitlines()[-1]))) | {"log": got.stdout + got.stderr}
 

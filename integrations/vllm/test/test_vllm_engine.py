@@ -90,7 +90,8 @@ def tiered(python, models, tmp_path_factory):
     path = tiny_plan.write(tmp_path_factory.mktemp("plan") / "tiny.tqkv")
     plain = {"model": models["llama"], "options": whole} | repeating_prompts()
     drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
-    returning = {"model": models["llama"], "options": OPTIONS} | returning_prompts()
+    few = OPTIONS | {"num_gpu_blocks_override": 40}  # of which copies for more than four sequences would take too much
+    returning = {"model": models["llama"], "options": few} | returning_prompts()
     drafting = plain | {"options": whole | {"speculative_config": drafts}}  # last: vLLM starts no engine after drafts
     return python.serve(path, {"plain": plain, "returning": returning, "drafts": drafting})
 
@@ -120,6 +121,29 @@ def test_prefix_cache_hits(stock, f16):
     cached = [output["cached"] for output in outputs(f16["shared"])]
     assert cached == [output["cached"] for output in outputs(stock["shared"])]
     assert cached[-2:] == [256, 256]
+
+
+def test_two_ranks_are_the_stock_engine(python, models):
+    """Each has one of the two KV heads; a hit of a plan without tiers is not shortened."""
+    job = {"model": models["llama"], "options": OPTIONS | {"tensor_parallel_size": 2}} | shared_prompts()
+    stock, f16 = (python.serve(plan, {"two": job}, n_ranks=2)["two"] for plan in (None, "f16"))
+    assert_near(f16, stock)
+    assert [output["cached"] for output in outputs(f16)] == [output["cached"] for output in outputs(stock)]
+
+
+def test_ranks_share_a_plan(python, models, tmp_path):
+    """Four prompts in two ranks, with codes: what one rank gives, but for rounding. The newest tokens of hits, about
+    which the scheduler cannot ask ranks, are read again."""
+    path = tiny_plan.write(tmp_path / "tiny.tqkv", last_widths=(8, 8, 8))
+    job = {"model": models["llama"], "options": OPTIONS} | shared_prompts()
+    one = python.serve(path, {"job": job})["job"]
+    job["options"] = OPTIONS | {"tensor_parallel_size": 2}
+    two = python.serve(path, {"job": job}, n_ranks=2)["job"]
+    assert "error" not in two, two["error"]
+    for ours, theirs in zip(outputs(two), outputs(one)):
+        assert ours["tokens"][0] == theirs["tokens"][0]
+        assert ours["logprobs"][0] == pytest.approx(theirs["logprobs"][0], abs=0.02)
+    assert [output["cached"] for output in outputs(two)][-2:] == [128, 128]
 
 
 def test_preemption(stock, f16):
@@ -172,6 +196,18 @@ def test_channel_order_of_gguf_plans(python, models, stock, tmp_path):
     got = python.serve(path, {"shared": job})["shared"]
     assert "error" not in got, got["error"]
     for ours, theirs in zip(outputs(got), outputs(stock["shared"])):
+        assert ours["tokens"][0] == theirs["tokens"][0]
+        assert ours["logprobs"][0] == pytest.approx(theirs["logprobs"][0], abs=0.1)
+
+
+def test_window_within_the_young_tiers(python, models, stock, tmp_path):
+    """Its last tier stores nothing, so blocks have the widths of the one before: all of a window of 100 is there."""
+    path = tiny_plan.write(tmp_path / "window.tqkv", last_widths=(0, 0, 0), young_widths=(8, 8), window=100)
+    job = {"model": models["mistral"], "options": OPTIONS | {"num_gpu_blocks_override": 40}} | shared_prompts()
+    got = python.serve(path, {"window": job})["window"]
+    assert "error" not in got, got["error"]
+    assert outputs(got)[-1]["cached"] == 256
+    for ours, theirs in zip(outputs(got), outputs(stock["window"])):
         assert ours["tokens"][0] == theirs["tokens"][0]
         assert ours["logprobs"][0] == pytest.approx(theirs["logprobs"][0], abs=0.1)
 

@@ -22,7 +22,7 @@ def head(rng, widths):
 def layer(rng, widths, style, window):
     inv_freq = (10000.0 ** -(np.arange(tiny.HEAD_SIZE // 2) * 2.0 / tiny.HEAD_SIZE)).astype(np.float32)
     return {"n_heads": tiny.HEADS, "k_dim": tiny.HEAD_SIZE, "v_dim": tiny.HEAD_SIZE, "window": window,
-            "rope": (style, tiny.HEAD_SIZE, inv_freq), "tier_tokens": [32, 64][:len(widths) - 1] + [0],
+            "rope": (style, tiny.HEAD_SIZE, inv_freq), "tier_tokens": [32, 80][:len(widths) - 1] + [0],
             "sides": [[head(rng, widths) for _ in range(tiny.KV_HEADS)] for _ in range(2)]}
 
 

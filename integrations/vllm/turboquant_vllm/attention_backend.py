@@ -120,21 +120,20 @@ class TurboquantImpl(AttentionImpl[TurboquantMetadata]):
         return output
 
 
-def tokens_worth_finding(blocks, n_tokens, block_size):
+def tokens_worth_finding(plan, blocks, n_tokens, block_size):
     """Of n_tokens in cached blocks, a prefix hit, those that are not better read again.
 
     All, if copies of its newest tokens are there; they are kept then, as more requests may find this prefix. Layers
-    keep copies of the same blocks, so one stands for all. Without a layer in this process nothing is known, and the
-    hit stays as it is.
+    keep copies of the same blocks, so one stands for all. Without a layer in this process, as where there are several
+    ranks, nothing is known of copies, and the newest tokens are read again.
     """
     caches = list(LayerCache.of_this_process)
-    if not caches:
-        return n_tokens
-    if caches[0].paged.lost(blocks, n_tokens) == 0:
+    if caches and caches[0].paged.lost(blocks, n_tokens) == 0:
         for cache in caches:
             cache.paged.keep(blocks, n_tokens)
         return n_tokens
-    return max(n_tokens - caches[0].n_newest, 0) // block_size * block_size
+    n_newest = model_plan.newest_tokens(plan)
+    return max(n_tokens - n_newest, 0) // block_size * block_size if n_newest else n_tokens
 
 
 class LayerCache:
@@ -146,15 +145,14 @@ class LayerCache:
         n_blocks, _, block_size, _ = kv_cache.shape
         if not kv_cache[0].is_contiguous():
             raise Refusal(f"{layer.layer_name}: the blocks of the KV cache layout are not contiguous")
-        copies = model_plan.copies_for(setup.plan, n_blocks * block_size, setup.max_num_seqs)
-        config = turboquant.paged_config(setup.plan.plan, setup.plan.index, block_size, n_blocks, copies,
-                                         setup.num_drafts, setup.max_num_batched_tokens)
+        copies = model_plan.copies_for(setup.plans, setup.limits, block_size,
+                                       min(n_blocks, setup.n_blocks_counted))
+        config = model_plan.paged_config(setup.plan, setup.limits, block_size, n_blocks, copies)
         self.paged = turboquant.Paged(setup.plan.plan, config)
         self.order = setup.channel_order
-        self.n_newest = setup.plan.shape.tier_tokens[0]
         self.paged.batch.blocks = kv_cache.data_ptr()
         self.paged.batch.block_stride_bytes = kv_cache.stride(0)
-        self.paged.batch.decode_tokens_max = 1 + setup.num_drafts
+        self.paged.batch.decode_tokens_max = 1 + setup.limits.num_drafts
         LayerCache.of_this_process.add(self)
 
     def step(self, impl, query, key, value, metadata, out):

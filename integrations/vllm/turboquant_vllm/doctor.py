@@ -7,8 +7,9 @@ import sys
 import turboquant
 
 from turboquant_vllm import model_plan
-from turboquant_vllm.model_plan import LayerPlan, Refusal
+from turboquant_vllm.model_plan import LayerPlan, Limits, Refusal
 
+BATCH_TOKENS = 2048  # of --max-num-batched-tokens, by default
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -46,10 +47,7 @@ def print_room(plans, dtype_bytes, gib, max_num_seqs, block_size):
     available = int(gib * 2**30)
     stock_bytes = sum(plan.shape.n_kv_heads * (plan.shape.k_dim + plan.shape.v_dim) * dtype_bytes for plan in plans)
     token_bytes = sum(plan.token_bytes for plan in plans)
-    n_blocks = max(1, available // (token_bytes * block_size))
-    beside = sum(turboquant.paged_bytes(turboquant.paged_config(
-        plan.plan, plan.index, block_size, n_blocks,
-        model_plan.copies_for(plan, n_blocks * block_size, max_num_seqs), 0, 2048)) for plan in plans)
+    _, beside = model_plan.room_for(plans, Limits(max_num_seqs, BATCH_TOKENS, num_drafts=0), block_size, available)
     stock, now = available // stock_bytes, max(0, available - beside) // token_bytes
     print(f"tokens in {gib:g} GiB: {stock:,} in vLLM as it is, {now:,} compressed: {now / stock:.2f}x, with "
           f"{beside / available:.0%} for copies of young tokens counted")

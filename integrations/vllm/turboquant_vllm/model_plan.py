@@ -3,16 +3,18 @@
 
 TQKV_PLAN names a .tqkv file, or is `f16` or `q8`: plans that are built in and need no calibration.
 """
+import bisect
 import functools
 import hashlib
 import math
 import os
+from dataclasses import dataclass
 
 import torch
+import turboquant
 from turboquant import Builtin, Plan, PlanLayer, RopeStyle
 
 BUILTINS = {"f16": Builtin.F16, "q8": Builtin.Q8}
-COPIES_WIDER = 1.4  # than the blocks, of tiers that get copies
 
 
 class Refusal(ValueError):
@@ -29,6 +31,19 @@ def load_plan(name):
     return None if name in BUILTINS else Plan.load(name)
 
 
+@functools.cache
+def load_share(name, rank, n_ranks):
+    """Its heads of one tensor-parallel rank."""
+    plan = load_plan(name)
+    return plan if plan is None or n_ranks == 1 else plan.share(rank, n_ranks)
+
+
+def newest_tokens(name):
+    """Tokens of the youngest tier; 0 where all tokens are stored alike."""
+    plan = load_plan(name)
+    return max(plan.layer(index).tier_tokens[0] for index in range(plan.n_layers)) if plan else 0
+
+
 def fingerprint(name):
     """Bytes that differ whenever stored bytes may mean something else."""
     plan = load_plan(name)
@@ -36,10 +51,10 @@ def fingerprint(name):
 
 
 class LayerPlan:
-    """The plan of one attention layer: plan, index of its layer, shape (turboquant.PlanLayer)."""
+    """The plan of one attention layer, heads of one rank: plan, index of its layer, shape (turboquant.PlanLayer)."""
 
-    def __init__(self, name, index, n_heads, n_kv_heads, head_size, head_size_v, window):
-        loaded = load_plan(name)
+    def __init__(self, name, index, n_heads, n_kv_heads, head_size, head_size_v, window, rank=0, n_ranks=1):
+        loaded = load_share(name, rank, n_ranks)
         self.plan = loaded or Plan.builtin(
             BUILTINS[name], PlanLayer(n_heads, n_kv_heads, head_size, head_size_v, window or 0))
         self.index = index if loaded else 0
@@ -57,9 +72,19 @@ class LayerPlan:
         return self.plan.n_tiers
 
     @property
+    def old_tier(self):
+        return turboquant.paged_old_tier(self.plan, self.index)
+
+    @property
     def token_bytes(self):
         """Bytes of one token in a block of the engine."""
-        return self.shape.token_bytes[self.n_tiers - 1]
+        return self.shape.token_bytes[self.old_tier]
+
+    @property
+    def spare_bytes(self):
+        """Per token of the plan's context: what its young tiers take beyond the widths of the blocks."""
+        shape, wider = self.shape, [n - self.token_bytes for n in self.shape.token_bytes[:self.old_tier + 1]]
+        return (sum(map(math.prod, zip(shape.tier_tokens, wider))) + self.plan.n_sinks * wider[0]) / self.plan.context
 
     def inv_freq(self):
         return torch.tensor(self.shape.rope.inv_freq)
@@ -94,17 +119,50 @@ def has_frequencies(rope, inv_freq):
     return torch.allclose(table.float() / length, turned, atol=4 * torch.finfo(table.dtype).eps)
 
 
-def copies_for(plan, n_tokens, max_num_seqs):
-    """Sequences for which each younger tier holds copies, as the engine has n_tokens of room.
+@dataclass
+class Limits:
+    """What the scheduler may do at a time."""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_drafts: int
 
-    The plan counts its tiers at a context, so older tiers get copies for as many sequences as fit at
-    that context. The youngest tier, which is small, gets them for eight times as many. A tier that is
-    hardly wider than the blocks gets none: its tokens lie in the blocks as well.
+
+def paged_config(plan, limits, block_size, n_blocks, n_sequences):
+    return turboquant.paged_config(plan.plan, plan.index, block_size, n_blocks, n_sequences, limits.num_drafts,
+                                   limits.max_num_batched_tokens)
+
+
+def bytes_beside(plans, limits, block_size, n_blocks, n_sequences):
+    """Of copies and tables beside n_blocks of the engine, in all layers."""
+    return sum(turboquant.paged_bytes(paged_config(plan, limits, block_size, n_blocks, n_sequences)) for plan in plans)
+
+
+def copies_for(plans, limits, block_size, n_blocks):
+    """Sequences for which each younger tier holds copies beside n_blocks of the engine; the same in all layers.
+
+    Blocks and copies together take what the plan promised for its context, so the room for tokens is the promised
+    one. The youngest tier matters most: as many sequences as may run, but eight times as many as fit at the plan's
+    context. Then the older ones, for as many as fit there, and what is left is for prompts that no sequence uses now.
     """
-    at_context = max(1, math.ceil(n_tokens / plan.plan.context))
-    return [min(max_num_seqs, at_context * (8 if tier == 0 else 1)) if is_worth_copies(plan, tier) else 0
-            for tier in range(plan.n_tiers - 1)]
+    n_tokens = n_blocks * block_size
+    budget = n_tokens * sum(plan.spare_bytes for plan in plans)
+    n_young = max(plan.old_tier for plan in plans)
+    at_context = math.ceil(n_tokens / plans[0].plan.context)
+    chosen = [min(limits.max_num_seqs, 8 * at_context) if tier == 0 else 0 for tier in range(n_young)]
+
+    def add(n, tiers):
+        return [have + n * (tier in tiers) for tier, have in enumerate(chosen)]
+
+    older = [([tier], min(limits.max_num_seqs, at_context)) for tier in range(1, n_young)]
+    for tiers, most in [*older, (range(n_young), at_context)]:
+        chosen = add(bisect.bisect_right(range(1, most + 1), budget, key=lambda n: bytes_beside(
+            plans, limits, block_size, n_blocks, add(n, tiers))), tiers)
+    return chosen
 
 
-def is_worth_copies(plan, tier):
-    return tier == 0 or plan.shape.token_bytes[tier] >= COPIES_WIDER * plan.token_bytes
+def room_for(plans, limits, block_size, available):
+    """(blocks, bytes of copies and tables beside them) in all layers, of the bytes that are available."""
+    block_bytes = block_size * sum(plan.token_bytes for plan in plans)
+    n_blocks = max(1, int(available // (block_bytes + block_size * sum(plan.spare_bytes for plan in plans))))
+    n_most = max(1, available // block_bytes)  # if there were no copies: tables are as long
+    return n_blocks, bytes_beside(plans, limits, block_size, n_most, copies_for(plans, limits, block_size, n_blocks))

@@ -17,7 +17,7 @@ import turboquant
 from vllm.logger import init_logger
 
 from turboquant_vllm import model_plan
-from turboquant_vllm.model_plan import LayerPlan, Refusal
+from turboquant_vllm.model_plan import LayerPlan, Limits, Refusal
 
 logger = init_logger("vllm.turboquant")
 DRAFTS_WITHOUT_A_MODEL = ("ngram", "suffix")
@@ -28,9 +28,9 @@ class LayerSetup:
     """What a layer's cache is made from; layer.turboquant of each Attention."""
     plan: LayerPlan
     channel_order: torch.Tensor | None
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    num_drafts: int
+    limits: Limits
+    plans: list = ()  # of all layers, in order
+    n_blocks_counted: int = 0  # blocks of the engine whose copies were taken off its room
 
 
 def name():
@@ -73,12 +73,12 @@ def install(plan):
     Attention.get_kv_cache_spec = compressed_spec(Attention.get_kv_cache_spec, plan)
     MLAAttention.get_kv_cache_spec = refuse_mla
     kv_cache_utils.resolve_none_hash_seed = seed_with_plan(kv_cache_utils.resolve_none_hash_seed, plan)
-    KVCacheManager.get_computed_blocks = worth_finding(KVCacheManager.get_computed_blocks)
+    KVCacheManager.get_computed_blocks = worth_finding(KVCacheManager.get_computed_blocks, plan)
 
 
-def worth_finding(get_computed_blocks):
-    """Scheduler and layers share a process, as there is one rank. Where the next step is scheduled while one runs, the
-    answer may be out of date by that step; then tokens are read again in vain, or not."""
+def worth_finding(get_computed_blocks, plan):
+    """With one rank scheduler and layers share a process. Where the next step is scheduled while one runs, the answer
+    may be out of date by that step; then tokens are read again in vain, or not."""
     @functools.wraps(get_computed_blocks)
     def found(self, request):
         from turboquant_vllm.attention_backend import tokens_worth_finding
@@ -86,7 +86,7 @@ def worth_finding(get_computed_blocks):
         groups = self.kv_cache_config.kv_cache_groups
         if n_tokens > 0 and len(groups) == 1:
             block_size = groups[0].kv_cache_spec.block_size
-            n_kept = tokens_worth_finding(blocks.get_block_ids()[0], n_tokens, block_size)
+            n_kept = tokens_worth_finding(plan, blocks.get_block_ids()[0], n_tokens, block_size)
             if n_kept < n_tokens:
                 # What is read again takes the place of these blocks, so that the next request finds its copies.
                 self.evict_blocks(set(blocks.get_block_ids()[0][n_kept // block_size:]))
@@ -120,17 +120,19 @@ def compressed_spec(get_kv_cache_spec, plan):
 
 
 def set_up(layer, vllm_config, plan):
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
     from vllm.model_executor.models.utils import extract_layer_index
     speculative = vllm_config.speculative_config
     try:
         layer_plan = LayerPlan(plan, extract_layer_index(layer.layer_name), layer.num_heads, layer.num_kv_heads,
-                               layer.head_size, layer.head_size_v, layer.sliding_window)
+                               layer.head_size, layer.head_size_v, layer.sliding_window,
+                               get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
         return LayerSetup(plan=layer_plan,
                           channel_order=model_plan.channel_order(layer_plan, list(_ROPE_DICT.values())),
-                          max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
-                          max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-                          num_drafts=speculative.num_speculative_tokens if speculative else 0)
+                          limits=Limits(vllm_config.scheduler_config.max_num_seqs,
+                                        vllm_config.scheduler_config.max_num_batched_tokens,
+                                        speculative.num_speculative_tokens if speculative else 0))
     except (Refusal, turboquant.TurboQuantError) as error:
         raise Refusal(f"{layer.layer_name}: {error}") from error
 
@@ -138,7 +140,7 @@ def set_up(layer, vllm_config, plan):
 def refuse_config(vllm_config):
     from vllm.model_executor.layers.attention import Attention
     parallel, cache, speculative = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.speculative_config
-    for option in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
+    for option in ("pipeline_parallel_size", "decode_context_parallel_size"):
         if getattr(parallel, option, 1) > 1:
             raise Refusal(f"{option} above 1 is not supported by turboquant")
     if vllm_config.kv_transfer_config is not None or getattr(cache, "kv_offloading_size", None):
@@ -174,12 +176,10 @@ def memory_for_blocks(determine_available_memory):
 
 
 def bytes_beside_blocks(vllm_config, available):
-    """Bytes of the layers' objects if blocks take all that is available: a little more than it will be."""
-    layers = [layer.turboquant for layer in vllm_config.compilation_config.static_forward_context.values()]
-    block_size = vllm_config.cache_config.block_size
-    n_blocks = max(1, available // (block_size * sum(setup.plan.token_bytes for setup in layers)))
-    return sum(turboquant.paged_bytes(turboquant.paged_config(
-        setup.plan.plan, setup.plan.index, block_size, n_blocks,
-        model_plan.copies_for(setup.plan, n_blocks * block_size, setup.max_num_seqs), setup.num_drafts,
-        setup.max_num_batched_tokens))
-        for setup in layers)
+    """What the layers' objects take at most."""
+    setups = [layer.turboquant for layer in vllm_config.compilation_config.static_forward_context.values()]
+    plans = [setup.plan for setup in setups]
+    n_blocks, beside = model_plan.room_for(plans, setups[0].limits, vllm_config.cache_config.block_size, available)
+    for setup in setups:
+        setup.plans, setup.n_blocks_counted = plans, n_blocks
+    return beside
