@@ -27,11 +27,13 @@ enum {
  * Young tiers may take this share of the budget; a short context or a model whose layers mostly slide has
  * little else. Then they are narrowed, those of windows first, which a model minds least, and
  * shortened where no window asks for their length; never the newest tokens, of which an error costs
- * most. Where they take little, the last of them is drawn out (docs/QUALITY.md, "What was tried").
+ * most. Where they take little, the last of them is drawn out; where they take too much for that at its
+ * width, once and with a bit less (docs/QUALITY.md, "What was tried").
  */
 static const double YOUNG_SHARE = 0.55;
 static const double YOUNG_SHARE_LONG = 0.4; /* they may have this after a tier was doubled */
 static const float YOUNG_STEP = 0.5F;       /* bits */
+static const float LONG_STEP = 1.0F;        /* bits that a tier gives for twice its length */
 static const uint32_t TIER_LEAST = 32;      /* tokens */
 
 /* Layers whose young tiers have widths of their own. */
@@ -302,9 +304,35 @@ static tqkv_status try_young(solver *s, double *share)
     return TQKV_OK;
 }
 
+/*
+ * Twice the length for the last young tier, at fewer bits in layers that read all, if young tiers then take at most
+ * `most` of the budget. Otherwise, and where the tier is narrow or long already, nothing changes.
+ */
+static tqkv_status try_longer(solver *s, float bits_less, double most, bool *longer)
+{
+    const uint32_t last = s->plan->n_tiers - 2;
+    uint32_t *tokens = &s->tier_tokens[last];
+    float *bits = &s->tier_bits[READS_ALL][last];
+    double share;
+
+    *longer = false;
+    if (last == 0 || !has_kind(s, READS_ALL) || *tokens > s->profile->context / 2 ||
+        *bits - bits_less < s->profile->tier_bits[last] - NARROW_MOST[READS_ALL])
+        return TQKV_OK;
+    *tokens *= 2;
+    *bits -= bits_less;
+    TQKV_TRY(try_young(s, &share));
+    *longer = share <= most;
+    if (*longer)
+        return TQKV_OK;
+    *tokens /= 2;
+    *bits += bits_less;
+    return try_young(s, &share);
+}
+
 static tqkv_status solve_all_young(solver *s)
 {
-    const uint32_t n_young = s->plan->n_tiers - 1;
+    bool longer, was_longer = false;
     double share;
 
     memcpy(s->tier_tokens, s->profile->tier_tokens, sizeof(s->tier_tokens));
@@ -313,16 +341,13 @@ static tqkv_status solve_all_young(solver *s)
     TQKV_TRY(try_young(s, &share));
     while (share > YOUNG_SHARE && (narrow_young(s) || shorten_young(s)))
         TQKV_TRY(try_young(s, &share));
-    while (share <= YOUNG_SHARE_LONG && n_young > 1 && has_kind(s, READS_ALL) &&
-           s->tier_tokens[n_young - 1] <= s->profile->context / 2) {
-        s->tier_tokens[n_young - 1] *= 2;
-        TQKV_TRY(try_young(s, &share));
-        if (share > YOUNG_SHARE_LONG) {
-            s->tier_tokens[n_young - 1] /= 2;
-            return try_young(s, &share);
-        }
-    }
-    return TQKV_OK;
+    if (s->plan->n_tiers < 2)
+        return TQKV_OK;
+    do {
+        TQKV_TRY(try_longer(s, 0.0F, YOUNG_SHARE_LONG, &longer));
+        was_longer |= longer;
+    } while (longer);
+    return was_longer ? TQKV_OK : try_longer(s, LONG_STEP, YOUNG_SHARE, &longer);
 }
 
 static tqkv_status solve_old(solver *s)

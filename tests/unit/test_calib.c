@@ -389,13 +389,16 @@ static tqkv_plan_layer solved_layer(tqkv_calib *calib, double bits, uint32_t con
     return layer; /* its inv_freq is gone */
 }
 
-/* The last young tier grows with the context while all of them take no more than two fifths. */
+/*
+ * The last young tier grows with the context while all of them take no more than two fifths; where it cannot, it
+ * is twice as long and narrower, and they take no more than they may at most.
+ */
 static void young_tiers_grow_with_the_context(void **unused)
 {
     sample *s = malloc(sizeof(*s));
     tqkv_status status;
     tqkv_calib *calib;
-    uint32_t before = 768;
+    uint32_t before = 0, n_narrow = 0;
 
     (void)unused;
     sample_make(s, 15);
@@ -403,16 +406,20 @@ static void young_tiers_grow_with_the_context(void **unused)
     assert_int_equal(status, TQKV_OK);
     for (uint32_t context = 8192; context <= 65536; context *= 2) {
         const tqkv_plan_layer layer = solved_layer(calib, 3.2, context, 0);
+        const bool is_narrow = layer.token_bytes[2] < N_KV * 2 * (DIM * 7 / 16 + 1); /* 3.5 bits */
         double young = 0.0;
 
         assert_int_equal(layer.tier_tokens[0], 32);
         assert_int_equal(layer.tier_tokens[1], 224);
-        assert_true(layer.tier_tokens[2] > before || context == 8192);
+        assert_true(layer.tier_tokens[2] >= 1536 && layer.tier_tokens[2] >= before);
+        assert_true(!is_narrow || layer.tier_tokens[2] == 1536);
         before = layer.tier_tokens[2];
+        n_narrow += is_narrow;
         for (uint32_t i = 0; i < 3; i++)
             young += (double)layer.tier_tokens[i] * layer.token_bytes[i];
-        assert_true(young <= 0.4 * 3.2 / 8.0 * context * N_KV * 2 * DIM);
+        assert_true(young <= (is_narrow ? 0.55 : 0.4) * 3.2 / 8.0 * context * N_KV * 2 * DIM);
     }
+    assert_true(before > 4 * 1536 && n_narrow == 1);
     tqkv_calib_destroy(calib);
     free(s);
 }

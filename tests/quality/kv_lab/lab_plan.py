@@ -23,7 +23,9 @@ DISTORTION = {0: 1.0, 1: 3.63380228e-01, 2: 1.17482235e-01, 3: 3.45898620e-02, 4
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)
 TIERS = ((32, 8.0), (224, 6.0), (768, 4.0))
 METRIC_FLOOR, VARIANCE_FLOOR = 1e-3, 1e-9
-YOUNG_SHARE, YOUNG_SHARE_LONG, YOUNG_STEP, NARROW_MOST, TIER_LEAST = .55, .4, .5, (1.0, 2.0), 32
+YOUNG_SHARE, YOUNG_SHARE_LONG, YOUNG_STEP, LONG_STEP, TIER_LEAST = .55, .4, .5, 1.0, 32
+NARROW_MOST = (1.0, 2.0)  # of layers that read all, and that slide
+READS_ALL = 0
 STORE_BYTES, SINK_TABLE, SLOT_BYTES, BLOCK, STEP_BACK = 1024, 64, 12, 16, 32
 PERTURB_BITS = 1.5
 
@@ -178,21 +180,29 @@ class Solver:
         share = self._try_young() / budget
         while share > YOUNG_SHARE and (self._narrow() or self._shorten()):
             share = self._try_young() / budget
-        has_full = any(not layer.window for layer in self.layers)
-        while (has_full and not self.budget.is_fixed and share <= YOUNG_SHARE_LONG and self.n_tiers > 2
-               and self.tokens[-1] <= self.budget.context // 2):
-            self.tokens[-1] *= 2
-            share = self._try_young() / budget
-            if share > YOUNG_SHARE_LONG:
-                self.tokens[-1] //= 2
-                share = self._try_young() / budget
-                break
-        fixed = share * budget
+        if not self.budget.is_fixed and self.n_tiers > 2 and any(not layer.window for layer in self.layers):
+            n_longer = 0
+            while self._longer(0.0, YOUNG_SHARE_LONG * budget):
+                n_longer += 1
+            if n_longer == 0:
+                self._longer(LONG_STEP, YOUNG_SHARE * budget)
+        fixed = self._try_young()
         if fixed >= budget:
             raise ValueError(f"young tiers take {fixed * 8 / self.values:.2f} of {self.budget.bits} bits")
         spent = self._solve_old(budget - fixed)
         self.plan.bits_total = (fixed + spent) * 8 / self.values
         return self.plan
+
+    def _longer(self, bits_less, most):
+        """Whether the last young tier could be drawn out to twice its length."""
+        before = self.tokens[-1], self.bits[READS_ALL][-1]
+        if before[0] > self.budget.context // 2 or before[1] - bits_less < self.tiers[-1][1] - NARROW_MOST[READS_ALL]:
+            return False
+        self.tokens[-1], self.bits[READS_ALL][-1] = 2 * before[0], before[1] - bits_less
+        if self._try_young() <= most:
+            return True
+        self.tokens[-1], self.bits[READS_ALL][-1] = before
+        return False
 
     def _try_young(self):
         """Bytes of everything but the codes of old tokens."""
