@@ -30,12 +30,17 @@ DOMAINS = {"en": "English", "code": "code", "chat": "chat", "fr": "French", "zh"
            "all": "all"}
 MISSING = "–"
 PROFILES = ["8x", "5x"]  # of variants
+DEFAULTS = "the defaults (the base)"  # the variant that plans are made as, unless options say otherwise
 
 # Okabe and Ito's colours, which people who see fewer colours can tell apart; shapes say the same.
 STYLES = {("f16", ""): ("#555555", "s"), ("q8_0", ""): ("#E69F00", "D"), ("q5_0", ""): ("#CC79A7", "v"),
           ("q4_0", ""): ("#D55E00", "^"), ("turboquant", "near-lossless"): ("#009E73", "h"),
           ("turboquant", "5x"): ("#0072B2", "o"), ("turboquant", "8x"): ("#56B4E9", "X")}
 BAR_CACHES = [("f16", ""), ("turboquant", "near-lossless"), ("turboquant", "5x"), ("turboquant", "8x")]
+
+
+def digest_of(rows):
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 class Results:
@@ -45,7 +50,9 @@ class Results:
         self.variants = [row for row in variants if "ratio" in row]
         rows = [row for row in rows if row["ubatch"] == UBATCH]
         self.rows = {(row["model"], row["context"], (row["codec"], row["profile"]), row["domain"]): row for row in rows}
-        self.digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+        self.digest = digest_of(rows)
+        self.curve = sorted((row for row in self.variants if "bits" in row.get("tables", [])),
+                            key=lambda row: row["bits"])
 
     def get(self, *key):
         return self.rows.get(key)
@@ -114,12 +121,11 @@ def ratio_text(row, name):
     return f"{row[name]:.2f} ± {row[name + '_ci95']:.2f}"
 
 
-def variant_table(results, model, context):
+def variant_table(_results, rows):
     """A line for each variant: mean KL, its ratio to that of the shipped one, geometric mean of the tokens' ratios."""
     found = {}
-    for row in results.variants:
-        if row["model"] == f"{model}-f32" and row["context"] == context and "kl_by_text" not in row:
-            found.setdefault(row["variant"], {})[row["profile"]] = row
+    for row in rows:
+        found.setdefault(row["variant"], {})[row["profile"]] = row
     lines = []
     for variant, by_profile in found.items():
         cells = []
@@ -133,23 +139,60 @@ def variant_table(results, model, context):
     return table(["variant", "tokens", *columns], lines)
 
 
-def variant_text_table(results, model, context):
+def variant_text_table(_results, rows):
     """A line for each variant that was kept by text: mean KL of the texts, and the ratios of all of them together."""
-    rows = [row for row in results.variants
-            if row["model"] == f"{model}-f32" and row["context"] == context and "kl_by_text" in row]
     texts = [text for text in DOMAINS if any(text in row["kl_by_text"] for row in rows)]
     lines = [[row["variant"], row["profile"], *(kl_text(row["kl_by_text"].get(text)) for text in texts),
-              kl_text(row["kl_mean"]), ratio_text(row, "ratio"), ratio_text(row, "typical")] for row in rows]
+              kl_text(row["kl_mean"]), ratio_text(row, "ratio"), ratio_text(row, "typical")]
+             for row in sorted(rows, key=lambda row: PROFILES.index(row["profile"]))]
     return table(["variant", "size", *(DOMAINS[text] for text in texts), "all", "ratio", "typical"], lines)
 
 
+def floor_of(results, model):
+    """Row of llama.cpp's f16 cache on the model's file, or None: no cache shows less there."""
+    return results.get(model, LONG, ("f16", ""), "all")
+
+
+def curve_table(results, rows):
+    """A line for each model: what its file shows at least, and mean KL of its f32 weights at each size."""
+    sizes = sorted({f"{row['bits']:.1f}" for row in rows}, key=float)
+    lines = []
+    for model in curve_models(results):
+        cells = {f"{row['bits']:.1f}": kl_text(row["kl_mean"]) for row in rows if row["model"] == f"{model}-f32"}
+        floor = floor_of(results, model)
+        lines.append([MODELS[model], kl_text(floor and floor["kl_mean"]), *(cells.get(size, MISSING) for size in sizes)])
+    return table(["model", "f16 on the file", *(f"{size} bits" for size in sizes)], lines)
+
+
+def tiers_table(_results, rows):
+    """A line for each model, context and size: mean KL with each choice of tiers, the least in bold."""
+    choices, found = {}, {}
+    for row in rows:
+        name = row["variant"].removeprefix("tiers ")
+        choices[name] = None
+        found.setdefault((row["model"].removesuffix("-f32"), row["context"], row["profile"]), {})[name] = row["kl_mean"]
+    lines = []
+    for (model, context, profile), by_name in sorted(found.items(), key=lambda item: (
+            list(MODELS).index(item[0][0]), item[0][1], PROFILES.index(item[0][2]))):
+        cells = [kl_text(by_name.get(name)) for name in choices]
+        best = list(choices).index(min(by_name, key=by_name.get))
+        cells[best] = f"**{cells[best]}**"
+        lines.append([MODELS[model], str(context), profile, *cells])
+    return table(["model", "tokens", "size", *("as made" if name == DEFAULTS else name for name in choices)], lines)
+
+
+VARIANT_TABLES = {"variants": variant_table, "calibration": variant_text_table, "bits": curve_table,
+                  "tiers": tiers_table}
+
+
 def variant_tables(results):
-    made = {}
+    rows_of = {}
     for row in results.variants:
-        model, context = row["model"].removesuffix("-f32"), row["context"]
-        kind, write = ("calibration", variant_text_table) if "kl_by_text" in row else ("variants", variant_table)
-        made[f"{kind}-{model}-{context}"] = write, model, context
-    return {name: write(results, *of) for name, (write, *of) in made.items()}
+        kind = "calibration" if "kl_by_text" in row else "variants"
+        own = [f"{kind}-{row['model'].removesuffix('-f32')}-{row['context']}"]
+        for name in row.get("tables", own):
+            rows_of.setdefault(name, []).append(row)
+    return {name: VARIANT_TABLES[name.split("-")[0]](results, rows) for name, rows in rows_of.items()}
 
 
 def tables(results):
@@ -274,12 +317,51 @@ def draw_positions(plt, results):
     return figure
 
 
-DRAWINGS = {"bits": draw_bits, "domains": draw_domains, "positions": draw_positions}
+def curve_models(results):
+    return [model for model in MODELS if any(row["model"] == f"{model}-f32" for row in results.curve)]
+
+
+def draw_curve(plt, results):
+    """Mean KL against bits of f32 weights, and what the 4-bit file of the same model shows. None without rows."""
+    from matplotlib.ticker import NullLocator
+    models = curve_models(results)
+    if not models:
+        return None
+    colour, mark = STYLES["turboquant", "5x"]
+    grey, _ = STYLES["f16", ""]
+    figure, axes = plt.subplots(1, len(models), sharex=True, sharey=True, squeeze=False, figsize=(8.33, 3.4),
+                                layout="constrained")
+    for axis, model in zip(axes[0], models):
+        rows = [row for row in results.curve if row["model"] == f"{model}-f32"]
+        axis.plot([row["bits"] for row in rows], [row["kl_mean"] for row in rows], color=colour, marker=mark,
+                  markersize=5, linewidth=1.2, label="cache alone: f32 weights")
+        files = [results.get(model, LONG, ("turboquant", profile), "all") for profile in PROFILES]
+        axis.plot([row["bits"] for row in files if row], [row["kl_mean"] for row in files if row], marker="D",
+                  color=STYLES["turboquant", "8x"][0], linestyle="none", markersize=5, label="4-bit file")
+        if floor := floor_of(results, model):
+            axis.axhline(floor["kl_mean"], color=grey, linestyle="--", linewidth=1.2, label="f16 cache on the 4-bit file")
+        axis.set_title(f"{MODELS[model]}, {LONG} tokens")
+    axes[0][0].set_xscale("log", base=2)
+    log_kl(axes[0][0])
+    axes[0][0].set_xticks([1.6, 2, 2.5, 3.2, 4, 5, 6.5], ["1.6", "2", "2.5", "3.2", "4", "5", "6.5"])
+    axes[0][0].xaxis.set_minor_locator(NullLocator())
+    figure.supxlabel("bits per value, everything counted")
+    figure.supylabel("mean KL divergence (nats)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+DRAWINGS = {"bits": draw_bits, "domains": draw_domains, "positions": draw_positions,
+            "curve": draw_curve}
 
 
 def digest_text(results):
     """What a plot says of the rows that it was drawn from."""
     return f"rows {results.digest}"
+
+
+def curve_digest_text(results):
+    return f"variants {digest_of(results.curve)}"
 
 
 def pyplot():
@@ -295,8 +377,9 @@ def pyplot():
     return plt
 
 
-def save(plt, figure, path, results):
-    figure.savefig(path, metadata={"Date": None, "Description": digest_text(results)})
+def save(plt, figure, path, results, *more):
+    """more: of what it says beside digest_text."""
+    figure.savefig(path, metadata={"Date": None, "Description": ", ".join([digest_text(results), *more])})
     plt.close(figure)
 
 
@@ -305,7 +388,8 @@ def draw(results, folder):
     for name, drawing in DRAWINGS.items():
         figure = drawing(plt, results)
         if figure:
-            save(plt, figure, folder / f"quality-{name}.svg", results)
+            more = [curve_digest_text(results)] if name == "curve" else []
+            save(plt, figure, folder / f"quality-{name}.svg", results, *more)
 
 
 def run(module, results_name, page_name):

@@ -54,6 +54,7 @@ def parser():
     add("--plan", help="a .tqkv instead of a plan made here")
     add("--save", help="write the plan to this .tqkv")
     add("--keep", metavar="NAME", help="put the row into docs/results/variants.json")
+    add("--tables", metavar="NAMES", help="of docs/QUALITY.md that the row is kept for, if not that of its model and n")
     add("--frame", type=int, default=1024, help="tokens; 0: absolute positions")
     add("--frame-full", type=int, help="of layers without a window, where the model has others")
     add("--offsets", action="store_true", help="remove mean + R(j) b instead of a mean")
@@ -92,7 +93,8 @@ def main(argv):
     row["command"] = "tests/quality/lab.py " + shlex.join(lab_table.without_keep(argv))
     print(lab_table.line(row), flush=True)
     if args.keep:
-        lab_table.keep({"variant": args.keep, **row})
+        tables = {"tables": args.tables.split(",")} if args.tables else {}
+        lab_table.keep({"variant": args.keep, **tables, **row})
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def test_plots_were_drawn_from_the_results():
     plots = re.findall(r"\((quality-\w+\.svg)\)", PAGE.read_text(encoding="utf-8"))
     assert plots
     for name in plots:
-        assert quality_page.digest_text(results) in (quality_page.DOCS / name).read_text(encoding="utf-8"), STALE
+        plot = (quality_page.DOCS / name).read_text(encoding="utf-8")
+        assert quality_page.digest_text(results) in plot, STALE
+        assert name != "quality-curve.svg" or quality_page.curve_digest_text(results) in plot, STALE
 
 
 def test_a_row_lands_in_its_cells():
@@ -69,6 +71,25 @@ def test_a_variant_kept_by_text_has_another_table():
     assert "| variant | size | English | Chinese | all |" in calibration
     assert line_of(calibration, "code alone") == [".0020", ".0300", ".0123", "1.00 ± 0.00", "1.00 ± 0.00"]
     assert "code alone" not in variants and "base" in variants and "base" not in calibration
+
+
+def kept_in(tables, variant, bits, kl, **more):
+    return {"variant": variant, "tables": tables, "profile": "8x", "model": "smollm2-f32", "context": 8192,
+            "bits": bits, "kl_mean": kl, "ratio": 1, "ratio_ci95": 0, "typical": 1, "typical_ci95": 0, "tokens": 512,
+            **more}
+
+
+def test_a_variant_lands_in_the_tables_that_it_names():
+    base = kept_in(["bits", "tiers"], quality_page.DEFAULTS, 1.999, 0.012, kl_by_text={"en": 0.012})
+    rows = [kept_in(["bits"], quality_page.DEFAULTS, 4.98, 0.00045, profile="5 bits"), base,
+            kept_in(["tiers"], "tiers 32@8 480@4", 2.0, 0.009)]
+    floor = row("all", 0.0032, codec="f16", profile="")
+    made = quality_page.tables(quality_page.Results([floor], rows))
+    assert "| model | f16 on the file | 2.0 bits | 5.0 bits |" in made["bits"]
+    assert line_of(made["bits"], "SmolLM2") == [".0120", ".00045"]
+    assert "| model | tokens | size | as made | 32@8 480@4 |" in made["tiers"]
+    assert line_of(made["tiers"], "SmolLM2", "8192") == ["8x", ".0120", "**.0090**"]
+    assert set(made) >= {"bits", "tiers"} and not [name for name in made if name.endswith("smollm2-8192")]
 
 
 def test_only_tables_change():

@@ -12,7 +12,7 @@ def without_keep(argv):
     """The arguments that matter to the numbers."""
     skipped, kept = False, []
     for argument in argv:
-        if skipped or argument in ("--keep", "--save", "--device", "--threads"):
+        if skipped or argument in ("--keep", "--tables", "--save", "--device", "--threads"):
             skipped = not skipped
             continue
         kept.append(argument)
