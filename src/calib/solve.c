@@ -27,13 +27,14 @@ enum {
  * Young tiers may take this share of the budget; a short context or a model whose layers mostly slide has
  * little else. Then they are narrowed, those of windows first, which a model minds least, and
  * shortened where no window asks for their length; never the newest tokens, of which an error costs
- * most. Where they take little, the last of them is drawn out; where they take too much for that at its
- * width, once and with a bit less (docs/QUALITY.md, "What was tried").
+ * most. Where they take little, the last of them is drawn out; where it is too wide for that, it gives a bit and
+ * gets what length that leaves (docs/QUALITY.md, "What was tried").
  */
 static const double YOUNG_SHARE = 0.55;
 static const double YOUNG_SHARE_LONG = 0.4; /* they may have this after a tier was doubled */
 static const float YOUNG_STEP = 0.5F;       /* bits */
-static const float LONG_STEP = 1.0F;        /* bits that a tier gives for twice its length */
+static const float LONG_STEP = 1.0F;        /* bits that a tier gives for more length */
+static const double LONG_LEAST = 0.5;       /* and how many it then has at least over the mean of all tokens */
 static const uint32_t TIER_LEAST = 32;      /* tokens */
 
 /* Layers whose young tiers have widths of their own. */
@@ -305,34 +306,52 @@ static tqkv_status try_young(solver *s, double *share)
 }
 
 /*
- * Twice the length for the last young tier, at fewer bits in layers that read all, if young tiers then take at most
- * `most` of the budget. Otherwise, and where the tier is narrow or long already, nothing changes.
+ * Gives the last young tier that many tokens, and that many bits in layers that read all, if young tiers then take
+ * at most `most` of the budget; otherwise, and where it would be too long or too narrow, nothing changes.
  */
-static tqkv_status try_longer(solver *s, float bits_less, double most, bool *longer)
+static tqkv_status try_longer(solver *s, uint32_t n_tokens, float bits, double most, bool *longer)
 {
     const uint32_t last = s->plan->n_tiers - 2;
-    uint32_t *tokens = &s->tier_tokens[last];
-    float *bits = &s->tier_bits[READS_ALL][last];
+    const uint32_t n_before = s->tier_tokens[last];
+    const float bits_before = s->tier_bits[READS_ALL][last];
     double share;
 
     *longer = false;
-    if (last == 0 || !has_kind(s, READS_ALL) || *tokens > s->profile->context / 2 ||
-        *bits - bits_less < s->profile->tier_bits[last] - NARROW_MOST[READS_ALL])
+    if (last == 0 || !has_kind(s, READS_ALL) || n_tokens > s->profile->context ||
+        bits < s->profile->tier_bits[last] - NARROW_MOST[READS_ALL])
         return TQKV_OK;
-    *tokens *= 2;
-    *bits -= bits_less;
+    s->tier_tokens[last] = n_tokens;
+    s->tier_bits[READS_ALL][last] = bits;
     TQKV_TRY(try_young(s, &share));
     *longer = share <= most;
     if (*longer)
         return TQKV_OK;
-    *tokens /= 2;
-    *bits += bits_less;
+    s->tier_tokens[last] = n_before;
+    s->tier_bits[READS_ALL][last] = bits_before;
     return try_young(s, &share);
+}
+
+/* Twice the length as often as it fits; where it never does, at fewer bits, and then as long as fits. */
+static tqkv_status draw_out(solver *s)
+{
+    const uint32_t last = s->plan->n_tiers - 2, n_first = s->tier_tokens[last];
+    const uint32_t step = n_first / 4 / TQKVI_BLOCK_TOKENS * TQKVI_BLOCK_TOKENS;
+    const float bits = s->tier_bits[READS_ALL][last];
+    bool longer;
+
+    do
+        TQKV_TRY(try_longer(s, 2 * s->tier_tokens[last], bits, YOUNG_SHARE_LONG, &longer));
+    while (longer);
+    if (s->tier_tokens[last] > n_first || (double)(bits - LONG_STEP) <= s->profile->bits_total + LONG_LEAST)
+        return TQKV_OK;
+    TQKV_TRY(try_longer(s, 2 * n_first, bits - LONG_STEP, YOUNG_SHARE, &longer));
+    while (longer && step > 0)
+        TQKV_TRY(try_longer(s, s->tier_tokens[last] + step, bits - LONG_STEP, YOUNG_SHARE, &longer));
+    return TQKV_OK;
 }
 
 static tqkv_status solve_all_young(solver *s)
 {
-    bool longer, was_longer = false;
     double share;
 
     memcpy(s->tier_tokens, s->profile->tier_tokens, sizeof(s->tier_tokens));
@@ -341,13 +360,7 @@ static tqkv_status solve_all_young(solver *s)
     TQKV_TRY(try_young(s, &share));
     while (share > YOUNG_SHARE && (narrow_young(s) || shorten_young(s)))
         TQKV_TRY(try_young(s, &share));
-    if (s->plan->n_tiers < 2)
-        return TQKV_OK;
-    do {
-        TQKV_TRY(try_longer(s, 0.0F, YOUNG_SHARE_LONG, &longer));
-        was_longer |= longer;
-    } while (longer);
-    return was_longer ? TQKV_OK : try_longer(s, LONG_STEP, YOUNG_SHARE, &longer);
+    return s->plan->n_tiers < 2 ? TQKV_OK : draw_out(s);
 }
 
 static tqkv_status solve_old(solver *s)

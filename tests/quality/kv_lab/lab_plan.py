@@ -23,7 +23,7 @@ DISTORTION = {0: 1.0, 1: 3.63380228e-01, 2: 1.17482235e-01, 3: 3.45898620e-02, 4
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)
 TIERS = ((32, 8.0), (224, 6.0), (768, 4.0))
 METRIC_FLOOR, VARIANCE_FLOOR = 1e-3, 1e-9
-YOUNG_SHARE, YOUNG_SHARE_LONG, YOUNG_STEP, LONG_STEP, TIER_LEAST = .55, .4, .5, 1.0, 32
+YOUNG_SHARE, YOUNG_SHARE_LONG, YOUNG_STEP, LONG_STEP, LONG_LEAST, TIER_LEAST = .55, .4, .5, 1.0, .5, 32
 NARROW_MOST = (1.0, 2.0)  # of layers that read all, and that slide
 READS_ALL = 0
 STORE_BYTES, SINK_TABLE, SLOT_BYTES, BLOCK, STEP_BACK = 1024, 64, 12, 16, 32
@@ -181,11 +181,7 @@ class Solver:
         while share > YOUNG_SHARE and (self._narrow() or self._shorten()):
             share = self._try_young() / budget
         if not self.budget.is_fixed and self.n_tiers > 2 and any(not layer.window for layer in self.layers):
-            n_longer = 0
-            while self._longer(0.0, YOUNG_SHARE_LONG * budget):
-                n_longer += 1
-            if n_longer == 0:
-                self._longer(LONG_STEP, YOUNG_SHARE * budget)
+            self._draw_out(budget)
         fixed = self._try_young()
         if fixed >= budget:
             raise ValueError(f"young tiers take {fixed * 8 / self.values:.2f} of {self.budget.bits} bits")
@@ -193,12 +189,22 @@ class Solver:
         self.plan.bits_total = (fixed + spent) * 8 / self.values
         return self.plan
 
-    def _longer(self, bits_less, most):
-        """Whether the last young tier could be drawn out to twice its length."""
+    def _draw_out(self, budget):
+        first, bits = self.tokens[-1], self.bits[READS_ALL][-1]
+        while self._longer(2 * self.tokens[-1], bits, YOUNG_SHARE_LONG * budget):
+            pass
+        if self.tokens[-1] > first or bits - LONG_STEP <= self.budget.bits + LONG_LEAST:
+            return
+        if self._longer(2 * first, bits - LONG_STEP, YOUNG_SHARE * budget):
+            while self._longer(self.tokens[-1] + first // 4 // BLOCK * BLOCK, bits - LONG_STEP, YOUNG_SHARE * budget):
+                pass
+
+    def _longer(self, n_tokens, bits, most):
+        """Whether the last young tier could be that long, and that wide in layers that read all."""
         before = self.tokens[-1], self.bits[READS_ALL][-1]
-        if before[0] > self.budget.context // 2 or before[1] - bits_less < self.tiers[-1][1] - NARROW_MOST[READS_ALL]:
+        if n_tokens > self.budget.context or bits < self.tiers[-1][1] - NARROW_MOST[READS_ALL]:
             return False
-        self.tokens[-1], self.bits[READS_ALL][-1] = 2 * before[0], before[1] - bits_less
+        self.tokens[-1], self.bits[READS_ALL][-1] = n_tokens, bits
         if self._try_young() <= most:
             return True
         self.tokens[-1], self.bits[READS_ALL][-1] = before
