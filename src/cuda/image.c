@@ -38,33 +38,41 @@ static void fill_words(tqkvc_width *to, const tqkvk_width *from, uint32_t bits)
     }
 }
 
-static void fill_width(tqkvc_width *to, const tqkvk_width *from, uint32_t bits)
+static void fill_width(tqkvc_tables *tables, const tqkvk_width *from, uint32_t bits)
 {
+    tqkvc_width *to = &tables->widths[bits];
+    tqkvc_encode_tables *encode = &tables->encode;
+
     fill_words(to, from, bits);
     to->step = from->step;
-    to->inv_step2 = from->inv_step2;
-    to->inv_peak = from->inv_peak;
-    to->n_magnitudes = from->n_magnitudes;
-    for (uint32_t i = 0; i < from->n_magnitudes; i++)
+    encode->step[bits] = from->step;
+    encode->inv_step2[bits] = from->inv_step2;
+    encode->inv_peak[bits] = from->inv_peak;
+    memset(encode->index[bits], TQKVC_NO_MAGNITUDE, sizeof(encode->index[bits]));
+    for (uint32_t i = 0; i < from->n_magnitudes; i++) {
         to->magnitude[i] = (uint8_t)from->levels[(1u << (bits - 1)) + i];
+        encode->index[bits][to->magnitude[i]] = (uint8_t)i;
+    }
     for (uint32_t t = 0; t <= TQKVK_HALF_LEVELS_MAX; t++) {
-        uint8_t m = 0;
-        while (m + 1u < from->n_magnitudes && from->thresholds[m] <= t)
+        uint32_t m = 0;
+        while (m + 1 < from->n_magnitudes && from->thresholds[m] <= t)
             m++;
-        to->nearest[t] = m;
+        encode->level[bits][t] = to->magnitude[m];
     }
 }
 
 static void fill_tables(tqkvc_tables *tables)
 {
+    tqkvc_encode_tables *encode = &tables->encode;
+
     for (uint32_t bits = 1; bits < TQKVC_WIDTHS; bits++)
         if (tqkvk_widths[bits].n_magnitudes != 0)
-            fill_width(&tables->widths[bits], &tqkvk_widths[bits], bits);
-    memcpy(tables->scale_values, tqkvk_scale_values, sizeof(tables->scale_values));
-    memcpy(tables->scale_inverses, tqkvk_scale_inverses, sizeof(tables->scale_inverses));
-    memcpy(tables->energy_thresholds, tqkvk_energy_thresholds, sizeof(tables->energy_thresholds));
-    memcpy(tables->peak_thresholds, tqkvk_peak_thresholds, sizeof(tables->peak_thresholds));
-    memcpy(tables->level_octaves, tqkvk_level_octaves, sizeof(tables->level_octaves));
+            fill_width(tables, &tqkvk_widths[bits], bits);
+    memcpy(encode->scale_values, tqkvk_scale_values, sizeof(encode->scale_values));
+    memcpy(encode->scale_inverses, tqkvk_scale_inverses, sizeof(encode->scale_inverses));
+    memcpy(encode->energy_thresholds, tqkvk_energy_thresholds, sizeof(encode->energy_thresholds));
+    memcpy(encode->peak_thresholds, tqkvk_peak_thresholds, sizeof(encode->peak_thresholds));
+    memcpy(encode->level_octaves, tqkvk_level_octaves, sizeof(encode->level_octaves));
 }
 
 static void fill_layouts(tqkvc_shape *shape, const tqkvi_layer_plan *layer, tqkvc_layout *layouts)
@@ -131,7 +139,7 @@ static void fill_matrix(uint32_t dim, tqkv_side side, const float *inverse, uint
     }
 }
 
-static void fill_side(const tqkvc_shape *shape, const tqkv_codec *codec, tqkv_side side,
+static void fill_side(tqkvc_shape *shape, const tqkv_codec *codec, tqkv_side side,
                       uint8_t *image)
 {
     const tqkvc_parts *parts = &shape->parts;
@@ -141,6 +149,7 @@ static void fill_side(const tqkvc_shape *shape, const tqkv_codec *codec, tqkv_si
         const tqkvi_head_codec *head = &codec->heads[side][g];
         const uint32_t traits = (head->zero_mean ? TQKVC_ZERO_MEAN : 0u) |
                                 (head->hadamard_block != 0 ? TQKVC_HADAMARD : 0u);
+        shape->traits_any |= traits;
         memcpy(image + parts->mean[side] + g * dim * 4, head->plan->mean, dim * 4);
         memcpy(image + parts->weight[side] + g * units * 4, head->weight, units * 4);
         memcpy(image + parts->traits[side] + g * 4, &traits, 4);

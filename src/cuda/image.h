@@ -34,16 +34,24 @@
 typedef struct tqkvc_width {
     uint32_t words[TQKVC_WORDS];
     float step; /* behind the words: decode copies both */
-    float inv_step2, inv_peak;
-    uint32_t n_magnitudes;
     uint8_t magnitude[128]; /* levels without sign, ascending */
-    uint8_t nearest[256];   /* index of the nearest magnitude to t half levels, 0..254 */
 } tqkvc_width;
+
+#define TQKVC_NO_MAGNITUDE 255
+
+/* What store copies to shared memory, all of it. Width 0 is 0 throughout. */
+typedef struct tqkvc_encode_tables {
+    float scale_values[256], scale_inverses[256], energy_thresholds[256], peak_thresholds[256];
+    float step[TQKVC_WIDTHS], inv_step2[TQKVC_WIDTHS], inv_peak[TQKVC_WIDTHS];
+    float reserved;
+    uint8_t level[TQKVC_WIDTHS][256]; /* nearest to t half levels, t = 0..254 */
+    uint8_t index[TQKVC_WIDTHS][128]; /* of the magnitude that is this level, if there is one */
+    int16_t level_octaves[128];       /* by magnitude; from 127, in steps of a scale */
+} tqkvc_encode_tables;
 
 typedef struct tqkvc_tables {
     tqkvc_width widths[TQKVC_WIDTHS];
-    float scale_values[256], scale_inverses[256], energy_thresholds[256], peak_thresholds[256];
-    int16_t level_octaves[128]; /* by magnitude; from 127, in steps of a scale */
+    tqkvc_encode_tables encode;
 } tqkvc_tables;
 
 /* Sections of one KV head in a block of one tier: K at `offset`, V behind it. */
@@ -74,6 +82,7 @@ typedef struct tqkvc_parts {
 typedef struct tqkvc_shape {
     uint32_t dim, n_heads, n_kv_heads, n_tiers, frame_tokens;
     uint32_t rope_style, n_rot;
+    uint32_t traits_any; /* of any head */
     uint32_t block_bytes[TQKV_TIERS_MAX];
     uint32_t section_bytes_max[TQKV_TIERS_MAX]; /* K and V of one KV head */
     tqkvc_parts parts;
