@@ -20,29 +20,28 @@ constexpr uint32_t TQKVC_CANDIDATES = 16;
 constexpr uint64_t TQKVC_NO_PLACE = ~0ull;
 constexpr float TQKVC_Y_MAX = 4096.0f;
 
-/* Of a width at a scale: how whole sizes become places in the table of levels, and levels sizes. */
-struct __align__(16) tqkvc_factors {
-    float slope, offset; /* place = bits of slope * size + offset */
-    uint32_t last;       /* place */
-    float value;         /* size = value * level + BASE, level as bits */
+/* Of a width at a scale: sizes to half levels, and levels to sizes. */
+struct __align__(8) tqkvc_factors {
+    float slope; /* half levels = bits of slope * (size - BASE) */
+    float value; /* size = value * level + BASE, level as bits */
 };
 
-/* Shared memory of an octet. Octets of a warp are 8 words apart in the banks. */
+/* Shared memory of an octet. Those of a warp are 8 words apart in the banks. */
 struct __align__(32) tqkvc_octet {
     float sums[TQKVC_CANDIDATES][8]; /* of squares, by lane */
     tqkvc_factors factors[TQKVC_WIDTHS];
 };
-static_assert(sizeof(tqkvc_octet) / 4 % 32 == 8, "no conflicts of banks");
+static_assert(sizeof(tqkvc_octet) / 4 % 32 == 24, "no conflicts of banks");
 
 static __device__ __forceinline__ uint32_t octet_lane()
 {
     return threadIdx.x % 8;
 }
 
-/* Whether all, or any, lanes of this octet say so. */
-static __device__ __forceinline__ uint32_t octet_ballot(bool v)
+/* Whether all lanes of this octet say so. */
+static __device__ __forceinline__ bool all_of_octet(bool v)
 {
-    return __ballot_sync(TQKVC_FULL, v) >> (threadIdx.x & 24u) & 0xffu;
+    return (__ballot_sync(TQKVC_FULL, v) >> (threadIdx.x & 24u) & 0xffu) == 0xffu;
 }
 
 template <typename T> static __device__ __forceinline__ T max_octet(T v)
@@ -105,27 +104,24 @@ static __device__ __forceinline__ float add_squares(float sum, int a, int b, flo
     return __fmaf_rn(factor, (float)(a * a + b * b), sum);
 }
 
-/* What is the same for all rows of a head. */
+/* What is the same for all rows of a head of N units. */
 template <int N> struct tqkvc_row_layout {
-    uint64_t widths;
+    uint32_t bits[N]; /* of units */
     float weights[N];
     float n_coded; /* channels */
     bool only_8;
 
+    /* widths: four bits a unit. */
     __device__ __forceinline__ tqkvc_row_layout(uint64_t widths, const float *weights)
-        : widths(widths), n_coded(0.0f), only_8(true)
+        : n_coded(0.0f), only_8(true)
     {
 #pragma unroll
         for (int u = 0; u < N; u++) {
-            this->weights[u] = __ldg(weights + u);
-            n_coded += bits(u) == 0 ? 0.0f : 16.0f;
-            only_8 = only_8 && (bits(u) == 0 || bits(u) == 8);
+            bits[u] = (uint32_t)(widths >> (4 * u)) & 15u;
+            this->weights[u] = weights[u];
+            n_coded += bits[u] == 0 ? 0.0f : 16.0f;
+            only_8 = only_8 && (bits[u] == 0 || bits[u] == 8);
         }
-    }
-
-    __device__ __forceinline__ uint32_t bits(int u) const
-    {
-        return (uint32_t)(widths >> (4 * u)) & 15u;
     }
 };
 
@@ -165,12 +161,11 @@ template <int N> struct tqkvc_row_encoder {
     int exponent, energy, peak;
     /* Of the scale that was found */
     uint32_t levels[N] = {}; /* of channel 2i, and << 16 of channel 2i + 1 */
-    int scale = 1, lower = 1; /* lower: where the largest level would be 127 */
-    bool zero = true;         /* every level is 0 */
+    int scale = 1, lower = 1;  /* lower: where the largest level would be 127 */
+    bool zero = true;          /* every level is 0 */
 
     /* octet: its factors of width 0 are 0. */
-    __device__ __forceinline__ tqkvc_row_encoder(const tqkvc_encode_tables &tables,
-                                                 tqkvc_octet &octet,
+    __device__ __forceinline__ tqkvc_row_encoder(const tqkvc_encode_tables &tables, tqkvc_octet &octet,
                                                  const tqkvc_row_layout<N> &layout,
                                                  const float (&y)[N][2])
         : tables(tables), octet(octet), layout(layout), y(y)
@@ -180,7 +175,7 @@ template <int N> struct tqkvc_row_encoder {
     /* Magnitude of y; 0 where nothing is coded. */
     __device__ __forceinline__ float size(int u, int i) const
     {
-        return layout.bits(u) == 0 ? 0.0f : fminf(fabsf(y[u][i]), TQKVC_Y_MAX);
+        return layout.bits[u] == 0 ? 0.0f : fminf(fabsf(y[u][i]), TQKVC_Y_MAX);
     }
 
     __device__ __forceinline__ int whole_size(int u, int i) const
@@ -196,9 +191,11 @@ template <int N> struct tqkvc_row_encoder {
         for (int u = 0; u < N; u++) {
             const float of_unit = fmaxf(size(u, 0), size(u, 1));
             largest = fmaxf(largest, of_unit);
-            relative = fmaxf(relative, mul(of_unit, tables.inv_peak[layout.bits(u)]));
+            relative = fmaxf(relative, mul(of_unit, tables.inv_peak[layout.bits[u]]));
         }
-        exponent = 12 - ((__float_as_int(max_octet(largest)) >> 23) - 127);
+        largest = max_octet(largest);
+        relative = max_octet(relative);
+        exponent = 12 - ((__float_as_int(largest) >> 23) - 127);
         const float unit = mul(power_of_2(exponent), ONE);
 #pragma unroll
         for (int u = 0; u < N; u++) {
@@ -210,7 +207,7 @@ template <int N> struct tqkvc_row_encoder {
         const float mean =
             mul(__fdiv_rn(sum_octet(sum), layout.n_coded), power_of_2(-2 * exponent));
         energy = count_thresholds(tables.energy_thresholds, 8.0f, mean);
-        peak = count_thresholds(tables.peak_thresholds, 16.0f, max_octet(relative));
+        peak = count_thresholds(tables.peak_thresholds, 16.0f, relative);
     }
 
     /* F and V of step 8 for every width: lane i has width i + 1. */
@@ -221,28 +218,28 @@ template <int N> struct tqkvc_row_encoder {
         const float step = mul(tables.scale_values[c], tables.step[width]);
         const int f = whole_16(mul(inverse, power_of_2(15 - exponent)));
         const int v = whole_16(mul(step, power_of_2(7 + exponent)));
-        const int place = (int)(width * sizeof(tables.level[0]));
 
         __syncwarp(); /* nobody reads the ones before */
-        octet.factors[width] = {mul((float)f, 0x1p-132f), mul((float)(place - 256 * f), 0x1p-149f),
-                                (uint32_t)place + 254u, mul((float)v, 0x1p110f)};
+        octet.factors[width] = {mul((float)f, 0x1p-132f), mul((float)v, 0x1p110f)};
         __syncwarp();
     }
 
     /* Level of a channel, by set_factors. */
     __device__ __forceinline__ uint32_t find_level(int u, int i, const tqkvc_factors &factors) const
     {
-        const float place = __fmaf_rz(whole[u][i], factors.slope, factors.offset);
-        return tables.level[0][min(__float_as_uint(place), factors.last)];
+        const uint32_t first = layout.bits[u] * (uint32_t)sizeof(tables.level[0]);
+        const float offset = __fmaf_rn(-BASE, factors.slope, __uint_as_float(first)); /* exact */
+        const float place = __fmaf_rz(whole[u][i], factors.slope, offset);
+        return tables.level[0][min(__float_as_uint(place), first + 254u)];
     }
 
-    /* What this lane has of the error, by set_factors. */
+    /* What this lane of an octet has of the error, by set_factors. */
     __device__ __forceinline__ float error() const
     {
         float sum = 0;
 #pragma unroll
         for (int u = 0; u < N; u++) {
-            const tqkvc_factors factors = octet.factors[layout.bits(u)];
+            const tqkvc_factors factors = octet.factors[layout.bits[u]];
             int lack[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -261,11 +258,10 @@ template <int N> struct tqkvc_row_encoder {
         float sum[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int u = 0; u < N; u++) {
-            const tqkvc_factors factors = octet.factors[layout.bits(u)];
+            const tqkvc_factors factors = octet.factors[layout.bits[u]];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float level =
-                    mul(tables.step[layout.bits(u)], (float)find_level(u, i, factors));
+                const float level = mul(tables.step[layout.bits[u]], (float)find_level(u, i, factors));
                 const float lack = add(size(u, i), -mul(tables.scale_values[c], level));
                 sum[i] = add(sum[i], mul(layout.weights[u], mul(lack, lack)));
             }
@@ -336,8 +332,8 @@ template <int N> struct tqkvc_row_encoder {
         set_factors(c);
 #pragma unroll
         for (int u = 0; u < N; u++) {
-            const tqkvc_factors factors = octet.factors[layout.bits(u)];
-            const float step = tables.step[layout.bits(u)];
+            const tqkvc_factors factors = octet.factors[layout.bits[u]];
+            const float step = tables.step[layout.bits[u]];
             const uint32_t a = find_level(u, 0, factors), b = find_level(u, 1, factors);
             out[u] = a | b << 16;
             largest = max(largest, max(a, b));
@@ -369,11 +365,9 @@ template <int N> struct tqkvc_row_encoder {
 
         measure();
         rank(start, step, place);
-        for (;;) {
+        do {
             const uint64_t best = min_octet(min(place[0], place[1]));
             is_done = is_done || best == TQKVC_NO_PLACE;
-            if (__all_sync(TQKVC_FULL, is_done))
-                return found;
             const int c = is_done ? 1 : (int)(best >> 8 & 255u);
             uint32_t tried[N];
             float mean;
@@ -391,7 +385,8 @@ template <int N> struct tqkvc_row_encoder {
                 for (int u = 0; u < N; u++)
                     levels[u] = tried[u];
             }
-        }
+        } while (!__all_sync(TQKVC_FULL, is_done));
+        return found;
     }
 
     __device__ __forceinline__ uint32_t level(int u, int i) const
@@ -409,14 +404,13 @@ template <int N> struct tqkvc_row_encoder {
             bool exists = asked;
 #pragma unroll
             for (int u = 0; u < N; u++)
+#pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const uint32_t wanted = level(u, i) << octaves;
-                    exists = exists &&
-                             (layout.bits(u) == 0 ||
-                              (wanted <= 127u &&
-                               tables.index[layout.bits(u)][wanted] != TQKVC_NO_MAGNITUDE));
+                    const uint32_t wanted = level(u, i) << octaves, bits = layout.bits[u];
+                    exists = exists && (bits == 0 || (wanted <= 127u && tables.index[bits][wanted] !=
+                                                                            TQKVC_NO_MAGNITUDE));
                 }
-            if (octet_ballot(exists) == 0xffu) {
+            if (all_of_octet(exists)) {
 #pragma unroll
                 for (int u = 0; u < N; u++)
                     levels[u] <<= octaves;
@@ -426,10 +420,10 @@ template <int N> struct tqkvc_row_encoder {
         scale = zero ? 1 : scale;
     }
 
-    /* Step 13, of a row that is not zero. */
+    /* Step 13, of a row that is not zero; of any unit, also one of width 0. */
     __device__ __forceinline__ uint32_t code_of(int u, int i) const
     {
-        const uint32_t bits = layout.bits(u), half = 1u << (bits - 1);
+        const uint32_t bits = layout.bits[u], half = (1u << bits) / 2;
         const uint32_t magnitude = tables.index[bits][level(u, i)];
         return !signbit(y[u][i]) ? half + magnitude
                : bits == 8       ? half - magnitude
@@ -445,20 +439,24 @@ static __device__ __forceinline__ uint32_t block_byte(uint32_t side, uint32_t n,
                                : i / 4 * 64 + min(n, 4u) * slot + i % 4;
 }
 
-/*
- * Joins the codes of an octet, two a lane, to the bytes of a plane of w bits. Lanes below w write two
- * bytes each.
- */
-static __device__ __forceinline__ void put_plane(uint8_t *plane, uint32_t side, uint32_t slot,
-                                                 uint32_t w, const uint32_t (&codes)[2], bool writes)
+/* Joins the codes of an octet, a and b of a lane, to the bytes of a plane of w bits: two a lane, below w. */
+static __device__ __forceinline__ uint32_t join_plane(uint32_t w, uint32_t a, uint32_t b)
 {
-    const uint32_t lane = octet_lane(), mask = (1u << w) - 1, shift = lane / w * w;
-    uint32_t bytes = (codes[0] & mask) << shift | (codes[1] & mask) << shift << 8;
+    const uint32_t mask = (1u << w) - 1, shift = octet_lane() & (0u - w);
+    uint32_t bytes = (a & mask) << shift | (b & mask) << shift << 8;
+#pragma unroll
     for (uint32_t i = 4; i > 0; i /= 2) {
         const uint32_t other = __shfl_xor_sync(TQKVC_FULL, bytes, i);
         bytes |= i >= w ? other : 0u;
     }
-    if (!writes || lane >= w)
+    return bytes;
+}
+
+static __device__ __forceinline__ void put_plane(uint8_t *plane, uint32_t side, uint32_t slot,
+                                                 uint32_t w, uint32_t bytes)
+{
+    const uint32_t lane = octet_lane();
+    if (lane >= w)
         return;
     if (side == TQKV_SIDE_K) {
         *reinterpret_cast<uint16_t *>(plane + block_byte(side, 2 * w, slot, 2 * lane)) =

@@ -75,7 +75,13 @@ static void fill_tables(tqkvc_tables *tables)
     memcpy(encode->level_octaves, tqkvk_level_octaves, sizeof(encode->level_octaves));
 }
 
-static void fill_layouts(tqkvc_shape *shape, const tqkvi_layer_plan *layer, tqkvc_layout *layouts)
+static uint16_t traits_of(const tqkvi_head_codec *head)
+{
+    return (uint16_t)((head->zero_mean ? TQKVC_ZERO_MEAN : 0u) |
+                      (head->hadamard_block != 0 ? TQKVC_HADAMARD : 0u));
+}
+
+static void fill_layouts(tqkvc_shape *shape, const tqkv_codec *codec, tqkvc_layout *layouts)
 {
     for (uint32_t tier = 0; tier < shape->n_tiers; tier++) {
         uint32_t offset = 0, largest = 0;
@@ -83,10 +89,12 @@ static void fill_layouts(tqkvc_shape *shape, const tqkvi_layer_plan *layer, tqkv
             tqkvc_layout *to = &layouts[tier * shape->n_kv_heads + g];
             to->offset = offset;
             for (uint32_t side = 0; side < 2; side++) {
-                const tqkvi_layout *from = &layer->heads[side][g].layout[tier];
+                const tqkvi_layout *from = &codec->layer->heads[side][g].layout[tier];
                 to->bytes[side] = TQKVC_BLOCK_TOKENS * (1 + from->row_bytes);
                 for (uint32_t u = 0; u < from->n_units; u++)
                     to->widths[side] |= (uint64_t)from->bits[u] << 4 * u;
+                to->traits[side] = traits_of(&codec->heads[side][g]);
+                shape->traits_any |= to->traits[side];
             }
             const uint32_t bytes = to->bytes[0] + to->bytes[1];
             largest = bytes > largest ? bytes : largest;
@@ -139,7 +147,7 @@ static void fill_matrix(uint32_t dim, tqkv_side side, const float *inverse, uint
     }
 }
 
-static void fill_side(tqkvc_shape *shape, const tqkv_codec *codec, tqkv_side side,
+static void fill_side(const tqkvc_shape *shape, const tqkv_codec *codec, tqkv_side side,
                       uint8_t *image)
 {
     const tqkvc_parts *parts = &shape->parts;
@@ -147,12 +155,8 @@ static void fill_side(tqkvc_shape *shape, const tqkv_codec *codec, tqkv_side sid
 
     for (size_t g = 0; g < shape->n_kv_heads; g++) {
         const tqkvi_head_codec *head = &codec->heads[side][g];
-        const uint32_t traits = (head->zero_mean ? TQKVC_ZERO_MEAN : 0u) |
-                                (head->hadamard_block != 0 ? TQKVC_HADAMARD : 0u);
-        shape->traits_any |= traits;
         memcpy(image + parts->mean[side] + g * dim * 4, head->plan->mean, dim * 4);
         memcpy(image + parts->weight[side] + g * units * 4, head->weight, units * 4);
-        memcpy(image + parts->traits[side] + g * 4, &traits, 4);
         memcpy(image + parts->transform[side] + g * dim * dim * 4, head->plan->transform,
                dim * dim * 4);
         fill_matrix(shape->dim, side, head->inverse,
@@ -181,7 +185,6 @@ static size_t place_parts(tqkvc_shape *shape)
     for (uint32_t side = 0; side < 2; side++) {
         parts->mean[side] = take(&used, n * dim * 4);
         parts->weight[side] = take(&used, n * dim / TQKV_UNIT_CHANNELS * 4);
-        parts->traits[side] = take(&used, n * 4);
         parts->transform[side] = take(&used, n * dim * dim * 4);
         parts->matrix[side] = take(&used, n * dim * dim * 4);
         parts->row_scale[side] = take(&used, n * dim * 4);
@@ -221,8 +224,7 @@ static tqkv_status fill_image(tqkv_cuda_layer *layer, const tqkv_codec *codec)
     if (!layer->image)
         return TQKV_ERR_NO_MEMORY;
     fill_tables((tqkvc_tables *)(void *)layer->image);
-    fill_layouts(shape, codec->layer,
-                 (tqkvc_layout *)(void *)(layer->image + shape->parts.layouts));
+    fill_layouts(shape, codec, (tqkvc_layout *)(void *)(layer->image + shape->parts.layouts));
     if (shape->n_rot != 0)
         memcpy(layer->image + shape->parts.inv_freq, codec->rope.inv_freq,
                shape->n_rot / 2 * sizeof(float));

@@ -54,25 +54,24 @@ typedef struct tqkvc_tables {
     tqkvc_encode_tables encode;
 } tqkvc_tables;
 
-/* Sections of one KV head in a block of one tier: K at `offset`, V behind it. */
-typedef struct tqkvc_layout {
-    uint32_t offset;
-    uint32_t bytes[2];
-    uint32_t reserved;
-    uint64_t widths[2]; /* four bits a unit, unit 0 lowest */
-} tqkvc_layout;
-
 /* Traits of one side of a KV head. */
 #define TQKVC_ZERO_MEAN 1u /* the mean is 0 in every channel */
 #define TQKVC_HADAMARD \
     2u /* the transform is Walsh-Hadamard matrices; its first column has factors */
+
+/* One KV head in a block of one tier: its section of K at `offset`, that of V behind it. */
+typedef struct tqkvc_layout {
+    uint32_t offset;
+    uint32_t bytes[2];
+    uint16_t traits[2];
+    uint64_t widths[2]; /* four bits a unit, unit 0 lowest */
+} tqkvc_layout;
 
 /* Where the parts of an image are, in bytes; by side where there are two. */
 typedef struct tqkvc_parts {
     uint32_t layouts, inv_freq;
     uint32_t mean[2];      /* f32 [KV head][dim] */
     uint32_t weight[2];    /* f32 [KV head][units], divided by the largest */
-    uint32_t traits[2];    /* u32 [KV head] of TQKVC_ZERO_MEAN and TQKVC_HADAMARD */
     uint32_t transform[2]; /* f32 [KV head][dim][dim] */
     uint32_t matrix[2];    /* u32 [KV head][dim / 16][dim / 16][high, low][32 lanes][4] */
     uint32_t row_scale[2]; /* f32 [KV head][dim]: row i of the matrix was divided by it */

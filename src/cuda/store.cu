@@ -20,6 +20,7 @@ template <int D, int ROWS> struct store_memory {
     using shape = tqkvc_store_shape<D, ROWS>;
 
     tqkvc_encode_tables tables;
+    float weights[D / 16];
     union {
         float stages[shape::STAGES][shape::STEP * D]; /* of the matrix, until y is there */
         tqkvc_octet octets[shape::OCTETS];
@@ -38,7 +39,6 @@ struct store_head {
     uint32_t g, side;
     const tqkvc_layout &layout;
     const float *matrix, *weights;
-    const uint32_t &traits;
 
     __device__ __forceinline__ store_head(const tqkvc_store &p)
         : g(blockIdx.y / 2), side(blockIdx.y % 2),
@@ -47,43 +47,62 @@ struct store_head {
           matrix(reinterpret_cast<const float *>(p.image + p.shape.parts.transform[side]) +
                  (size_t)g * p.shape.dim * p.shape.dim),
           weights(reinterpret_cast<const float *>(p.image + p.shape.parts.weight[side]) +
-                  g * (p.shape.dim / TQKV_UNIT_CHANNELS)),
-          traits(reinterpret_cast<const uint32_t *>(p.image + p.shape.parts.traits[side])[g])
+                  g * (p.shape.dim / TQKV_UNIT_CHANNELS))
     {
     }
 };
 
-/* One row by this octet: the candidates from start on in steps. */
+/* y of a row in this lane. */
+template <int D, int ROWS>
+__device__ __forceinline__ void load_y(const store_memory<D, ROWS> &memory, const float *matrix,
+                                       bool is_hadamard, uint32_t row, float (&y)[D / 16][2])
+{
+    using shape = tqkvc_store_shape<D, ROWS>;
+
+    if (is_hadamard) {
+        butterflies<D>(matrix, memory.z + row, shape::Z_STRIDE, y);
+        return;
+    }
+#pragma unroll
+    for (int u = 0; u < D / 16; u++) {
+        const float2 pair = *reinterpret_cast<const float2 *>(
+            &memory.y[row * shape::Y_STRIDE + 16 * u + 2 * octet_lane()]);
+        y[u][0] = pair.x;
+        y[u][1] = pair.y;
+    }
+}
+
+/* One row by this octet, or by several octets of the block, each with some of the candidates. */
 template <int D, int ROWS>
 __device__ __forceinline__ void
-encode_row(store_memory<D, ROWS> &memory, const store_head &head,
-           const tqkvc_row_layout<D / 16> &layout, uint32_t row, uint32_t octets_of_row,
-           const float (&y)[D / 16][2])
+encode_row(store_memory<D, ROWS> &memory, const tqkvc_row_layout<D / 16> &layout, uint32_t side,
+           uint32_t row, bool zero_mean, const float (&y)[D / 16][2])
 {
+    constexpr int OF_ROW = tqkvc_store_shape<D, ROWS>::OF_ROW;
     const uint32_t octet = threadIdx.x / 8;
     const tqkvc_place place = memory.places[row];
-    bool bad = false, writes = place.section != nullptr;
+    bool is_finite = true, writes = place.section != nullptr;
+    uint64_t found = 0;
 
 #pragma unroll
     for (int u = 0; u < D / 16; u++)
-        bad = bad || !isfinite(y[u][0]) || !isfinite(y[u][1]);
-    const bool is_good = octet_ballot(bad) == 0 &&
-                         tqkvc_row_loader<D, ROWS>::is_good(memory.flags, row);
+        is_finite = is_finite && isfinite(y[u][0]) && isfinite(y[u][1]);
+    const bool is_good =
+        all_of_octet(is_finite) && tqkvc_row_loader<D, ROWS>::is_good(memory.flags, row);
     tqkvc_row_encoder<D / 16> encoder(memory.tables, memory.octets[octet], layout, y);
-    uint64_t found = 0;
     if (layout.n_coded != 0)
-        found = encoder.find_scale((int)(octet % octets_of_row), (int)octets_of_row);
-    if (octets_of_row > 1) {
+        found = encoder.find_scale((int)(octet % OF_ROW), OF_ROW);
+    if constexpr (OF_ROW > 1) {
         if (octet_lane() == 0)
             memory.found[octet] = found;
         __syncthreads();
-        for (uint32_t i = 0; i < octets_of_row; i++)
-            writes = writes && found <= memory.found[octet / octets_of_row * octets_of_row + i];
+#pragma unroll
+        for (int i = 0; i < OF_ROW; i++)
+            writes = writes && found <= memory.found[octet / OF_ROW * OF_ROW + i];
     }
     encoder.choose_form();
-    const bool zero = !is_good || (encoder.scale == 1 && (head.traits & TQKVC_ZERO_MEAN) != 0 &&
-                                   encoder.zero);
-    put_row(place, head.side, encoder, zero, writes);
+    const bool zero = !is_good || (encoder.scale == 1 && zero_mean && encoder.zero);
+    put_row(place, side, encoder, zero, writes);
 }
 
 template <int D, int ROWS>
@@ -92,25 +111,31 @@ __global__ void __launch_bounds__(tqkvc_store_shape<D, ROWS>::THREADS,
     store_kernel(const __grid_constant__ tqkvc_store p)
 {
     using shape = tqkvc_store_shape<D, ROWS>;
-    constexpr uint32_t OCTETS = shape::OCTETS, OF_ROW = OCTETS > ROWS ? OCTETS / ROWS : 1;
     extern __shared__ __align__(128) uint8_t bytes[];
     store_memory<D, ROWS> &memory = *reinterpret_cast<store_memory<D, ROWS> *>(bytes);
     const store_head head(p);
     const uint32_t first = blockIdx.x * ROWS, octet = threadIdx.x / 8;
     tqkvc_row_loader<D, ROWS> loader(p, first, head.g, head.side);
+    /* The last threads find places: with one row, they have no pairs. */
+    const uint32_t row_of_place = shape::THREADS - 1 - threadIdx.x;
+    const int64_t slot = row_of_place < ROWS && first + row_of_place < p.args.n_tokens
+                             ? p.args.slots[first + row_of_place]
+                             : -1;
     tqkvc_transform<D, ROWS> transform = {memory.stages, head.matrix};
     /* Traits are in the image: where no head has this one, nothing waits for them. */
     const bool is_hadamard =
-        (p.shape.traits_any & TQKVC_HADAMARD) != 0 && (head.traits & TQKVC_HADAMARD) != 0;
+        (p.shape.traits_any & TQKVC_HADAMARD) != 0 &&
+        (head.layout.traits[head.side] & TQKVC_HADAMARD) != 0;
 
     if (!is_hadamard)
         transform.start();
     copy_block(&memory.tables, p.image + offsetof(tqkvc_tables, encode), sizeof(memory.tables));
+    copy_block(memory.weights, head.weights, sizeof(memory.weights));
     copy_commit();
-    if (threadIdx.x + ROWS >= shape::THREADS) { /* the last threads have no pairs if ROWS is 1 */
-        const uint32_t row = shape::THREADS - 1 - threadIdx.x;
-        memory.places[row] = find_place(p, first + row, head.layout, head.side);
-    }
+    const uint64_t widths = head.layout.widths[head.side]; /* on their way until they are used */
+    const bool zero_mean = (head.layout.traits[head.side] & TQKVC_ZERO_MEAN) != 0;
+    if (row_of_place < ROWS)
+        memory.places[row_of_place] = find_place(p, slot, head.layout, head.side);
     loader.load(memory.z, memory.flags);
     if (!is_hadamard) {
         transform.multiply(memory.z, memory.y);
@@ -119,24 +144,14 @@ __global__ void __launch_bounds__(tqkvc_store_shape<D, ROWS>::THREADS,
         __syncthreads();
     }
 
-    const tqkvc_row_layout<D / 16> layout(head.layout.widths[head.side], head.weights);
+    const tqkvc_row_layout<D / 16> layout(widths, memory.weights);
     if (octet_lane() == 0)
         memory.octets[octet].factors[0] = {};
 #pragma unroll 1
-    for (uint32_t row = octet / OF_ROW; row < ROWS; row += OCTETS / OF_ROW) {
+    for (uint32_t row = octet / shape::OF_ROW; row < ROWS; row += shape::OCTETS / shape::OF_ROW) {
         float y[D / 16][2];
-        if (is_hadamard) {
-            butterflies<D>(head.matrix, memory.z + row, shape::Z_STRIDE, y);
-        } else {
-#pragma unroll
-            for (int u = 0; u < D / 16; u++) {
-                const float2 pair = *reinterpret_cast<const float2 *>(
-                    &memory.y[row * shape::Y_STRIDE + 16 * u + 2 * octet_lane()]);
-                y[u][0] = pair.x;
-                y[u][1] = pair.y;
-            }
-        }
-        encode_row(memory, head, layout, row, OF_ROW, y);
+        load_y(memory, head.matrix, is_hadamard, row, y);
+        encode_row(memory, layout, head.side, row, zero_mean, y);
     }
 }
 
@@ -160,7 +175,10 @@ template <int D, int ROWS> tqkv_status launch(const tqkvc_store &p, cudaStream_t
     return cudaGetLastError() == cudaSuccess ? TQKV_OK : TQKV_ERR_UNSUPPORTED;
 }
 
-/* One row a block while every block has a multiprocessor of its own, or half of one. */
+/*
+ * One row a block while every block has a multiprocessor of its own; eight up to a few blocks each; then
+ * tiles, which want so many rows to be faster.
+ */
 template <int D> tqkv_status launch_rows(const tqkvc_store &p, cudaStream_t stream)
 {
     constexpr int MANY = D == 64 ? 128 : 64;
@@ -172,9 +190,9 @@ template <int D> tqkv_status launch_rows(const tqkvc_store &p, cudaStream_t stre
         return TQKV_ERR_UNSUPPORTED;
     }
     const size_t n_rows = (size_t)p.args.n_tokens * p.shape.n_kv_heads * 2;
-    if (n_rows <= 2 * (size_t)n_sm)
+    if (n_rows <= (size_t)n_sm)
         return launch<D, 1>(p, stream);
-    if (n_rows <= 16 * (size_t)n_sm)
+    if (n_rows <= 40 * (size_t)n_sm)
         return launch<D, 8>(p, stream);
     return launch<D, MANY>(p, stream);
 }

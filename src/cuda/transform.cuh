@@ -2,26 +2,31 @@
 /*
  * Step 3 of "Encoding a row" of docs/FORMAT.md for all rows of a block. The order of sums is part of the
  * format, so a channel is D fused multiply-adds in f32, one after another: there is nothing here for
- * tensor cores. The matrix passes through shared memory, all of it at once where rows are few; each
- * thread has an 8 x 8 tile of rows and channels where they are many, otherwise one channel of all rows.
+ * tensor cores. The matrix passes through shared memory, all of it at once where rows are few. A thread
+ * has a tile of 8 x 8 rows and channels where rows are many, otherwise one channel of all rows.
  */
 #ifndef TQKVC_TRANSFORM_CUH
 #define TQKVC_TRANSFORM_CUH
 
 #include "cuda/encode_row.cuh"
 
-/* What a block of store is, for heads of D channels. Few: 1 or 8 rows; many: 64 or 128. */
+/*
+ * What a block of store is, for heads of D channels. Few rows: 1 or 8; many: 64 or 128, a tile of 8 x 8 a
+ * thread. Strides leave no conflicts of banks.
+ */
 template <int D, int ROWS> struct tqkvc_store_shape {
     static constexpr bool IS_MANY = ROWS > 8;
     static constexpr int THREADS = IS_MANY ? ROWS * D / 64 : ROWS == 1 && D < 256 ? 128 : 256;
-    static constexpr int BLOCKS = !IS_MANY ? 1 : THREADS == 128 ? 3 : 2; /* of a multiprocessor */
-    static constexpr int STAGE_BYTES = IS_MANY ? 8192 : 16384;
-    static constexpr int STEP = STAGE_BYTES / (4 * D); /* rows of the matrix in a stage */
+    static constexpr int BLOCKS = /* of a multiprocessor */
+        !IS_MANY ? (ROWS == 8 && D < 256 ? 2 : 1) : D == 128 ? 4 : D == 64 ? 3 : 2;
+    static constexpr int OCTETS = THREADS / 8;
+    static constexpr int OF_ROW = OCTETS > ROWS ? OCTETS / ROWS : 1; /* octets */
+    static constexpr int STEP = IS_MANY ? 8 : 4096 / D; /* rows of the matrix in a stage */
     static constexpr int STEPS = D / STEP;
     static constexpr int STAGES = IS_MANY ? 2 : STEPS < 4 ? STEPS : 4;
-    static constexpr int Z_STRIDE = IS_MANY ? ROWS + 4 : ROWS; /* no conflicts of banks */
-    static constexpr int Y_STRIDE = D + 16;
-    static constexpr int OCTETS = THREADS / 8;
+    static constexpr int STAGE_BYTES = STEP * D * 4;
+    static constexpr int Z_STRIDE = IS_MANY ? ROWS + 4 : ROWS;
+    static constexpr int Y_STRIDE = D + 8;
 };
 
 /* 16 bytes to shared memory, asynchronously; a group ends at copy_commit. */
@@ -104,27 +109,28 @@ template <int D, int ROWS> struct tqkvc_transform {
         __syncthreads();
     }
 
+    /* A thread has a channel of all rows, which are 1 or 8. */
     __device__ __forceinline__ void multiply_channels(const float *z, float *y)
     {
         const uint32_t d = threadIdx.x;
         float sum[ROWS] = {};
 
         for_each_step([&](const float *m, int first) {
-            if (d < D) {
+            if (d >= D)
+                return;
 #pragma unroll 8
-                for (int i = 0; i < shape::STEP; i++) {
-                    const float factor = m[i * D + d];
-                    float rows[ROWS];
-                    if constexpr (ROWS == 1) {
-                        rows[0] = z[first + i];
-                    } else {
-                        load_4(z + (first + i) * ROWS, rows);
-                        load_4(z + (first + i) * ROWS + 4, rows + 4);
-                    }
-#pragma unroll
-                    for (int r = 0; r < ROWS; r++)
-                        sum[r] = __fmaf_rn(factor, rows[r], sum[r]);
+            for (int i = 0; i < shape::STEP; i++) {
+                const float factor = m[i * D + d];
+                float rows[ROWS];
+                if constexpr (ROWS == 1) {
+                    rows[0] = z[first + i];
+                } else {
+                    load_4(z + (first + i) * ROWS, rows);
+                    load_4(z + (first + i) * ROWS + 4, rows + 4);
                 }
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+                    sum[r] = __fmaf_rn(factor, rows[r], sum[r]);
             }
         });
         if (d < D)
