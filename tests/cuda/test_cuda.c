@@ -228,14 +228,14 @@ static void spoil_row(test_random *random, float *row, uint32_t dim)
 /* ---- store ---- */
 
 /* Where the tokens of a call are. */
-typedef enum order {
+typedef enum cell_order {
     SCATTERED, /* every other slot from 1 on, some tokens left out; positions anywhere */
     IN_ORDER,  /* as a prompt is: slots and positions one after another, over a border of frames */
     BACKWARDS, /* slots from the last down; positions below 0 too, down to the least */
     N_ORDERS
-} order;
+} cell_order;
 
-static void place_token(test_random *random, const layer *l, order order, uint32_t i,
+static void place_token(test_random *random, const layer *l, cell_order order, uint32_t i,
                         uint32_t n_tokens, uint32_t n_slots, int64_t *slot, int32_t *position)
 {
     if (order == SCATTERED) {
@@ -264,7 +264,7 @@ static void store_once(const layer *l, uint32_t tier, uint32_t g, tqkv_side side
 }
 
 static void check_store(test_random *random, const layer *l, uint32_t tier, uint32_t n_tokens,
-                        tqkv_cuda_type type, order order)
+                        tqkv_cuda_type type, cell_order order)
 {
     const uint32_t page_tokens = 16u << test_random_u32(random) % 4,
                    n_pages = 2 * n_tokens / page_tokens + 2;
@@ -351,14 +351,14 @@ static void test_store(void **state)
         layer l = make_layer(&random, dims[i], 4, 2, (uint32_t)i);
         for (uint32_t n = 1; n <= 17 && !is_short; n++, n_checks++)
             check_store(&random, &l, n % N_TIERS, n, (tqkv_cuda_type)(n_checks / 2 % 3),
-                        (order)(n_checks % N_ORDERS));
+                        (cell_order)(n_checks % N_ORDERS));
         for (uint32_t k = 0; k < n_more * (is_short ? 1u : 3u); k++, n_checks++)
             check_store(&random, &l, n_checks % N_TIERS, more[k % n_more], (tqkv_cuda_type)(k % 3),
-                        (order)(k / 3 % N_ORDERS));
+                        (cell_order)(k / 3 % N_ORDERS));
         free_layer(&l);
         l = make_layer_of(&random, dims[i], 4, 2, (uint32_t)i, 1);
         for (uint32_t k = 0; k < n_more; k++)
-            check_store(&random, &l, 0, more[k], (tqkv_cuda_type)(k % 3), (order)(k % N_ORDERS));
+            check_store(&random, &l, 0, more[k], (tqkv_cuda_type)(k % 3), (cell_order)(k % 3));
         free_layer(&l);
     }
 }
