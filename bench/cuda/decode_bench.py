@@ -30,6 +30,7 @@ CYCLE_BYTES = 8 * 50 << 20
 PAGE_TOKENS = 64
 REPLAYS = 60
 # Widths of eight units of K and of V; heads of other sizes take each once or twice as often.
+STORE_TOKENS = (1, 8, 64, 512, 4096, 16384)
 PROFILES = {
     "4 bits": ([4] * 8, [4] * 8),
     "5x": ([6, 5, 4, 3, 3, 2, 2, 1], [4, 4, 4, 3, 3, 3, 2, 2]),
@@ -254,7 +255,7 @@ def flags(arguments):
     for name, value in zip(arguments, arguments[1:] + [""]):
         if name in ("--flex", "--shapes", "--frame"):
             kept += [name, value]
-        elif name == "--no-fp16":
+        elif name in ("--no-fp16", "--store"):
             kept.append(name)
     return kept
 
@@ -268,7 +269,7 @@ def measure(options):
     result.update(copy_gbs=round(copy), read_gbs=round(read))
     result["clocks after"] = result["clocks before"]
     print(f"{result['card']}: copy {copy:.0f} GB/s, read {read:.0f} GB/s")
-    for index in [int(i) for i in options.shapes.split(",") if i] or range(len(SHAPES)):
+    for index in [] if options.store else [int(i) for i in options.shapes.split(",") if i] or range(len(SHAPES)):
         shape = SHAPES[index]
         best, medians = best_fp16(shape, str(index) in options.flex.split(",")) if not options.no_fp16 else (("none", (0, 0, 0)), {})
         torch.cuda.empty_cache()
@@ -288,10 +289,11 @@ def measure(options):
             del case
             torch.cuda.empty_cache()
         write(result, options)
-    for n_tokens in (1, 64, 4096):
+    for n_tokens in STORE_TOKENS:
         times, moved = time_store(library, n_tokens)
-        result["store"].append({"tokens": n_tokens, "us": round(times[0], 2), "pct_copy": round(100 * moved / times[0] / 1e3 / copy, 1)})
-        print(f"store {n_tokens} tokens: {times[0]:.1f} us, {moved / times[0] / 1e3:.0f} GB/s")
+        result["store"].append({"tokens": n_tokens, "us": round(times[0], 2), "us_min": round(times[1], 2), "us_max": round(times[2], 2),
+                                "pct_copy": round(100 * moved / times[0] / 1e3 / copy, 1)})
+        print(f"store {n_tokens} tokens: {times[0]:.1f} us ({times[1]:.1f} .. {times[2]:.1f}), {moved / times[0] / 1e3:.0f} GB/s")
     result["clocks after"] = smi("clocks.sm,clocks.mem")
     write(result, options)
 
@@ -299,14 +301,15 @@ def measure(options):
 def markdown(result):
     lines = [f"{result['card']}, driver {result['driver']}, clocks {result['clocks before']} before and {result['clocks after']} after. "
              f"Copy {result['copy_gbs']} GB/s (read and written), read {result['read_gbs']} GB/s. Commit {result['commit']}, "
-             f"`{result['command']}`.", "",
-             "| heads, dim, batch x tokens | profile | bits in all | us | spread | best f16, us | times as fast | % of copy | error |",
-             "|---|---|---|---|---|---|---|---|---|"]
+             f"`{result['command']}`.", ""]
+    if result["rows"]:
+        lines += ["| heads, dim, batch x tokens | profile | bits in all | us | spread | best f16, us | times as fast | % of copy | error |",
+                  "|---|---|---|---|---|---|---|---|---|"]
     for row in result["rows"]:
         lines.append(f"| {row['shape']} | {row['profile']} | {row['bits']:.2f} | {row['us']:.1f} | {row['us_min']:.1f}–{row['us_max']:.1f} | "
                      f"{row['best_fp16_us']:.1f} ({row['best_fp16_name']}) | {row['speedup']:.2f} | {row['pct_copy']:.0f} | {row['error']:.0e} |")
-    lines += ["", "| store, tokens (32/8/128, 4 bits) | us | % of copy |", "|---|---|---|"]
-    lines += [f"| {row['tokens']} | {row['us']:.1f} | {row['pct_copy']:.0f} |" for row in result["store"]]
+    lines += ["", "| store, tokens (32/8/128, 4 bits) | us | spread | % of copy |", "|---|---|---|---|"]
+    lines += [f"| {row['tokens']} | {row['us']:.1f} | {row['us_min']:.1f}–{row['us_max']:.1f} | {row['pct_copy']:.1f} |" for row in result["store"]]
     return "\n".join(lines) + "\n"
 
 
@@ -320,6 +323,7 @@ def main():
     parser.add_argument("--flex", default="", help="shapes with flex attention too; it compiles for long")
     parser.add_argument("--shapes", default="", help="numbers of shapes, such as 0,2,3; all without")
     parser.add_argument("--no-fp16", action="store_true", help="no baselines")
+    parser.add_argument("--store", action="store_true", help="store only, no decode")
     options = parser.parse_args()
     measure(options)
 

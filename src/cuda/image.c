@@ -38,36 +38,50 @@ static void fill_words(tqkvc_width *to, const tqkvk_width *from, uint32_t bits)
     }
 }
 
-static void fill_width(tqkvc_width *to, const tqkvk_width *from, uint32_t bits)
+static void fill_width(tqkvc_tables *tables, const tqkvk_width *from, uint32_t bits)
 {
+    tqkvc_width *to = &tables->widths[bits];
+    tqkvc_encode_tables *encode = &tables->encode;
+
     fill_words(to, from, bits);
     to->step = from->step;
-    to->inv_step2 = from->inv_step2;
-    to->inv_peak = from->inv_peak;
-    to->n_magnitudes = from->n_magnitudes;
-    for (uint32_t i = 0; i < from->n_magnitudes; i++)
+    encode->step[bits] = from->step;
+    encode->inv_step2[bits] = from->inv_step2;
+    encode->inv_peak[bits] = from->inv_peak;
+    memset(encode->index[bits], TQKVC_NO_MAGNITUDE, sizeof(encode->index[bits]));
+    for (uint32_t i = 0; i < from->n_magnitudes; i++) {
         to->magnitude[i] = (uint8_t)from->levels[(1u << (bits - 1)) + i];
+        encode->index[bits][to->magnitude[i]] = (uint8_t)i;
+    }
     for (uint32_t t = 0; t <= TQKVK_HALF_LEVELS_MAX; t++) {
-        uint8_t m = 0;
-        while (m + 1u < from->n_magnitudes && from->thresholds[m] <= t)
+        uint32_t m = 0;
+        while (m + 1 < from->n_magnitudes && from->thresholds[m] <= t)
             m++;
-        to->nearest[t] = m;
+        encode->level[bits][t] = to->magnitude[m];
     }
 }
 
 static void fill_tables(tqkvc_tables *tables)
 {
+    tqkvc_encode_tables *encode = &tables->encode;
+
     for (uint32_t bits = 1; bits < TQKVC_WIDTHS; bits++)
         if (tqkvk_widths[bits].n_magnitudes != 0)
-            fill_width(&tables->widths[bits], &tqkvk_widths[bits], bits);
-    memcpy(tables->scale_values, tqkvk_scale_values, sizeof(tables->scale_values));
-    memcpy(tables->scale_inverses, tqkvk_scale_inverses, sizeof(tables->scale_inverses));
-    memcpy(tables->energy_thresholds, tqkvk_energy_thresholds, sizeof(tables->energy_thresholds));
-    memcpy(tables->peak_thresholds, tqkvk_peak_thresholds, sizeof(tables->peak_thresholds));
-    memcpy(tables->level_octaves, tqkvk_level_octaves, sizeof(tables->level_octaves));
+            fill_width(tables, &tqkvk_widths[bits], bits);
+    memcpy(encode->scale_values, tqkvk_scale_values, sizeof(encode->scale_values));
+    memcpy(encode->scale_inverses, tqkvk_scale_inverses, sizeof(encode->scale_inverses));
+    memcpy(encode->energy_thresholds, tqkvk_energy_thresholds, sizeof(encode->energy_thresholds));
+    memcpy(encode->peak_thresholds, tqkvk_peak_thresholds, sizeof(encode->peak_thresholds));
+    memcpy(encode->level_octaves, tqkvk_level_octaves, sizeof(encode->level_octaves));
 }
 
-static void fill_layouts(tqkvc_shape *shape, const tqkvi_layer_plan *layer, tqkvc_layout *layouts)
+static uint16_t traits_of(const tqkvi_head_codec *head)
+{
+    return (uint16_t)((head->zero_mean ? TQKVC_ZERO_MEAN : 0u) |
+                      (head->hadamard_block != 0 ? TQKVC_HADAMARD : 0u));
+}
+
+static void fill_layouts(tqkvc_shape *shape, const tqkv_codec *codec, tqkvc_layout *layouts)
 {
     for (uint32_t tier = 0; tier < shape->n_tiers; tier++) {
         uint32_t offset = 0, largest = 0;
@@ -75,10 +89,12 @@ static void fill_layouts(tqkvc_shape *shape, const tqkvi_layer_plan *layer, tqkv
             tqkvc_layout *to = &layouts[tier * shape->n_kv_heads + g];
             to->offset = offset;
             for (uint32_t side = 0; side < 2; side++) {
-                const tqkvi_layout *from = &layer->heads[side][g].layout[tier];
+                const tqkvi_layout *from = &codec->layer->heads[side][g].layout[tier];
                 to->bytes[side] = TQKVC_BLOCK_TOKENS * (1 + from->row_bytes);
                 for (uint32_t u = 0; u < from->n_units; u++)
                     to->widths[side] |= (uint64_t)from->bits[u] << 4 * u;
+                to->traits[side] = traits_of(&codec->heads[side][g]);
+                shape->traits_any |= to->traits[side];
             }
             const uint32_t bytes = to->bytes[0] + to->bytes[1];
             largest = bytes > largest ? bytes : largest;
@@ -139,11 +155,8 @@ static void fill_side(const tqkvc_shape *shape, const tqkv_codec *codec, tqkv_si
 
     for (size_t g = 0; g < shape->n_kv_heads; g++) {
         const tqkvi_head_codec *head = &codec->heads[side][g];
-        const uint32_t traits = (head->zero_mean ? TQKVC_ZERO_MEAN : 0u) |
-                                (head->hadamard_block != 0 ? TQKVC_HADAMARD : 0u);
         memcpy(image + parts->mean[side] + g * dim * 4, head->plan->mean, dim * 4);
         memcpy(image + parts->weight[side] + g * units * 4, head->weight, units * 4);
-        memcpy(image + parts->traits[side] + g * 4, &traits, 4);
         memcpy(image + parts->transform[side] + g * dim * dim * 4, head->plan->transform,
                dim * dim * 4);
         fill_matrix(shape->dim, side, head->inverse,
@@ -172,7 +185,6 @@ static size_t place_parts(tqkvc_shape *shape)
     for (uint32_t side = 0; side < 2; side++) {
         parts->mean[side] = take(&used, n * dim * 4);
         parts->weight[side] = take(&used, n * dim / TQKV_UNIT_CHANNELS * 4);
-        parts->traits[side] = take(&used, n * 4);
         parts->transform[side] = take(&used, n * dim * dim * 4);
         parts->matrix[side] = take(&used, n * dim * dim * 4);
         parts->row_scale[side] = take(&used, n * dim * 4);
@@ -212,8 +224,7 @@ static tqkv_status fill_image(tqkv_cuda_layer *layer, const tqkv_codec *codec)
     if (!layer->image)
         return TQKV_ERR_NO_MEMORY;
     fill_tables((tqkvc_tables *)(void *)layer->image);
-    fill_layouts(shape, codec->layer,
-                 (tqkvc_layout *)(void *)(layer->image + shape->parts.layouts));
+    fill_layouts(shape, codec, (tqkvc_layout *)(void *)(layer->image + shape->parts.layouts));
     if (shape->n_rot != 0)
         memcpy(layer->image + shape->parts.inv_freq, codec->rope.inv_freq,
                shape->n_rot / 2 * sizeof(float));

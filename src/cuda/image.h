@@ -34,37 +34,44 @@
 typedef struct tqkvc_width {
     uint32_t words[TQKVC_WORDS];
     float step; /* behind the words: decode copies both */
-    float inv_step2, inv_peak;
-    uint32_t n_magnitudes;
     uint8_t magnitude[128]; /* levels without sign, ascending */
-    uint8_t nearest[256];   /* index of the nearest magnitude to t half levels, 0..254 */
 } tqkvc_width;
+
+#define TQKVC_NO_MAGNITUDE 255
+
+/* What store copies to shared memory, all of it. Width 0 is 0 throughout. */
+typedef struct tqkvc_encode_tables {
+    float scale_values[256], scale_inverses[256], energy_thresholds[256], peak_thresholds[256];
+    float step[TQKVC_WIDTHS], inv_step2[TQKVC_WIDTHS], inv_peak[TQKVC_WIDTHS];
+    float reserved;
+    uint8_t level[TQKVC_WIDTHS][256]; /* nearest to t half levels, t = 0..254 */
+    uint8_t index[TQKVC_WIDTHS][128]; /* of the magnitude that is this level, if there is one */
+    int16_t level_octaves[128];       /* by magnitude; from 127, in steps of a scale */
+} tqkvc_encode_tables;
 
 typedef struct tqkvc_tables {
     tqkvc_width widths[TQKVC_WIDTHS];
-    float scale_values[256], scale_inverses[256], energy_thresholds[256], peak_thresholds[256];
-    int16_t level_octaves[128]; /* by magnitude; from 127, in steps of a scale */
+    tqkvc_encode_tables encode;
 } tqkvc_tables;
-
-/* Sections of one KV head in a block of one tier: K at `offset`, V behind it. */
-typedef struct tqkvc_layout {
-    uint32_t offset;
-    uint32_t bytes[2];
-    uint32_t reserved;
-    uint64_t widths[2]; /* four bits a unit, unit 0 lowest */
-} tqkvc_layout;
 
 /* Traits of one side of a KV head. */
 #define TQKVC_ZERO_MEAN 1u /* the mean is 0 in every channel */
 #define TQKVC_HADAMARD \
     2u /* the transform is Walsh-Hadamard matrices; its first column has factors */
 
+/* One KV head in a block of one tier: its section of K at `offset`, that of V behind it. */
+typedef struct tqkvc_layout {
+    uint32_t offset;
+    uint32_t bytes[2];
+    uint16_t traits[2];
+    uint64_t widths[2]; /* four bits a unit, unit 0 lowest */
+} tqkvc_layout;
+
 /* Where the parts of an image are, in bytes; by side where there are two. */
 typedef struct tqkvc_parts {
     uint32_t layouts, inv_freq;
     uint32_t mean[2];      /* f32 [KV head][dim] */
     uint32_t weight[2];    /* f32 [KV head][units], divided by the largest */
-    uint32_t traits[2];    /* u32 [KV head] of TQKVC_ZERO_MEAN and TQKVC_HADAMARD */
     uint32_t transform[2]; /* f32 [KV head][dim][dim] */
     uint32_t matrix[2];    /* u32 [KV head][dim / 16][dim / 16][high, low][32 lanes][4] */
     uint32_t row_scale[2]; /* f32 [KV head][dim]: row i of the matrix was divided by it */
@@ -74,6 +81,7 @@ typedef struct tqkvc_parts {
 typedef struct tqkvc_shape {
     uint32_t dim, n_heads, n_kv_heads, n_tiers, frame_tokens;
     uint32_t rope_style, n_rot;
+    uint32_t traits_any; /* of any head */
     uint32_t block_bytes[TQKV_TIERS_MAX];
     uint32_t section_bytes_max[TQKV_TIERS_MAX]; /* K and V of one KV head */
     tqkvc_parts parts;

@@ -2,254 +2,199 @@
 /*
  * Store: rows of K and V to codes in their blocks, the bytes of the CPU codec.
  *
- * Half a warp takes ROWS tokens of one KV head and side: 4 (of 256 channels 2) where there are many, so that they share
- * the reads of the transform, otherwise 1. Lane d has channel d of every unit. The order of sums is
- * part of the format, so the transform is D x D fused multiply-adds in f32, and the search of the
- * scale takes about as long. This bounds the kernel, not memory.
+ * A block takes ROWS tokens of one KV head and side: x to z in shared memory, all of z times the matrix
+ * to y (transform.cuh), then octets of lanes search scales and write codes (encode_row.cuh). With one row
+ * or eight, several octets share the candidates of a row. Neither the sums of the transform, whose order
+ * is part of the format, nor the search are memory's work: arithmetic bounds the kernel where there are
+ * many tokens, and a chain of latencies where there are few.
+ *
+ *     copies of the matrix and tables  ─────────────────────┐
+ *     x ── turn, mean ── z ─────────────────────────────────┴─ y ── candidates ── codes
  */
-#include "cuda/columns.cuh"
-#include "cuda/encode_row.cuh"
-#include "cuda/launch.h"
+#include "cuda/store_rows.cuh"
 
 namespace
 {
 
-constexpr uint32_t THREADS = 128, HALVES = THREADS / 16;
+template <int D, int ROWS> struct store_memory {
+    using shape = tqkvc_store_shape<D, ROWS>;
 
-/* Token that row r of a half warp has; n_tokens where there is none. */
-struct place {
-    uint32_t token;
-    int32_t base;
-    uint8_t *section; /* in the block; NULL: leave the token out */
-    uint32_t slot;
+    tqkvc_encode_tables tables;
+    float weights[D / 16];
+    union {
+        float stages[shape::STAGES][shape::STEP * D]; /* of the matrix, until y is there */
+        tqkvc_octet octets[shape::OCTETS];
+    };
+    union {
+        float z[D * shape::Z_STRIDE];
+        float y[ROWS * shape::Y_STRIDE];
+    };
+    tqkvc_place places[ROWS];
+    uint64_t found[shape::OCTETS];
+    typename tqkvc_row_loader<D, ROWS>::flags flags;
 };
 
-__device__ place find_place(const tqkvc_store &p, uint32_t token, const tqkvc_layout &layout,
-                            uint32_t side)
-{
-    place at = {token, 0, nullptr, 0};
-    if (token >= p.args.n_tokens)
-        return at;
-    const int64_t slot = p.args.slots[token];
-    if (slot < 0)
-        return at;
-    const int32_t position = p.args.positions[token];
-    const uint32_t cell = (uint32_t)(slot % p.args.page_tokens);
-    if (side == TQKV_SIDE_K && p.shape.n_rot != 0) {
-        const int64_t frame = p.shape.frame_tokens;
-        const int64_t down = ((int64_t)position - (position < 0 ? frame - 1 : 0)) / frame * frame;
-        at.base = (int32_t)max(down, (int64_t)INT32_MIN);
+/* What a block works on. */
+struct store_head {
+    uint32_t g, side;
+    const tqkvc_layout &layout;
+    const float *matrix, *weights;
+
+    __device__ __forceinline__ store_head(const tqkvc_store &p)
+        : g(blockIdx.y / 2), side(blockIdx.y % 2),
+          layout(reinterpret_cast<const tqkvc_layout *>(
+              p.image + p.shape.parts.layouts)[p.args.tier * p.shape.n_kv_heads + g]),
+          matrix(reinterpret_cast<const float *>(p.image + p.shape.parts.transform[side]) +
+                 (size_t)g * p.shape.dim * p.shape.dim),
+          weights(reinterpret_cast<const float *>(p.image + p.shape.parts.weight[side]) +
+                  g * (p.shape.dim / TQKV_UNIT_CHANNELS))
+    {
     }
-    at.section = static_cast<uint8_t *>(p.args.pool) +
-                 slot / p.args.page_tokens * (int64_t)p.page_bytes +
-                 (size_t)(cell / TQKVC_BLOCK_TOKENS) * p.shape.block_bytes[p.args.tier] +
-                 layout.offset + (side == TQKV_SIDE_V ? layout.bytes[0] : 0);
-    at.slot = cell % TQKVC_BLOCK_TOKENS;
-    return at;
-}
+};
 
-/* Whether any lane of this half says so. */
-__device__ bool any_of_half(bool v)
-{
-    return (__ballot_sync(TQKVC_FULL, v) >> (threadIdx.x & 16u) & 0xffffu) != 0;
-}
-
-/* x of one row to z = R(-base) x - mean at z[ROWS * channel]. False: the row is stored as zero. */
+/* y of a row in this lane. */
 template <int D, int ROWS>
-__device__ bool load_row(const tqkvc_store &p, const place &at, uint32_t g, uint32_t side, float *z)
+__device__ __forceinline__ void load_y(const store_memory<D, ROWS> &memory, const float *matrix,
+                                       bool is_hadamard, uint32_t row, float (&y)[D / 16][2])
 {
-    const uint32_t d = threadIdx.x % 16;
-    const void *from = side == TQKV_SIDE_K ? p.args.k : p.args.v;
-    const size_t stride = side == TQKV_SIDE_K ? p.args.k_token_stride : p.args.v_token_stride;
-    const float *mean = reinterpret_cast<const float *>(p.image + p.shape.parts.mean[side]) + g * D;
-    const float *inv_freq = reinterpret_cast<const float *>(p.image + p.shape.parts.inv_freq);
-    bool bad = false, any = false;
+    using shape = tqkvc_store_shape<D, ROWS>;
 
-    for (uint32_t i = d; i < D; i += 16) {
-        const float x =
-            at.section ? load_value(from, at.token * stride + g * D + i, p.args.type) : 0.0f;
-        bad = bad || !isfinite(x);
-        any = any || x != 0.0f;
-        z[ROWS * i] = x;
+    if (is_hadamard) {
+        butterflies<D>(matrix, memory.z + row, shape::Z_STRIDE, y);
+        return;
     }
-    __syncwarp();
-    if (at.base != 0) {
-        for (uint32_t i = d; i < p.shape.n_rot / 2; i += 16) {
-            const tqkvc_pair pair = find_pair(p.shape, i);
-            const float a = z[ROWS * pair.a], b = z[ROWS * pair.b];
-            float sine, cosine;
-            turn_exact(inv_freq[i], at.base, sine, cosine);
-            z[ROWS * pair.a] = add(mul(a, cosine), mul(b, sine)); /* by -base: minus times minus */
-            z[ROWS * pair.b] = add(mul(b, cosine), -mul(a, sine));
-        }
-    }
-    __syncwarp();
-    for (uint32_t i = d; i < D; i += 16)
-        z[ROWS * i] = add(z[ROWS * i], -mean[i]);
-    __syncwarp();
-    const bool has_values = any_of_half(any), has_bad = any_of_half(bad); /* all lanes ask both */
-    return has_values && !has_bad;
-}
-
-/* y[row][unit] of lane d: sum over i of transform[i][16 unit + d] z[i][row], in ascending i. */
-template <int D, int ROWS>
-__device__ void transform_rows(const float *__restrict__ transform, const float *z,
-                               float (&y)[ROWS][D / 16])
-{
-    const float *column = transform + threadIdx.x % 16;
-
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int u = 0; u < D / 16; u++)
-            y[r][u] = 0.0f;
-#pragma unroll 4
-    for (uint32_t i = 0; i < D; i++) {
-        float row[ROWS];
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
-            row[r] = z[ROWS * i + r];
-#pragma unroll
-        for (int u = 0; u < D / 16; u++) {
-            const float m = __ldg(column + i * D + 16 * u);
-#pragma unroll
-            for (int r = 0; r < ROWS; r++)
-                y[r][u] = __fmaf_rn(m, row[r], y[r][u]);
-        }
-    }
-}
-
-/* The same where the transform is a Walsh-Hadamard matrix times the factors in its first column. */
-template <int D, int ROWS>
-__device__ void butterflies(const float *__restrict__ transform, const float *z,
-                            float (&y)[ROWS][D / 16])
-{
-    const uint32_t d = threadIdx.x % 16;
-
 #pragma unroll
     for (int u = 0; u < D / 16; u++) {
-        const float factor = __ldg(transform + (16 * u + d) * D);
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            float v = mul(factor, z[ROWS * (16 * u + d) + r]);
-            for (uint32_t n = 1; n < 16; n *= 2) {
-                const float other = __shfl_xor_sync(TQKVC_FULL, v, n);
-                v = add(other, d & n ? -v : v);
-            }
-            y[r][u] = v;
-        }
+        const float2 pair = *reinterpret_cast<const float2 *>(
+            &memory.y[row * shape::Y_STRIDE + 16 * u + 2 * octet_lane()]);
+        y[u][0] = pair.x;
+        y[u][1] = pair.y;
     }
-#pragma unroll
-    for (int n = 1; n < D / 16; n *= 2)
-#pragma unroll
-        for (int u = 0; u < D / 16; u++) {
-            if (u & n)
-                continue;
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                const float a = y[r][u], b = y[r][u + n];
-                y[r][u] = add(a, b);
-                y[r][u + n] = add(a, -b);
-            }
-        }
 }
 
-/* Codes of a row into its block. zero: the zero row. */
-template <int D>
-__device__ void put_row(const place &at, uint32_t side, uint64_t widths, const float (&y)[D / 16],
-                        const uint32_t (&magnitude)[D / 16], int scale, bool zero)
+/* One row by this octet, or by several octets of the block, each with some of the candidates. */
+template <int D, int ROWS>
+__device__ __forceinline__ void
+encode_row(store_memory<D, ROWS> &memory, const tqkvc_row_layout<D / 16> &layout, uint32_t side,
+           uint32_t row, bool zero_mean, const float (&y)[D / 16][2])
 {
-    uint8_t *unit = at.section + TQKVC_BLOCK_TOKENS;
+    constexpr int OF_ROW = tqkvc_store_shape<D, ROWS>::OF_ROW;
+    const uint32_t octet = threadIdx.x / 8;
+    const tqkvc_place place = memory.places[row];
+    bool is_finite = true, writes = place.section != nullptr;
+    uint64_t found = 0;
 
-    if (at.section && threadIdx.x % 16 == 0)
-        at.section[at.slot] = zero ? 0 : (uint8_t)scale;
 #pragma unroll
-    for (int u = 0; u < D / 16; u++) {
-        const uint32_t bits = (uint32_t)(widths >> (4 * u)) & 15u;
-        if (bits == 0)
-            continue;
-        const uint32_t half = 1u << (bits - 1), low = bits >= 4 ? 4 : bits >= 2 ? 2 : 1;
-        const uint32_t below = bits == 8 ? half - magnitude[u] : half - 1 - magnitude[u];
-        const uint32_t code = zero ? 0 : signbit(y[u]) ? below : half + magnitude[u];
-        put_plane(unit, side, at.slot, low, code, at.section != nullptr);
-        if (bits > low)
-            put_plane(unit + 32 * low, side, at.slot, bits - low, code >> low,
-                      at.section != nullptr);
-        unit += 32 * bits;
+    for (int u = 0; u < D / 16; u++)
+        is_finite = is_finite && isfinite(y[u][0]) && isfinite(y[u][1]);
+    const bool is_good =
+        all_of_octet(is_finite) && tqkvc_row_loader<D, ROWS>::is_good(memory.flags, row);
+    tqkvc_row_encoder<D / 16> encoder(memory.tables, memory.octets[octet], layout, y);
+    if (layout.n_coded != 0)
+        found = encoder.find_scale((int)(octet % OF_ROW), OF_ROW);
+    if constexpr (OF_ROW > 1) {
+        if (octet_lane() == 0)
+            memory.found[octet] = found;
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < OF_ROW; i++)
+            writes = writes && found <= memory.found[octet / OF_ROW * OF_ROW + i];
     }
+    encoder.choose_form();
+    const bool zero = !is_good || (encoder.scale == 1 && zero_mean && encoder.zero);
+    put_row(place, side, encoder, zero, writes);
 }
 
 template <int D, int ROWS>
-__global__ void __launch_bounds__(THREADS) store_kernel(const __grid_constant__ tqkvc_store p)
+__global__ void __launch_bounds__(tqkvc_store_shape<D, ROWS>::THREADS,
+                                  tqkvc_store_shape<D, ROWS>::BLOCKS)
+    store_kernel(const __grid_constant__ tqkvc_store p)
 {
-    __shared__ tqkvc_encode_tables tables;
-    __shared__ __align__(16) float z[HALVES][D * ROWS];
-    const uint32_t g = blockIdx.y / 2, side = blockIdx.y % 2, half = threadIdx.x / 16;
-    const tqkvc_layout &layout = reinterpret_cast<const tqkvc_layout *>(
-        p.image + p.shape.parts.layouts)[p.args.tier * p.shape.n_kv_heads + g];
-    const float *transform =
-        reinterpret_cast<const float *>(p.image + p.shape.parts.transform[side]) +
-        (size_t)g * D * D;
-    const float *weights =
-        reinterpret_cast<const float *>(p.image + p.shape.parts.weight[side]) + g * (D / 16);
-    const uint32_t traits =
-        reinterpret_cast<const uint32_t *>(p.image + p.shape.parts.traits[side])[g];
-    const bool zero_mean = (traits & TQKVC_ZERO_MEAN) != 0;
-    const bool has_codes = layout.bytes[side] > TQKVC_BLOCK_TOKENS;
-    place at[ROWS];
-    bool good[ROWS];
-    float y[ROWS][D / 16];
+    using shape = tqkvc_store_shape<D, ROWS>;
+    extern __shared__ __align__(128) uint8_t bytes[];
+    store_memory<D, ROWS> &memory = *reinterpret_cast<store_memory<D, ROWS> *>(bytes);
+    const store_head head(p);
+    const uint32_t first = blockIdx.x * ROWS, octet = threadIdx.x / 8;
+    tqkvc_row_loader<D, ROWS> loader(p, first, head.g, head.side);
+    /* The last threads find places: with one row, they have no pairs. */
+    const uint32_t row_of_place = shape::THREADS - 1 - threadIdx.x;
+    const int64_t slot = row_of_place < ROWS && first + row_of_place < p.args.n_tokens
+                             ? p.args.slots[first + row_of_place]
+                             : -1;
+    tqkvc_transform<D, ROWS> transform = {memory.stages, head.matrix};
+    /* Traits are in the image: where no head has this one, nothing waits for them. */
+    const bool is_hadamard =
+        (p.shape.traits_any & TQKVC_HADAMARD) != 0 &&
+        (head.layout.traits[head.side] & TQKVC_HADAMARD) != 0;
 
-    load_encode_tables(p.image, tables);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        at[r] = find_place(p, (blockIdx.x * HALVES + half) * ROWS + r, layout, side);
-        good[r] = load_row<D, ROWS>(p, at[r], g, side, z[half] + r);
+    if (!is_hadamard)
+        transform.start();
+    copy_block(&memory.tables, p.image + offsetof(tqkvc_tables, encode), sizeof(memory.tables));
+    copy_block(memory.weights, head.weights, sizeof(memory.weights));
+    copy_commit();
+    const uint64_t widths = head.layout.widths[head.side]; /* on their way until they are used */
+    const bool zero_mean = (head.layout.traits[head.side] & TQKVC_ZERO_MEAN) != 0;
+    if (row_of_place < ROWS)
+        memory.places[row_of_place] = find_place(p, slot, head.layout, head.side);
+    loader.load(memory.z, memory.flags);
+    if (!is_hadamard) {
+        transform.multiply(memory.z, memory.y);
+    } else {
+        copy_wait<0>();
+        __syncthreads();
     }
-    __syncthreads();
-    if (traits & TQKVC_HADAMARD)
-        butterflies<D, ROWS>(transform, z[half], y);
-    else
-        transform_rows<D, ROWS>(transform, z[half], y);
+
+    const tqkvc_row_layout<D / 16> layout(widths, memory.weights);
+    if (octet_lane() == 0)
+        memory.octets[octet].factors[0] = {};
 #pragma unroll 1
-    for (int r = 0; r < ROWS; r++) {
-        tqkvc_row_encoder<D / 16> row = {tables, layout.widths[side], weights, {}};
-        float signs[D / 16];
-        uint32_t magnitude[D / 16];
-        bool bad = false, zero = true;
-#pragma unroll
-        for (int u = 0; u < D / 16; u++) {
-            signs[u] = y[0][u];
-            for (int i = 1; i < ROWS; i++) /* not an index: y stays in registers */
-                signs[u] = r == i ? y[i][u] : signs[u];
-            bad = bad || !isfinite(signs[u]);
-            row.size[u] = fminf(fabsf(signs[u]), TQKVC_Y_MAX);
-        }
-        bool is_good = good[0];
-        place where = at[0];
-        for (int i = 1; i < ROWS; i++) {
-            is_good = r == i ? good[i] : is_good;
-            where = r == i ? at[i] : where;
-        }
-        const bool has_bad = any_of_half(bad);
-        is_good = is_good && !has_bad;
-        int scale = 1;
-        if (has_codes)
-            scale = row.encode(magnitude, &zero);
-        put_row<D>(where, side, layout.widths[side], signs, magnitude, scale,
-                   !is_good || (scale == 1 && zero_mean && zero));
+    for (uint32_t row = octet / shape::OF_ROW; row < ROWS; row += shape::OCTETS / shape::OF_ROW) {
+        float y[D / 16][2];
+        load_y(memory, head.matrix, is_hadamard, row, y);
+        encode_row(memory, layout, head.side, row, zero_mean, y);
     }
 }
 
-template <int D> void launch(const tqkvc_store &p, cudaStream_t stream)
+template <int D, int ROWS> tqkv_status launch(const tqkvc_store &p, cudaStream_t stream)
 {
-    constexpr uint32_t MANY = D == 256 ? 2 : 4; /* 48 KB of shared memory, and registers */
-    const uint32_t rows = p.args.n_tokens >= 512 ? MANY : 1, per_block = HALVES * rows;
-    const dim3 grid((p.args.n_tokens + per_block - 1) / per_block, 2 * p.shape.n_kv_heads);
-    if (rows == MANY)
-        store_kernel<D, MANY><<<grid, THREADS, 0, stream>>>(p);
-    else
-        store_kernel<D, 1><<<grid, THREADS, 0, stream>>>(p);
+    using memory = store_memory<D, ROWS>;
+    const auto kernel = store_kernel<D, ROWS>;
+    const dim3 grid((p.args.n_tokens + ROWS - 1) / ROWS, 2 * p.shape.n_kv_heads);
+
+    static_assert(sizeof(memory) <= 99 * 1024, "of a block, on any device");
+    static_assert(offsetof(memory, stages) % 16 == 0 && offsetof(memory, z) % 16 == 0 &&
+                      offsetof(tqkvc_tables, encode) % 16 == 0 &&
+                      sizeof(tqkvc_encode_tables) % 16 == 0,
+                  "copies of 16 bytes");
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)sizeof(memory)) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return TQKV_ERR_UNSUPPORTED;
+    }
+    kernel<<<grid, tqkvc_store_shape<D, ROWS>::THREADS, sizeof(memory), stream>>>(p);
+    return cudaGetLastError() == cudaSuccess ? TQKV_OK : TQKV_ERR_UNSUPPORTED;
+}
+
+/*
+ * One row a block while every block has a multiprocessor of its own; eight up to a few blocks each; then
+ * tiles, which want so many rows to be faster.
+ */
+template <int D> tqkv_status launch_rows(const tqkvc_store &p, cudaStream_t stream)
+{
+    constexpr int MANY = D == 64 ? 128 : 64;
+    int device = 0, n_sm = 0;
+
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return TQKV_ERR_UNSUPPORTED;
+    }
+    const size_t n_rows = (size_t)p.args.n_tokens * p.shape.n_kv_heads * 2;
+    if (n_rows <= (size_t)n_sm)
+        return launch<D, 1>(p, stream);
+    if (n_rows <= 40 * (size_t)n_sm)
+        return launch<D, 8>(p, stream);
+    return launch<D, MANY>(p, stream);
 }
 
 } // namespace
@@ -260,14 +205,10 @@ extern "C" tqkv_status tqkvc_launch_store(const tqkvc_store *store, void *stream
 
     switch (store->shape.dim) {
     case 64:
-        launch<64>(*store, s);
-        break;
+        return launch_rows<64>(*store, s);
     case 128:
-        launch<128>(*store, s);
-        break;
+        return launch_rows<128>(*store, s);
     default:
-        launch<256>(*store, s);
-        break;
+        return launch_rows<256>(*store, s);
     }
-    return cudaGetLastError() == cudaSuccess ? TQKV_OK : TQKV_ERR_UNSUPPORTED;
 }

@@ -46,7 +46,7 @@ __device__ float load_column(const tqkvc_unpack &p, const uint8_t *section, uint
                              uint32_t lane, tqkvc_columns<D, TOKENS> &columns)
 {
     const tqkvc_tables &tables = *reinterpret_cast<const tqkvc_tables *>(p.image);
-    const float scale = section ? tables.scale_values[section[slot]] : 0.0f;
+    const float scale = section ? tables.encode.scale_values[section[slot]] : 0.0f;
     float v[D / 32], largest = 0;
 
     for (int i = 0; i < D / 32; i++) {

@@ -227,8 +227,44 @@ static void spoil_row(test_random *random, float *row, uint32_t dim)
 
 /* ---- store ---- */
 
+/* Where the tokens of a call are. */
+typedef enum cell_order {
+    SCATTERED, /* every other slot from 1 on, some tokens left out; positions anywhere */
+    IN_ORDER,  /* as a prompt is: slots and positions one after another, over a border of frames */
+    BACKWARDS, /* slots from the last down; positions below 0 too, down to the least */
+    N_ORDERS
+} cell_order;
+
+static void place_token(test_random *random, const layer *l, cell_order order, uint32_t i,
+                        uint32_t n_tokens, uint32_t n_slots, int64_t *slot, int32_t *position)
+{
+    if (order == SCATTERED) {
+        *slot = i % 7 == 3 ? -1 : (int64_t)((i * 2 + 1) % n_slots);
+        *position = (int32_t)(test_random_u32(random) % 131072);
+    } else if (order == IN_ORDER) {
+        *slot = (int64_t)i + 5;
+        *position = (int32_t)(3 * l->plan->frame_tokens + i - n_tokens / 2);
+    } else {
+        *slot = (int64_t)n_slots - 1 - i;
+        *position = i % 5 == 4 ? INT32_MIN + (int32_t)(i % 2) * 70
+                               : (int32_t)(i * 37) - (int32_t)(n_tokens * 18);
+    }
+}
+
+/* x as it is once stored: what codecs must find again. */
+static void store_once(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t position,
+                       float *x)
+{
+    uint8_t *block = calloc(1, block_bytes(l, tier));
+
+    assert_non_null(block);
+    put_row(l, tier, g, side, position, x, block, 0);
+    get_row(l, tier, g, side, position, block, 0, x);
+    free(block);
+}
+
 static void check_store(test_random *random, const layer *l, uint32_t tier, uint32_t n_tokens,
-                        tqkv_cuda_type type)
+                        tqkv_cuda_type type, cell_order order)
 {
     const uint32_t page_tokens = 16u << test_random_u32(random) % 4,
                    n_pages = 2 * n_tokens / page_tokens + 2;
@@ -244,11 +280,16 @@ static void check_store(test_random *random, const layer *l, uint32_t tier, uint
     assert_true(want && got && slots && positions);
     memset(want, POISON, bytes);
     for (uint32_t i = 0; i < n_tokens; i++) {
-        slots[i] = i % 7 == 3 ? -1 : (int64_t)((i * 2 + 1) % (n_pages * page_tokens));
-        positions[i] = (int32_t)(test_random_u32(random) % 131072);
-        for (uint32_t g = 0; g < l->n_kv_heads; g++)
-            for (int side = 0; side < 2; side++)
-                spoil_row(random, x[side] + i * row + g * l->dim, l->dim);
+        place_token(random, l, order, i, n_tokens, n_pages * page_tokens, &slots[i], &positions[i]);
+        for (uint32_t g = 0; g < l->n_kv_heads; g++) {
+            for (int side = 0; side < 2; side++) {
+                float *of_head = x[side] + i * row + g * l->dim;
+                if (test_random_u32(random) % 4 == 0)
+                    store_once(l, tier, g, (tqkv_side)side, positions[i], of_head);
+                else
+                    spoil_row(random, of_head, l->dim);
+            }
+        }
     }
     for (int side = 0; side < 2; side++) {
         void *typed = as_type(x[side], n_tokens * row, type);
@@ -277,8 +318,8 @@ static void check_store(test_random *random, const layer *l, uint32_t tier, uint
     for (size_t i = 0; i < bytes; i++)
         n_different += got[i] != want[i];
     if (n_different)
-        fprintf(stderr, "store: dim %u tier %u tokens %u type %d: %zu of %zu bytes differ\n",
-                l->dim, tier, n_tokens, (int)type, n_different, bytes);
+        fprintf(stderr, "store: dim %u tier %u tokens %u type %d order %d: %zu bytes differ\n",
+                l->dim, tier, n_tokens, (int)type, (int)order, n_different);
     assert_int_equal(n_different, 0);
     check(cudaFree((void *)(uintptr_t)args.positions));
     check(cudaFree((void *)(uintptr_t)args.slots));
@@ -293,22 +334,31 @@ static void check_store(test_random *random, const layer *l, uint32_t tier, uint
     free(positions);
 }
 
+/*
+ * With two KV heads and 132 multiprocessors a block has one row up to 33 tokens, eight up to 1320,
+ * then a tile. Plans at random have dense matrices, those without calibration Walsh-Hadamard ones.
+ */
 static void test_store(void **state)
 {
-    static const uint32_t dims[] = {64, 128, 256};
+    static const uint32_t dims[] = {64, 128, 256}, few[] = {1, 9, 70, 1400};
+    static const uint32_t counts[] = {63, 64, 65, 511, 512, 513, 1320, 1400};
+    const uint32_t *more = is_short ? few : counts, n_more = is_short ? 4 : 8;
+    uint32_t n_checks = 0;
+
     (void)state;
     test_random random = {seed};
     for (int i = 0; i < 3; i++) {
         layer l = make_layer(&random, dims[i], 4, 2, (uint32_t)i);
-        check_store(&random, &l, 1, 1, TQKV_CUDA_F32);
-        check_store(&random, &l, 0, 17, TQKV_CUDA_F16);
-        check_store(&random, &l, 2, is_short ? 520 : 1000, TQKV_CUDA_BF16);
-        for (uint32_t n = 2; n < 12 && !is_short; n++)
-            check_store(&random, &l, n % N_TIERS, n * n, TQKV_CUDA_F32);
+        for (uint32_t n = 1; n <= 17 && !is_short; n++, n_checks++)
+            check_store(&random, &l, n % N_TIERS, n, (tqkv_cuda_type)(n_checks / 2 % 3),
+                        (cell_order)(n_checks % N_ORDERS));
+        for (uint32_t k = 0; k < n_more * (is_short ? 1u : 3u); k++, n_checks++)
+            check_store(&random, &l, n_checks % N_TIERS, more[k % n_more], (tqkv_cuda_type)(k % 3),
+                        (cell_order)(k / 3 % N_ORDERS));
         free_layer(&l);
         l = make_layer_of(&random, dims[i], 4, 2, (uint32_t)i, 1);
-        check_store(&random, &l, 0, 77, TQKV_CUDA_F16);
-        check_store(&random, &l, 0, 600, TQKV_CUDA_F32);
+        for (uint32_t k = 0; k < n_more; k++)
+            check_store(&random, &l, 0, more[k], (tqkv_cuda_type)(k % 3), (cell_order)(k % 3));
         free_layer(&l);
     }
 }
