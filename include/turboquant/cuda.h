@@ -73,7 +73,8 @@ typedef struct tqkv_cuda_pages {
  * Encodes K and V of n_tokens tokens into their cells; the bytes are those of tqkv_codec_encode.
  * k, v: device [n_tokens][n_kv_heads][dim] of `type`; strides of a token in elements. K has RoPE.
  * positions: device [n_tokens]. slots: device [n_tokens] int64: page * page_tokens + cell in the
- * page; -1 leaves the token out. Two tokens of a call have different slots.
+ * page; -1 leaves the token out, of which k, v and position are read all the same. Two tokens of a call
+ * have different slots.
  * pool: device, of the tier.
  */
 typedef struct tqkv_cuda_store_args {
