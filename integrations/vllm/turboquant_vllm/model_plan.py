@@ -38,6 +38,7 @@ def load_share(name, rank, n_ranks):
     return plan if plan is None or n_ranks == 1 else plan.share(rank, n_ranks)
 
 
+@functools.cache
 def newest_tokens(name):
     """Tokens of the youngest tier; 0 where all tokens are stored alike."""
     plan = load_plan(name)
