@@ -232,6 +232,17 @@ def log_kl(axis):
     axis.yaxis.set_minor_locator(NullLocator())
 
 
+def kl_against_bits(figure, axis, ticks):
+    """Both axes, and what they are called, for all that share them with this one."""
+    from matplotlib.ticker import NullLocator
+    axis.set_xscale("log", base=2)
+    log_kl(axis)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
+    figure.supxlabel("bits per value, everything counted")
+    figure.supylabel("mean KL divergence (nats)")
+
+
 def legend(figure, caches):
     from matplotlib.lines import Line2D
     marks = [Line2D([], [], color=STYLES[cache][0], marker=STYLES[cache][1], linestyle="none", label=name_of(cache))
@@ -247,7 +258,6 @@ def files_of(models):
 
 def draw_bits(plt, results):
     """Mean KL against bits: all domains as a large mark, each as a small one to the right of it."""
-    from matplotlib.ticker import NullLocator
     aside = 1.1
     contexts = results.contexts()
     models = files_of(model for model in MODELS if any(model in results.models(context) for context in contexts))
@@ -264,12 +274,7 @@ def draw_bits(plt, results):
                     axis.plot(whole["bits"], whole["kl_mean"], mark, color=colour, markersize=8,
                               markeredgecolor="white", markeredgewidth=0.8)
             axis.set_title(f"{MODELS[model]}, {context} tokens")
-    axes[0][0].set_xscale("log", base=2)
-    log_kl(axes[0][0])
-    axes[0][0].set_xticks([2, 3, 4, 6, 8, 12, 16], ["2", "3", "4", "6", "8", "12", "16"])
-    axes[0][0].xaxis.set_minor_locator(NullLocator())
-    figure.supxlabel("bits per value, everything counted")
-    figure.supylabel("mean KL divergence (nats)")
+    kl_against_bits(figure, axes[0][0], [2, 3, 4, 6, 8, 12, 16])
     legend(figure, {key[2] for key in results.rows if key[1] in contexts})
     return figure
 
@@ -323,7 +328,6 @@ def curve_models(results):
 
 def draw_curve(plt, results):
     """Mean KL against bits of f32 weights, and what the 4-bit file of the same model shows. None without rows."""
-    from matplotlib.ticker import NullLocator
     models = curve_models(results)
     if not models:
         return None
@@ -341,12 +345,7 @@ def draw_curve(plt, results):
         if floor := floor_of(results, model):
             axis.axhline(floor["kl_mean"], color=grey, linestyle="--", linewidth=1.2, label="f16 cache on the 4-bit file")
         axis.set_title(f"{MODELS[model]}, {LONG} tokens")
-    axes[0][0].set_xscale("log", base=2)
-    log_kl(axes[0][0])
-    axes[0][0].set_xticks([1.6, 2, 2.5, 3.2, 4, 5, 6.5], ["1.6", "2", "2.5", "3.2", "4", "5", "6.5"])
-    axes[0][0].xaxis.set_minor_locator(NullLocator())
-    figure.supxlabel("bits per value, everything counted")
-    figure.supylabel("mean KL divergence (nats)")
+    kl_against_bits(figure, axes[0][0], [1.6, 2, 2.5, 3.2, 4, 5, 6.5])
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
