@@ -150,10 +150,10 @@ class Engine:
     def model(self, tier, slot, wanted):
         page, cell = divmod(slot, PAGE_TOKENS)
         cells = self.complete[tier]
-        if not wanted:
-            cells.pop(page, None)
-        elif cell == 0:
+        if cell == 0 and wanted:
             cells[page] = {0}
+        elif cell == 0:
+            cells.pop(page, None)
         elif page in cells:
             cells[page].add(cell)
 

@@ -48,12 +48,16 @@ def workspace_bytes(layer, max_seqs, q_lens, max_tokens):
     return max(layer.decode_bytes(n, q_len, max_tokens) for n in range(1, max_seqs + 1) for q_len in q_lens)
 
 
-class Workspace:
-    """Memory of a device that layers share, as they run one after another: of decodes, and slabs of a context."""
+def slab_bytes(shapes):
+    """K and V of SLAB_TOKENS tokens of the widest layer. shapes: turboquant.PlanLayer of each."""
+    return 2 * 2 * SLAB_TOKENS * max(shape.n_kv_heads * shape.k_dim for shape in shapes)
 
-    def __init__(self, n_bytes, n_kv_heads, dim, dtype, device):
-        self.decode = aligned(n_bytes, device)
-        self.slab = torch.empty(2, SLAB_TOKENS, n_kv_heads, dim, dtype=dtype, device=device)
+
+class Workspace:
+    """Memory of a device that layers share, as they run one after another: of decodes, and of slabs of a context."""
+
+    def __init__(self, decode_bytes, slab, device):
+        self.decode, self.slab = aligned(decode_bytes, device), aligned(slab, device)
         self.streams = []  # beside the current one
         if device.type == "cuda":
             self.streams = [torch.cuda.Stream(device) for _ in range(tqkv_cuda.TIERS_MAX - 1)]
@@ -130,7 +134,7 @@ class GpuLayer:
         whole, sums = flash(query, key, value, scale, causal=True)
         for first in range(0, prompt.n_context, SLAB_TOKENS):
             n = min(SLAB_TOKENS, prompt.n_context - first)
-            k, v = self.workspace.slab[:, :n]
+            k, v = self.workspace.slab.view(key.dtype)[:2 * n * key[0].numel()].view(2, n, *key.shape[1:])
             self.cuda.unpack(tqkv_cuda.UnpackArgs(self.pages(blocks, pages), k.data_ptr(), v.data_ptr(), prompt.row, first,
                                                   n, TYPES[k.dtype]), stream)
             part, part_sums = flash(query, k, v, scale, causal=False)

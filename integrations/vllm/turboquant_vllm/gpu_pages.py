@@ -10,9 +10,9 @@ a step, with tensor operations on the device that wait for nothing, so a decode 
     otherwise                                                  the engine's block
 
 A copy is valid for the page that both tables name: copy_of[page] = copy and page_of[copy] = page. A valid copy has all
-tokens of its page: it is taken when the first token of a page is written, gets every token after that, and is given up
-when tokens are written to the page but not to the copy. So a page that the engine gives to other tokens, a copy that
-was given to another page and a rejected draft leave nothing that could be read.
+tokens of its page: it is taken, or given up, when the first token of the page is written, and gets every token after
+that. So a page that the engine gives to other tokens, a copy that was given to another page and a rejected draft leave
+nothing that could be read.
 """
 from dataclasses import dataclass
 
@@ -61,34 +61,65 @@ class Pages:
         self.used = torch.full((n_young, n_most + 1), NEVER, device=device)  # step of the last use
         for tier, n in enumerate(tiers.n_copies):
             self.used[tier, :n] = 0
-        self.n_steps = 0
+        self.now = torch.zeros((), dtype=torch.int64, device=device)  # number of the step
         self.range = torch.arange(max(max_tokens, max_pages), dtype=torch.int32, device=device)
         self.positions = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.slots = torch.full((n_young + 1, max_tokens), -1, dtype=torch.int64, device=device)
         self.block_table = torch.zeros(max_seqs, max_pages, dtype=torch.int32, device=device)
         self.tiers = torch.full((max_seqs, max_pages), n_young, dtype=torch.uint8, device=device)
         self.seq_lens = torch.zeros(max_seqs, dtype=torch.int32, device=device)
+        self.graphs = []  # (inputs, graph), see capture()
 
     def step(self, query_start, seq_lens, block_table, slots, max_seq_len):
         """query_start: [n + 1], seq_lens: [n] with the new tokens, block_table: [n][pages of 64 tokens], slots: [tokens]
         page * 64 + cell, or -1 for padding; all on the device. max_seq_len: no sequence is longer."""
-        self.n_steps += 1
+        n, width = len(seq_lens), -(-max_seq_len // PAGE_TOKENS)
+        for inputs, graph in self.graphs:
+            if n <= len(inputs[1]) and width <= inputs[2].shape[1] and len(slots) <= len(inputs[3]):
+                inputs[0][:n + 1], inputs[1][:n], inputs[3][:len(slots)] = query_start, seq_lens, slots
+                inputs[2][:n, :width] = block_table[:, :width]
+                graph.replay()
+                return
+        self.tabulate(query_start, seq_lens, block_table[:, :width], slots)
+
+    def capture(self, q_len):
+        """Graphs of step() for decodes, smallest first: it is many small operations, and a step waits for their launches.
+        They leave their inputs as they are here, so that a step fills in no more than it has."""
+        (max_seqs, max_pages), sizes = self.block_table.shape, [4, 2, 0]
+        for n, width in sorted({(-(-max_seqs // 2**i), -(-max_pages // 2**j)) for i in sizes for j in sizes}):
+            device = self.positions.device
+            inputs = [torch.full((n + 1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device),
+                      torch.zeros(n, dtype=torch.int32, device=device),
+                      torch.zeros(n, width, dtype=torch.int32, device=device),
+                      torch.full((min(n * q_len, self.slots.shape[1]),), -1, dtype=torch.int64, device=device)]
+            self.tabulate(*inputs)
+            torch.cuda.synchronize(device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.graphs[0][1].pool() if self.graphs else None):
+                self.tabulate(*inputs)
+                for x, value in zip(inputs, (torch.iinfo(torch.int32).max, 0, 0, -1)):
+                    x.fill_(value)
+            self.graphs.append((inputs, graph))
+
+    def tabulate(self, query_start, seq_lens, block_table, slots):
+        """step() without graphs; rows may stand for no sequence, with a length of 0."""
+        self.now += 1
         first = seq_lens - query_start.diff()  # position of the first new token
         self.seq_lens[len(seq_lens):] = 0
         self.seq_lens[:len(seq_lens)] = seq_lens
         self.write(query_start, seq_lens, first, slots)
-        width = -(-max_seq_len // PAGE_TOKENS)
-        self.read(seq_lens, first, block_table[:, :width].long())
+        self.read(seq_lens, first, block_table.long())
 
     def write(self, query_start, seq_lens, first, slots):
-        """Copies for the new tokens. Tokens that a prompt's end leaves out of reach go to the block alone."""
+        """Copies for the new tokens. Pages that a prompt's end leaves out of reach go to the block alone, but for one that
+        has a copy already, which the first queries of this step may read."""
         token = self.range[:len(slots)]
         row = torch.searchsorted(query_start[1:], token, right=True).clamp_(max=len(seq_lens) - 1)
         first = first[row]
         position = token - query_start[row] + first
         # The next query is at the end, or among the newest tokens where drafts are rejected.
         next_query = torch.maximum(first, seq_lens[row] - Q_MAX)
-        self.positions[:len(slots)] = position
+        self.positions[:len(slots)] = position.clamp(min=0)
         self.slots[:, len(slots):] = -1
         self.slots[-1, :len(slots)] = slots
         if len(self.reach) == 0 or self.no_copy == 0:
@@ -99,21 +130,24 @@ class Pages:
         wanted = next_query // PAGE_TOKENS - position // PAGE_TOKENS <= self.reach
         wanted[0] |= position < self.tiers_young.n_sink_pages * PAGE_TOKENS
         copy = self.copy_of.gather(1, page)
-        keeps = is_first & wanted & (self.page_of.gather(1, copy) == page)
-        self.used.scatter_(1, copy.where(keeps, self.no_copy), self.n_steps)
+        keeps = is_first & (wanted | (cell > 0)) & (self.page_of.gather(1, copy) == page)
+        self.use(copy.where(keeps, self.no_copy))
         copy = self.take(is_first & wanted & ~keeps & (cell == 0), page)
         self.copy_of.scatter_(1, page.where(is_first & ~keeps, self.n_pages), copy)
         copy = self.copy_of.gather(1, page)
         self.slots[:-1, :len(slots)] = (copy * PAGE_TOKENS + cell).where(self.page_of.gather(1, copy) == page, -1)
 
+    def use(self, copy):
+        self.used.scatter_(1, copy, self.now.expand_as(copy))
+
     def take(self, takes, page):
         """A copy for each of these pages: the least recently used, none that this step has used."""
         used = self.used[:, :-1]
         rank = takes.cumsum(1) - 1
-        takes = takes & (rank < (used < self.n_steps).sum(1, keepdim=True))
+        takes = takes & (rank < (used < self.now).sum(1, keepdim=True))
         copy = used.argsort(1).gather(1, rank.clamp(0, self.no_copy - 1)).where(takes, self.no_copy)
         self.page_of.scatter_(1, copy, page.where(takes, -1))
-        self.used.scatter_(1, copy, self.n_steps)
+        self.use(copy)
         return copy
 
     def read(self, seq_lens, first, page):
@@ -129,7 +163,7 @@ class Pages:
             reads = reached & valid & (index * PAGE_TOKENS < seq_lens.unsqueeze(1))
             copy = copy.where(reads, self.no_copy)
             # Copies in older tiers are used too: their turn comes when the younger ones no longer reach.
-            self.used.scatter_(1, copy.view(n_young, -1), self.n_steps)
+            self.use(copy.view(n_young, -1))
             for young in reversed(range(n_young)):
                 page = copy[young].where(reads[young], page)
                 tier.masked_fill_(reads[young], young)
