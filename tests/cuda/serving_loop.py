@@ -6,9 +6,9 @@
 
 Requests come and go, share a prefix, take over each other's blocks, are read in chunks, decoded one by one under a
 captured graph, verified four at a time and with unlike numbers of drafts. Every output is compared with attention in
-float64 over rows decoded from bytes that were stored afresh, each token in the tier where the rule of ages puts it; graph
-replay is compared with eager, bit by bit. One line for each check; exit code 1 if one failed. --time: a step of
-64 x 4096 tokens.
+float64 over rows decoded from bytes that were stored afresh, each token in the tier where the rule of ages puts it;
+what a graph gives is compared with eager. One line for each check; exit code 1 if one failed. --time: a step of 64 x 4096
+tokens.
 """
 import argparse
 import pathlib
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "integrations" / "cuda"), str(ROOT / "integrations" / "vllm"), str(ROOT / "tests" / "oracle")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("integrations/cuda", "integrations/vllm", "tests/oracle")]
 import plan_writer  # noqa: E402
 import tqkv_cuda  # noqa: E402
 from turboquant_vllm.gpu_layer import Batch, GpuLayer, Prompt, Workspace, workspace_bytes  # noqa: E402
@@ -50,16 +50,16 @@ def plan_bytes(shape):
     units = shape.dim // 16
     inv_freq = (1e4 ** -(np.arange(shape.dim // 2) * 2.0 / shape.dim)).astype(np.float32)
     for index in range(shape.n_layers):
-        layouts = [list(np.resize(widths, units)) if np.ndim(widths) == 0 else [widths[i * 8 // units] for i in range(units)]
+        layouts = [[widths] * units if isinstance(widths, int) else [widths[i * 8 // units] for i in range(units)]
                    for widths in WIDTHS[index % 2]]
-        layouts = [[int(width) for width in layout] for layout in layouts]
         sides = [[{"layouts": layouts, "mean": (.1 * rng.standard_normal(shape.dim)).astype(np.float32),
-                   "weight": np.ones(units, np.float32), "matrix": np.linalg.qr(rng.standard_normal((shape.dim,) * 2))[0]}
+                   "weight": np.ones(units, np.float32),
+                   "matrix": np.linalg.qr(rng.standard_normal((shape.dim, shape.dim)))[0]}
                   for _ in range(shape.n_kv_heads)] for _ in range(2)]
         layers.append({"n_heads": shape.n_heads, "k_dim": shape.dim, "v_dim": shape.dim, "window": 0,
                        "rope": (1, shape.dim, inv_freq), "tier_tokens": [*TIER_TOKENS, 0], "sides": sides})
-    return plan_writer.write_plan({"names": ["serving", "", "test"], "n_tiers": 4, "n_sinks": N_SINKS, "frame_tokens": 1024,
-                                   "context": 4096, "bits_total": 0.0, "layers": layers})
+    return plan_writer.write_plan({"names": ["serving", "", "test"], "n_tiers": 4, "n_sinks": N_SINKS, "context": 4096,
+                                   "frame_tokens": 1024, "bits_total": 0.0, "layers": layers})
 
 
 class Machine:
@@ -119,11 +119,14 @@ class Reference:
         tiers = torch.full((n_pages,), tier, dtype=torch.uint8, device=device)
         k, v = (rows[:, side].contiguous() for side in (0, 1))
         stride, slots = k.stride(0), positions.long()
-        layer.store(tqkv_cuda.StoreArgs(k.data_ptr(), v.data_ptr(), stride, stride, positions.data_ptr(), slots.data_ptr(),
-                                        pool.data_ptr(), n, tier, PAGE_TOKENS, tqkv_cuda.BF16), stream())
+        args = tqkv_cuda.StoreArgs(k.data_ptr(), v.data_ptr(), stride, stride, positions.data_ptr(), slots.data_ptr(),
+                                   pool.data_ptr(), n, tier, PAGE_TOKENS, tqkv_cuda.BF16)
+        layer.store(args, stream())
         out = torch.empty(2, n, *k.shape[1:], device=device)
-        pages = tqkv_cuda.Pages([pool.data_ptr()] * 4, table.data_ptr(), PAGE_TOKENS, n_pages, tiers.data_ptr(), n_pages)
-        layer.unpack(tqkv_cuda.UnpackArgs(pages, out[0].data_ptr(), out[1].data_ptr(), 0, 0, n, tqkv_cuda.F32), stream())
+        pages = tqkv_cuda.Pages([pool.data_ptr()] * 4, table.data_ptr(), PAGE_TOKENS, n_pages, tiers.data_ptr(),
+                                n_pages)
+        args = tqkv_cuda.UnpackArgs(pages, out[0].data_ptr(), out[1].data_ptr(), 0, 0, n, tqkv_cuda.F32)
+        layer.unpack(args, stream())
         return out.transpose(0, 1).double().clone()
 
 
@@ -290,9 +293,10 @@ class Server:
                         old = self.reference.rows(layer, request, before, here[:-(-before // PAGE_TOKENS)])
                         rows = torch.cat([old.to(DTYPE).double(), rows])  # as they are unpacked
                 want, want_sums = attention(q[layer, tokens], rows, self.machine.scale)
-                difference = (out[layer, tokens].double() - want).norm(dim=-1) / want.norm(dim=-1)
-                self.worst = max(self.worst, float(difference.nan_to_num(9.0).max()))
-                self.worst_lse = max(self.worst_lse, float((sums[layer, tokens] - want_sums).abs().nan_to_num(9.0).max()))
+                wrong = (out[layer, tokens].double() - want).norm(dim=-1) / want.norm(dim=-1)
+                wrong_sums = (sums[layer, tokens] - want_sums).abs()
+                self.worst = max(self.worst, float(wrong.nan_to_num(9.0).max()))
+                self.worst_lse = max(self.worst_lse, float(wrong_sums.nan_to_num(9.0).max()))
 
 
 def check_serving(machine, generator, with_graphs, n_steps):
@@ -372,9 +376,9 @@ def check_workspace(library, device):
     lens, outs = torch.full((n_seqs,), 4096, dtype=torch.int32, device=device), []
     for n in (n_seqs, 1, n_seqs, 3, n_seqs):
         out = torch.full_like(q[:n], torch.nan)
-        args = tqkv_cuda.DecodeArgs(tqkv_cuda.Pages([0, 0, 0, pool.data_ptr()], table.data_ptr(), 64, n_pages), q.data_ptr(),
-                                    out.data_ptr(), None, lens.data_ptr(), workspace.data_ptr(), n, 1, 4096, .09,
-                                    tqkv_cuda.BF16)
+        pages = tqkv_cuda.Pages([0, 0, 0, pool.data_ptr()], table.data_ptr(), 64, n_pages)
+        args = tqkv_cuda.DecodeArgs(pages, q.data_ptr(), out.data_ptr(), None, lens.data_ptr(), workspace.data_ptr(),
+                                    n, 1, 4096, .09, tqkv_cuda.BF16)
         layer.decode(args, stream())
         outs.append(out)
     report("one workspace for decodes of all sizes", all(torch.equal(out, outs[0]) for out in outs[2::2]))
@@ -410,13 +414,14 @@ def time_step(library, device, generator):
     n_seqs, tokens, shape = 64, 4096, Shape(32, 8, 128, 4)
     plan = library.read_plan(plan_bytes(shape))
     width = tokens // PAGE_TOKENS
-    machine = Machine(lambda i: tqkv_cuda.Layer(library, plan, i), shape, device, n_seqs * width + 1, n_seqs, 32768, 8192,
-                      (n_seqs, n_seqs, n_seqs))
+    machine = Machine(lambda i: tqkv_cuda.Layer(library, plan, i), shape, device, n_seqs * width + 1, n_seqs, 32768,
+                      8192, (n_seqs, n_seqs, n_seqs))
     pages = machine.pages
     table = (torch.randperm(n_seqs * width, device=device).to(torch.int32) + 1).view(n_seqs, width)
     slots = lambda first, n: (table[:, first // 64].long() * 64 + first % 64)[:, None] + torch.arange(n, device=device)
     starts = torch.arange(n_seqs + 1, dtype=torch.int32, device=device)
-    kv = [torch.randn(2, n_seqs * 64, 8, 128, generator=generator, device=device).to(DTYPE) for _ in range(shape.n_layers)]
+    kv = [torch.randn(2, n_seqs * 64, 8, 128, generator=generator, device=device).to(DTYPE)
+          for _ in range(shape.n_layers)]
     for first in range(0, tokens - 64, 64):
         lens = torch.full((n_seqs,), first + 64, dtype=torch.int32, device=device)
         pages.step(starts * 64, lens, table, slots(first, 64).flatten(), first + 64)
@@ -430,9 +435,9 @@ def time_step(library, device, generator):
     build = lambda: pages.step(starts, lens, table, last, tokens)
     build()
     print("tiers of a sequence:", pages.tiers[0, :width].bincount().tolist(), flush=True)
-    print("tables of a step (once for all layers), us of device and host:", *(f"{t:.0f}" for t in timed(build, 60)), flush=True)
+    print("tables of a step (once for all layers), us of device and host: {:.0f} {:.0f}".format(*timed(build, 60)))
     pages.capture(1)
-    print("    by a graph:", *(f"{t:.0f}" for t in timed(build, 60)), flush=True)
+    print("    by a graph: {:.0f} {:.0f}".format(*timed(build, 60)), flush=True)
     batch = Batch(n_seqs, n_seqs, 1, tokens)
     graph = graph_of(lambda: machine.run(batch, q, k, v, out))
     whole = timed(graph.replay, 60)[0] / shape.n_layers

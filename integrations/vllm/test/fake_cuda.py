@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tqkv_cuda.Layer does, on the CPU, with plain rows in place of codes: rounded to 2^-6 in tier 0, 2^-5 in tier 1, and
-so on, so that an output shows which tier was read. For tests without a device; addresses are those of CPU tensors."""
+"""What tqkv_cuda.Layer does, on the CPU, with plain rows in place of codes: rounded to 2^-6 in tier 0, 2^-5 in tier 1,
+and so on, so that an output shows which tier was read. For tests without a device; addresses are of CPU tensors."""
 import ctypes
 import math
 

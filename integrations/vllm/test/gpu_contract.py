@@ -63,8 +63,8 @@ def check_classes():
     assert gpu_backend.GpuMetadataBuilder._cudagraph_support is contract.AttentionCGSupport.UNIFORM_BATCH
     assert gpu_backend.TurboquantGpuBackend.get_preferred_block_size(16) == 64
     names = {field.name for field in dataclasses.fields(contract.CommonAttentionMetadata)}
-    assert {"query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "num_reqs", "num_actual_tokens",
-            "max_seq_len", "block_table_tensor", "slot_mapping", "causal"} <= names
+    assert {"query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "num_reqs", "max_seq_len",
+            "num_actual_tokens", "block_table_tensor", "slot_mapping", "causal"} <= names
 
 
 def check_features():
@@ -127,7 +127,8 @@ def make_config(n_drafts=N_DRAFTS):
         model_config=types.SimpleNamespace(max_model_len=MAX_LEN), use_v2_model_runner=True,
         cache_config=types.SimpleNamespace(block_size=BLOCK),
         parallel_config=types.SimpleNamespace(decode_context_parallel_size=1, num_ubatches=0),
-        speculative_config=types.SimpleNamespace(num_speculative_tokens=n_drafts, parallel_drafting=False, method="ngram"),
+        speculative_config=types.SimpleNamespace(num_speculative_tokens=n_drafts, parallel_drafting=False,
+                                                 method="ngram"),
         kv_transfer_config=None,
         compilation_config=types.SimpleNamespace(static_forward_context={}, max_cudagraph_capture_size=8))
 
@@ -153,8 +154,8 @@ class Engine:
 
     @staticmethod
     def spec(layer):
-        return FullAttentionSpec(block_size=BLOCK, num_kv_heads=tiny.KV_HEADS, head_size=tiny.HEAD_SIZE, dtype=torch.uint8,
-                                 num_head_slots=1, state_content_bytes=layer.kv_cache.shape[-1])
+        return FullAttentionSpec(block_size=BLOCK, num_kv_heads=tiny.KV_HEADS, head_size=tiny.HEAD_SIZE,
+                                 dtype=torch.uint8, num_head_slots=1, state_content_bytes=layer.kv_cache.shape[-1])
 
     def common(self, before, n_new, n_padding=0):
         starts = torch.tensor([0, *n_new]).cumsum(0).to(torch.int32)
@@ -162,7 +163,8 @@ class Engine:
         slots = [self.blocks[r, p // BLOCK] * BLOCK + p % BLOCK for r, (first, n) in enumerate(zip(before, n_new))
                  for p in range(first, first + n)]
         return contract.CommonAttentionMetadata(
-            query_start_loc=starts, query_start_loc_cpu=starts.clone(), seq_lens=lens, seq_lens_cpu_upper_bound=lens.clone(),
+            query_start_loc=starts, query_start_loc_cpu=starts.clone(), seq_lens=lens,
+            seq_lens_cpu_upper_bound=lens.clone(),
             num_reqs=len(n_new), num_actual_tokens=len(slots) + n_padding, max_query_len=max(n_new),
             max_seq_len=int(lens.max()), block_table_tensor=self.blocks.to(torch.int32),
             slot_mapping=torch.tensor(slots + [-1] * n_padding, dtype=torch.int64))

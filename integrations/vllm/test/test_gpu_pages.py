@@ -58,7 +58,8 @@ class Engine:
             tokens = start + self.new_tokens(self.rng.randint(1, 330))
         if not blocks:  # what ended before
             for prefix, block in self.cached:
-                if tokens[:len(prefix)] == prefix and len(prefix) == (len(blocks) + 1) * self.block_tokens < len(tokens):
+                n = (len(blocks) + 1) * self.block_tokens
+                if tokens[:n] == prefix and n < len(tokens):
                     blocks.append(block)
             self.free = [block for block in self.free if block not in blocks]
             self.cached = [entry for entry in self.cached if entry[1] not in blocks]
@@ -101,7 +102,8 @@ class Engine:
         if rows:
             self.run(rows)
         for sequence, new, kept in rows:
-            sequence.tokens = sequence.tokens[:sequence.n_done] + new[:kept] + sequence.tokens[sequence.n_done + len(new):]
+            before, after = sequence.tokens[:sequence.n_done], sequence.tokens[sequence.n_done + len(new):]
+            sequence.tokens = before + new[:kept] + after
             sequence.n_done += kept
 
     def page_table(self, sequence):
@@ -121,8 +123,8 @@ class Engine:
         table[len(rows):] = self.rng.randrange(N_PAGES)
         starts += [starts[-1]] * n_padding
         padded = torch.tensor(slots + [-1] * (3 if n_padding else 0), dtype=torch.int64)
-        self.pages.step(torch.tensor(starts, dtype=torch.int32), torch.tensor(lens + [0] * n_padding, dtype=torch.int32),
-                        table, padded, max(lens))
+        self.pages.step(torch.tensor(starts, dtype=torch.int32),
+                        torch.tensor(lens + [0] * n_padding, dtype=torch.int32), table, padded, max(lens))
         self.store(rows, starts, slots)
         for r, row in enumerate(rows):
             self.check(r, row)

@@ -10,13 +10,13 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from turboquant_vllm import gpu_pages, model_plan
+from turboquant_vllm import gpu_pages, model_plan, vllm_adapter
 from turboquant_vllm.attention_backend import TurboquantBackend, TurboquantImpl
 from turboquant_vllm.gpu_pages import PAGE_TOKENS, Q_MAX
 from turboquant_vllm.model_plan import Refusal
 
-NO_LIBRARY = ("turboquant's CUDA library is not installed: pip install ./integrations/cuda builds it, with CMake and nvcc; or "
-              "name a libturboquant-cuda.so (cmake --preset cuda) in TQKV_CUDA_LIBRARY")
+NO_LIBRARY = ("turboquant's CUDA library is not installed: pip install ./integrations/cuda builds it, with CMake and "
+              "nvcc; or name a libturboquant-cuda.so (cmake --preset cuda) in TQKV_CUDA_LIBRARY")
 
 
 class TurboquantGpuBackend(TurboquantBackend):
@@ -89,8 +89,8 @@ def cuda_layer(layer_plan):
     try:
         layer = tqkv_cuda.Layer(library(), plan, layer_plan.index)
     except tqkv_cuda.Error as error:
-        raise Refusal("there are no CUDA kernels for this layer: heads have 64, 128 or 256 channels, K as many as V, all "
-                      "of them coded (the built-in plan f16 is not), in frames of whole 64 tokens") from error
+        raise Refusal("there are no CUDA kernels for this layer: heads have 64, 128 or 256 channels, K as many as V, "
+                      "all of them coded (the built-in plan f16 is not), in frames of whole 64 tokens") from error
     if layer.page_bytes(layer_plan.old_tier, PAGE_TOKENS) != PAGE_TOKENS * layer_plan.token_bytes:
         raise Refusal("libturboquant-cuda is of another version than the turboquant package: install both anew")
     return layer
@@ -151,7 +151,7 @@ class Shared:
 
     def __init__(self, vllm_config, device, n_blocks, block_size):
         from turboquant_vllm import gpu_layer
-        setups = [layer.turboquant for layer in vllm_config.compilation_config.static_forward_context.values()]
+        setups = vllm_adapter.setups(vllm_config)
         plans, sizes = [setup.plan for setup in setups], Sizes(vllm_config)
         self.block_size, self.max_seq_len = block_size, sizes.max_seq_len
         # While vLLM measures memory no copies have been counted, and there are none.
@@ -161,8 +161,8 @@ class Shared:
         tiers = tiers_for(plans, block_size, n_blocks, chosen)
         self.pages = gpu_pages.Pages(tiers, n_blocks * block_size // PAGE_TOKENS, sizes.max_seqs,
                                      -(-sizes.max_seq_len // PAGE_TOKENS), sizes.max_tokens, device)
-        self.workspace = gpu_layer.Workspace(sizes.workspace_bytes(plans), gpu_layer.slab_bytes(plan.shape for plan in plans),
-                                             device)
+        slab_bytes = gpu_layer.slab_bytes(plan.shape for plan in plans)
+        self.workspace = gpu_layer.Workspace(sizes.workspace_bytes(plans), slab_bytes, device)
         self.common = self.metadata = None
         if device.type == "cuda":
             self.pages.capture(sizes.q_len)
@@ -268,5 +268,6 @@ class TurboquantGpuImpl(TurboquantImpl):
             query, key = query[..., setup.channel_order], key[..., setup.channel_order]
         blocks = kv_cache.data_ptr()
         setup.gpu.store(blocks, attn_metadata.pages, key, value)
-        lse = setup.gpu.attend(blocks, attn_metadata.pages, batch, self.scale, query, key, value, output[:batch.n_tokens])
+        lse = setup.gpu.attend(blocks, attn_metadata.pages, batch, self.scale, query, key, value,
+                               output[:batch.n_tokens])
         return (output, lse) if self.need_to_return_lse_for_decode else output

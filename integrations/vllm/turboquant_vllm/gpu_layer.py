@@ -16,7 +16,7 @@ SLAB_TOKENS = 8192  # of a context that are unpacked at a time
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row of the batch that is not decoded: where its new tokens start in the batch, how many, and how many before."""
+    """A row of the batch that is not decoded: where in the batch its new tokens start, how many, how many before."""
     row: int
     start: int
     n_new: int
@@ -71,22 +71,29 @@ class GpuLayer:
         self.image = aligned(len(cuda.image), device)
         self.image.copy_(torch.frombuffer(bytearray(cuda.image), dtype=torch.uint8))
         cuda.device_image = self.image.data_ptr()
-        self.copies = [aligned(max(n, 1) * cuda.page_bytes(tier, PAGE_TOKENS), device) for tier, n in enumerate(n_copies)]
+        self.copies = [aligned(n_bytes, device) for n_bytes in self.copy_bytes(cuda, n_copies)]
+
+    @staticmethod
+    def copy_bytes(cuda, n_copies):
+        """By tier."""
+        return [max(n, 1) * cuda.page_bytes(tier, PAGE_TOKENS) for tier, n in enumerate(n_copies)]
 
     @staticmethod
     def bytes_beside(cuda, n_copies):
-        return len(cuda.image) + sum(max(n, 1) * cuda.page_bytes(tier, PAGE_TOKENS) for tier, n in enumerate(n_copies))
+        """Of image and copies, with what aligns them."""
+        sizes = [len(cuda.image), *GpuLayer.copy_bytes(cuda, n_copies)]
+        return sum(sizes) + 256 * len(sizes)
 
     def pools(self, blocks):
         return [*(pool.data_ptr() for pool in self.copies), blocks]
 
     def pages(self, blocks, pages):
-        return tqkv_cuda.Pages(self.pools(blocks), pages.block_table.data_ptr(), PAGE_TOKENS, pages.block_table.stride(0),
-                               pages.tiers.data_ptr(), pages.tiers.stride(0))
+        return tqkv_cuda.Pages(self.pools(blocks), pages.block_table.data_ptr(), PAGE_TOKENS,
+                               pages.block_table.stride(0), pages.tiers.data_ptr(), pages.tiers.stride(0))
 
     def store(self, blocks, pages, key, value):
-        """key, value: [tokens, KV heads, dim]. blocks: address of the engine's first page. One launch for each tier; few
-        tokens are a chain of latencies in each, so the launches run beside each other."""
+        """key, value: [tokens, KV heads, dim]. blocks: address of the engine's first page. One launch for each tier;
+        few tokens are a chain of latencies in each, so the launches run beside each other."""
         current = torch.cuda.current_stream() if key.is_cuda else None
         for tier, pool in reversed(list(enumerate(self.pools(blocks)))):
             is_last = tier == len(self.copies)
@@ -135,8 +142,8 @@ class GpuLayer:
         for first in range(0, prompt.n_context, SLAB_TOKENS):
             n = min(SLAB_TOKENS, prompt.n_context - first)
             k, v = self.workspace.slab.view(key.dtype)[:2 * n * key[0].numel()].view(2, n, *key.shape[1:])
-            self.cuda.unpack(tqkv_cuda.UnpackArgs(self.pages(blocks, pages), k.data_ptr(), v.data_ptr(), prompt.row, first,
-                                                  n, TYPES[k.dtype]), stream)
+            self.cuda.unpack(tqkv_cuda.UnpackArgs(self.pages(blocks, pages), k.data_ptr(), v.data_ptr(), prompt.row,
+                                                  first, n, TYPES[k.dtype]), stream)
             part, part_sums = flash(query, k, v, scale, causal=False)
             self.cuda.merge(whole.data_ptr(), sums.data_ptr(), part.data_ptr(), part_sums.data_ptr(), sums.numel(),
                             whole.shape[-1], TYPES[whole.dtype], stream)

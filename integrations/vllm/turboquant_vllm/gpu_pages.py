@@ -71,8 +71,8 @@ class Pages:
         self.graphs = []  # (inputs, graph), see capture()
 
     def step(self, query_start, seq_lens, block_table, slots, max_seq_len):
-        """query_start: [n + 1], seq_lens: [n] with the new tokens, block_table: [n][pages of 64 tokens], slots: [tokens]
-        page * 64 + cell, or -1 for padding; all on the device. max_seq_len: no sequence is longer."""
+        """query_start: [n + 1], seq_lens: [n] with the new tokens, block_table: [n][pages of 64 tokens], slots:
+        [tokens] page * 64 + cell, or -1 for padding; all on the device. max_seq_len: no sequence is longer."""
         n, width = len(seq_lens), -(-max_seq_len // PAGE_TOKENS)
         for inputs, graph in self.graphs:
             if n <= len(inputs[1]) and width <= inputs[2].shape[1] and len(slots) <= len(inputs[3]):
@@ -83,8 +83,8 @@ class Pages:
         self.tabulate(query_start, seq_lens, block_table[:, :width], slots)
 
     def capture(self, q_len):
-        """Graphs of step() for decodes, smallest first: it is many small operations, and a step waits for their launches.
-        They leave their inputs as they are here, so that a step fills in no more than it has."""
+        """Graphs of step() for decodes, smallest first: it is many small operations, and a step waits for their
+        launches. They leave their inputs as they are here, so that a step fills in no more than it has."""
         (max_seqs, max_pages), sizes = self.block_table.shape, [4, 2, 0]
         for n, width in sorted({(-(-max_seqs // 2**i), -(-max_pages // 2**j)) for i in sizes for j in sizes}):
             device = self.positions.device
@@ -111,8 +111,8 @@ class Pages:
         self.read(seq_lens, first, block_table.long())
 
     def write(self, query_start, seq_lens, first, slots):
-        """Copies for the new tokens. Pages that a prompt's end leaves out of reach go to the block alone, but for one that
-        has a copy already, which the first queries of this step may read."""
+        """Copies for the new tokens. Pages that a prompt's end leaves out of reach go to the block alone, but for one
+        that has a copy already, which the queries of this step may read."""
         token = self.range[:len(slots)]
         row = torch.searchsorted(query_start[1:], token, right=True).clamp_(max=len(seq_lens) - 1)
         first = first[row]

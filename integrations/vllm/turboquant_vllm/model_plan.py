@@ -59,6 +59,7 @@ class LayerPlan:
         self.plan = loaded or Plan.builtin(
             BUILTINS[name], PlanLayer(n_heads, n_kv_heads, head_size, head_size_v, window or 0))
         self.index = index if loaded else 0
+        self.cuda = None  # the tqkv_cuda.Layer on a device
         if self.index >= self.plan.n_layers:
             raise Refusal(f"layer {index}: the plan has {self.plan.n_layers} layers; it is of another model")
         self.shape = self.plan.layer(self.index)

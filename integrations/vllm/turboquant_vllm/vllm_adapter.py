@@ -32,6 +32,13 @@ class LayerSetup:
     limits: Limits
     plans: list = ()  # of all layers, in order
     n_blocks_counted: int = 0  # blocks of the engine whose copies were taken off its room
+    gpu: object = None  # the GpuLayer on a device, made at the first step
+
+
+def setups(vllm_config):
+    """The LayerSetup of each layer that has a cache."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return [layer.turboquant for layer in layers if hasattr(layer, "turboquant")]
 
 
 def name():
@@ -219,14 +226,14 @@ def memory_for_blocks(determine_available_memory):
 
 def bytes_beside_blocks(vllm_config, available):
     """What the layers' objects take at most."""
-    setups = [layer.turboquant for layer in vllm_config.compilation_config.static_forward_context.values()]
-    plans = [setup.plan for setup in setups]
+    of_layers = setups(vllm_config)
+    plans = [setup.plan for setup in of_layers]
     fixed, bytes_beside = 0, model_plan.bytes_beside
     if on_device():
         from turboquant_vllm import gpu_backend
         fixed, bytes_beside = gpu_backend.Sizes(vllm_config).fixed_bytes(plans), gpu_backend.bytes_beside
-    n_blocks, beside = model_plan.room_for(plans, setups[0].limits, vllm_config.cache_config.block_size,
+    n_blocks, beside = model_plan.room_for(plans, of_layers[0].limits, vllm_config.cache_config.block_size,
                                            available - fixed, bytes_beside)
-    for setup in setups:
+    for setup in of_layers:
         setup.plans, setup.n_blocks_counted = plans, n_blocks
     return beside + fixed
