@@ -254,8 +254,8 @@ class Server:
         self.graphs[q_len] = graph, buffers, sums
 
     def replay(self, work, q, k, v, out, sums):
-        """The same step once more. The eager one has as much work, so that splits are alike only where lengths are:
-        what differs is rounded differently, by less than bfloat16 shows more than once in a thousand."""
+        """The same step once more, by the graph: twice alike, and near to eager, which may cut sequences otherwise as it
+        is launched for their lengths."""
         graph, buffers, graph_sums = self.graphs[work[0][1]]
         for buffer, x in zip(buffers, (q, k, v)):
             buffer[:, :x.shape[1]] = x
