@@ -178,26 +178,28 @@ class Shared:
     def step(self, common, decode_threshold):
         """The metadata of a step, which vLLM asks for once for each kind of layer."""
         if self.common is not common:
-            self.fill(common)
-            self.common, self.metadata = common, GpuMetadata(self.pages, batch_of(common, decode_threshold))
+            max_seq_len = min(max(common.max_seq_len, 1), self.max_seq_len)  # what vLLM knows may be an upper bound
+            self.fill(common, max_seq_len)
+            self.common = common
+            self.metadata = GpuMetadata(self.pages, batch_of(common, decode_threshold, max_seq_len))
         return self.metadata
 
-    def fill(self, common):
+    def fill(self, common, max_seq_len):
         n, table = common.num_reqs, common.block_table_tensor
         if self.block_size > PAGE_TOKENS:
             n_pages = self.block_size // PAGE_TOKENS
             offsets = torch.arange(n_pages, dtype=table.dtype, device=table.device)
             table = (table.unsqueeze(2) * n_pages + offsets).flatten(1)
         self.pages.step(common.query_start_loc[:n + 1], common.seq_lens[:n], table[:n],
-                        common.slot_mapping[:common.num_actual_tokens], min(common.max_seq_len, self.max_seq_len))
+                        common.slot_mapping[:common.num_actual_tokens], max_seq_len)
 
 
-def batch_of(common, decode_threshold):
+def batch_of(common, decode_threshold, max_seq_len):
     from turboquant_vllm.gpu_layer import Batch, Prompt
     starts = common.query_start_loc_cpu[:common.num_reqs + 1].tolist()
     n_new = [end - start for start, end in zip(starts, starts[1:])]
     n_decodes = split_decodes_and_prefills(common, decode_threshold=decode_threshold)[0]
-    q_len = max(n_new[:n_decodes], default=1)
+    q_len = max([1, *n_new[:n_decodes]])
     rows = places = None
     if any(n != q_len for n in n_new[:n_decodes]):  # queries stand at the end of q_len places
         ends = common.query_start_loc[1:n_decodes + 1]
@@ -207,7 +209,7 @@ def batch_of(common, decode_threshold):
         places = (row + 1) * q_len - ends[row] + token
     prompts = tuple(Prompt(row, starts[row], n_new[row], int(common.seq_lens_cpu_upper_bound[row]) - n_new[row])
                     for row in range(n_decodes, common.num_reqs) if n_new[row] > 0)
-    return Batch(common.num_actual_tokens, n_decodes, q_len, common.max_seq_len, rows, places, prompts)
+    return Batch(common.num_actual_tokens, n_decodes, q_len, max_seq_len, rows, places, prompts)
 
 
 class GpuMetadataBuilder(AttentionMetadataBuilder[GpuMetadata]):
