@@ -227,7 +227,8 @@ def check_graphs():
     for name, x in vars(captured.pages).items():
         before[name] = x.data_ptr() if isinstance(x, torch.Tensor) else None
     common = engine.common([100, 70], [1, 1], n_padding=2)
-    common = common.replace(num_reqs=4, max_seq_len=MAX_LEN + 5, query_start_loc=torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32),
+    common = common.replace(num_reqs=4, max_seq_len=MAX_LEN + 5,
+                            query_start_loc=torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32),
                             query_start_loc_cpu=torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32),
                             seq_lens=torch.tensor([101, 71, 0, 0], dtype=torch.int32))
     assert engine.builders[0].build(0, common).batch.max_tokens == MAX_LEN
