@@ -98,8 +98,8 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer
  * seq_lens: device [n_seqs], 0 .. max_tokens. max_tokens bounds the work that is launched.
  * scale: of q.k. |error| of out is about 3e-4 of |out| beside float64 on the decoded rows. (Code 0 of
  * width 8, which is never written, counts as -128 here.)
- * workspace: device, 256-aligned, tqkv_cuda_decode_bytes of the same sizes (or larger ones) on this
- * device. It is zero before the first call; each call leaves it fit for the next.
+ * workspace: device, 256-aligned, at least tqkv_cuda_decode_bytes of these sizes on this device. It is
+ * zero before the first call; each call leaves it fit for the next, of any sizes and any layer.
  */
 typedef struct tqkv_cuda_decode_args {
     tqkv_cuda_pages pages;

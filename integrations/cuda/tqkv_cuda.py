@@ -5,6 +5,8 @@ Device memory goes in as addresses (tensor.data_ptr()) and streams as handles (s
 that nothing here depends on a framework. No call synchronises; all can be captured into graphs.
 """
 import ctypes as c
+import os
+import pathlib
 
 F32, F16, BF16 = 0, 1, 2
 TILE_TOKENS = 64
@@ -13,6 +15,12 @@ TIERS_MAX = 4
 
 class Error(RuntimeError):
     """A call returned a status other than 0."""
+
+
+def find():
+    """Path of the library: what TQKV_CUDA_LIBRARY names, or the one installed beside this file; None: neither."""
+    beside = pathlib.Path(__file__).with_name("libturboquant-cuda.so")
+    return os.environ.get("TQKV_CUDA_LIBRARY") or (str(beside) if beside.exists() else None)
 
 
 class Pages(c.Structure):
@@ -70,9 +78,6 @@ class Library:
     def destroy_plan(self, plan):
         self.lib.tqkv_plan_destroy(plan)
 
-    def merge(self, out_a, lse_a, out_b, lse_b, n_rows, dim, kind, stream):
-        check(self.lib.tqkv_cuda_merge(out_a, lse_a, out_b, lse_b, n_rows, dim, kind, stream))
-
 
 class Layer:
     """One layer of a plan. The plan may be destroyed afterwards.
@@ -97,6 +102,9 @@ class Layer:
 
     def decode_bytes(self, n_seqs, q_len, max_tokens):
         return self.lib.tqkv_cuda_decode_bytes(self.handle, c.c_uint32(n_seqs), c.c_uint32(q_len), c.c_uint32(max_tokens))
+
+    def merge(self, out_a, lse_a, out_b, lse_b, n_rows, dim, kind, stream):
+        check(self.lib.tqkv_cuda_merge(out_a, lse_a, out_b, lse_b, n_rows, dim, kind, stream))
 
     def _launch(self, function, args, stream):
         check(function(self.handle, c.c_void_p(self.device_image), c.byref(args), c.c_void_p(stream)))

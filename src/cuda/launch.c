@@ -15,6 +15,7 @@
 #define FETCHED_UNITS_MAX 4 /* a unit for each warp; more were not faster */
 #define LOG2_E 1.44269504f
 #define SEQUENCES_MAX 65535u /* of a grid's third dimension */
+#define COUNTERS 16384u /* of arrivals: one place in the workspace for all sizes, so that no call writes there */
 
 static bool type_is_good(tqkv_cuda_type type)
 {
@@ -104,6 +105,8 @@ static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan,
     uint32_t best = 1;
     float least = INFINITY;
 
+    if (n > COUNTERS)
+        return 1;
     /* Rounds of blocks, in tiles of a warp, and what each block costs besides. */
     for (uint32_t splits = 1; splits <= most; splits++) {
         const uint32_t tiles = tqkvi_div_up(by_tiles, splits),
@@ -185,7 +188,7 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
     plan->means_bytes = aligned(rows * sizeof(float));
     plan->parts_bytes =
         aligned(tiles * plan->n_splits * part_floats * sizeof(float));
-    plan->arrivals_bytes = aligned(tiles * sizeof(uint32_t));
+    plan->arrivals_bytes = COUNTERS * sizeof(uint32_t);
     return tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes, false) <=
            SHARED_BYTES_MAX;
 }
@@ -211,7 +214,7 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
         !plan_decode(layer, args->n_seqs, args->q_len, args->max_tokens, &plan))
         return TQKV_ERR_INVALID_ARG;
 
-    /* Counters first: where they are does not depend on the sizes of a call. */
+    /* Counters first: where they are, and what else is there, does not depend on the sizes of a call. */
     uint8_t *next = args->workspace;
     tqkvc_decode p = {.frames = {.shape = layer->shape,
                                  .image = image,

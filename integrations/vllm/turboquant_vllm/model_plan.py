@@ -59,6 +59,7 @@ class LayerPlan:
         self.plan = loaded or Plan.builtin(
             BUILTINS[name], PlanLayer(n_heads, n_kv_heads, head_size, head_size_v, window or 0))
         self.index = index if loaded else 0
+        self.cuda = None  # the tqkv_cuda.Layer on a device
         if self.index >= self.plan.n_layers:
             raise Refusal(f"layer {index}: the plan has {self.plan.n_layers} layers; it is of another model")
         self.shape = self.plan.layer(self.index)
@@ -138,12 +139,13 @@ def bytes_beside(plans, limits, block_size, n_blocks, n_sequences):
     return sum(turboquant.paged_bytes(paged_config(plan, limits, block_size, n_blocks, n_sequences)) for plan in plans)
 
 
-def copies_for(plans, limits, block_size, n_blocks):
+def copies_for(plans, limits, block_size, n_blocks, bytes_beside=bytes_beside):
     """Sequences for which each younger tier holds copies beside n_blocks of the engine; the same in all layers.
 
     Blocks and copies together take what the plan promised for its context, so the room for tokens is the promised
     one. The youngest tier matters most: as many sequences as may run, but eight times as many as fit at the plan's
     context. Then the older ones, for as many as fit there, and what is left is for prompts that no sequence uses now.
+    bytes_beside: on a device it is that of gpu_backend.
     """
     n_tokens = n_blocks * block_size
     budget = n_tokens * sum(plan.spare_bytes for plan in plans)
@@ -161,9 +163,10 @@ def copies_for(plans, limits, block_size, n_blocks):
     return chosen
 
 
-def room_for(plans, limits, block_size, available):
+def room_for(plans, limits, block_size, available, bytes_beside=bytes_beside):
     """(blocks, bytes of copies and tables beside them) in all layers, of the bytes that are available."""
     block_bytes = block_size * sum(plan.token_bytes for plan in plans)
     n_blocks = max(1, int(available // (block_bytes + block_size * sum(plan.spare_bytes for plan in plans))))
     n_most = max(1, available // block_bytes)  # if there were no copies: tables are as long
-    return n_blocks, bytes_beside(plans, limits, block_size, n_most, copies_for(plans, limits, block_size, n_blocks))
+    return n_blocks, bytes_beside(plans, limits, block_size, n_most,
+                                  copies_for(plans, limits, block_size, n_blocks, bytes_beside))

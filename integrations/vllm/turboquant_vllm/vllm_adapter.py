@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ties the backend into vLLM, each part behind a test for the feature that it needs.
 
-    register_backend(CPU_ATTN)              whose attention runs
+    register_backend(CPU_ATTN or CUSTOM)    whose attention runs
+    CudaPlatform.get_attn_backend_cls       CUSTOM without being asked for
     Attention.get_kv_cache_spec             bytes of a token, layer by layer
-    CPUWorker.determine_available_memory    copies of young tokens are taken off the room for blocks
+    Worker.determine_available_memory       copies of young tokens are taken off the room for blocks
     kv_cache_utils.resolve_none_hash_seed   prefix hashes of two plans differ
     KVCacheManager.get_computed_blocks      the newest tokens of a prefix hit are read again if their copies are gone
 """
@@ -31,32 +32,54 @@ class LayerSetup:
     limits: Limits
     plans: list = ()  # of all layers, in order
     n_blocks_counted: int = 0  # blocks of the engine whose copies were taken off its room
+    gpu: object = None  # the GpuLayer on a device, made at the first step
+
+
+def setups(vllm_config):
+    """The LayerSetup of each layer that has a cache."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return [layer.turboquant for layer in layers if hasattr(layer, "turboquant")]
 
 
 def name():
     """The adapter for the vLLM that is installed."""
-    missing = missing_features()
+    missing = missing_features(on_device())
     if missing:
         raise Refusal("this vLLM has no " + ", no ".join(missing) + ", which turboquant needs")
     return "packed state bytes in FullAttentionSpec"
 
 
-def missing_features():
+def on_device():
+    """Whether this vLLM runs on CUDA devices."""
+    from vllm.platforms import current_platform
+    return current_platform.is_cuda()
+
+
+def missing_features(on_device):
     from vllm.model_executor.layers import rotary_embedding
     from vllm.v1.attention.backends import registry
+    from vllm.v1.attention import backend
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     fields = {field.name for field in dataclasses.fields(FullAttentionSpec)}
     features = {
         "register_backend": hasattr(registry, "register_backend"),
-        "CPU_ATTN backend": "CPU_ATTN" in registry.AttentionBackendEnum.__members__,
         "state_content_bytes in FullAttentionSpec": {"num_head_slots", "state_content_bytes"} <= fields,
         "resolve_none_hash_seed": hasattr(kv_cache_utils, "resolve_none_hash_seed"),
         "truncate_computed_blocks in KVCacheManager": {"get_computed_blocks", "truncate_computed_blocks",
                                                        "evict_blocks"} <= set(vars(KVCacheManager)),
         "_ROPE_DICT": hasattr(rotary_embedding, "_ROPE_DICT"),
     }
+    if on_device:
+        steps = {field.name for field in dataclasses.fields(backend.CommonAttentionMetadata)}
+        features |= {
+            "CUSTOM backend": "CUSTOM" in registry.AttentionBackendEnum.__members__,
+            "seq_lens_cpu_upper_bound in CommonAttentionMetadata": "seq_lens_cpu_upper_bound" in steps,
+            "reorder_batch_threshold": hasattr(backend.AttentionMetadataBuilder, "_init_reorder_batch_threshold"),
+        }
+    else:
+        features["CPU_ATTN backend"] = "CPU_ATTN" in registry.AttentionBackendEnum.__members__
     return [feature for feature, there in features.items() if not there]
 
 
@@ -69,11 +92,29 @@ def install(plan):
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     model_plan.load_plan(plan)
-    register_backend(AttentionBackendEnum.CPU_ATTN, "turboquant_vllm.attention_backend.TurboquantBackend")
+    if on_device():
+        from vllm.platforms import current_platform
+        register_backend(AttentionBackendEnum.CUSTOM, "turboquant_vllm.gpu_backend.TurboquantGpuBackend")
+        choose_custom(type(current_platform))
+    else:
+        register_backend(AttentionBackendEnum.CPU_ATTN, "turboquant_vllm.attention_backend.TurboquantBackend")
     Attention.get_kv_cache_spec = compressed_spec(Attention.get_kv_cache_spec, plan)
     MLAAttention.get_kv_cache_spec = refuse_mla
     kv_cache_utils.resolve_none_hash_seed = seed_with_plan(kv_cache_utils.resolve_none_hash_seed, plan)
     KVCacheManager.get_computed_blocks = worth_finding(KVCacheManager.get_computed_blocks, plan)
+
+
+def choose_custom(platform):
+    """vLLM checks the backend against the model as one that the user has named."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    get_attn_backend_cls = platform.get_attn_backend_cls.__func__
+
+    @functools.wraps(get_attn_backend_cls)
+    def chosen(cls, selected_backend, *arguments, **options):
+        if selected_backend not in (None, AttentionBackendEnum.CUSTOM):
+            raise Refusal(f"--attention-backend {selected_backend.name} contradicts TQKV_PLAN: leave it away")
+        return get_attn_backend_cls(cls, AttentionBackendEnum.CUSTOM, *arguments, **options)
+    platform.get_attn_backend_cls = classmethod(chosen)
 
 
 def worth_finding(get_computed_blocks, plan):
@@ -128,6 +169,9 @@ def set_up(layer, vllm_config, plan):
         layer_plan = LayerPlan(plan, extract_layer_index(layer.layer_name), layer.num_heads, layer.num_kv_heads,
                                layer.head_size, layer.head_size_v, layer.sliding_window,
                                get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        if on_device():
+            from turboquant_vllm import gpu_backend
+            layer_plan.cuda = gpu_backend.cuda_layer(layer_plan)
         return LayerSetup(plan=layer_plan,
                           channel_order=model_plan.channel_order(layer_plan, list(_ROPE_DICT.values())),
                           limits=Limits(vllm_config.scheduler_config.max_num_seqs,
@@ -140,7 +184,7 @@ def set_up(layer, vllm_config, plan):
 def refuse_config(vllm_config):
     from vllm.model_executor.layers.attention import Attention
     parallel, cache, speculative = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.speculative_config
-    for option in ("pipeline_parallel_size", "decode_context_parallel_size"):
+    for option in ("pipeline_parallel_size", "decode_context_parallel_size", "num_ubatches"):
         if getattr(parallel, option, 1) > 1:
             raise Refusal(f"{option} above 1 is not supported by turboquant")
     if vllm_config.kv_transfer_config is not None or getattr(cache, "kv_offloading_size", None):
@@ -150,8 +194,12 @@ def refuse_config(vllm_config):
     if speculative and speculative.method not in DRAFTS_WITHOUT_A_MODEL:
         raise Refusal(f"speculative method {speculative.method} is not supported by turboquant, "
                       f"only {' and '.join(DRAFTS_WITHOUT_A_MODEL)}")
-    if cache.block_size % 16 != 0:
-        raise Refusal(f"--block-size {cache.block_size} is not a multiple of 16, which turboquant needs")
+    if on_device():
+        from turboquant_vllm import gpu_backend
+        gpu_backend.Sizes(vllm_config)
+    unit = 64 if on_device() else 16
+    if cache.block_size % unit != 0:
+        raise Refusal(f"--block-size {cache.block_size} is not a multiple of {unit}, which turboquant needs")
     for layer_name, layer in vllm_config.compilation_config.static_forward_context.items():
         if hasattr(layer, "get_kv_cache_spec") and type(layer) is not Attention:
             raise Refusal(f"{layer_name}: a cache of {type(layer).__name__} is not supported by turboquant")
@@ -160,7 +208,8 @@ def refuse_config(vllm_config):
 @functools.cache
 def reserve_memory():
     """By now the worker's module is loaded, and its memory is not yet shared out."""
-    worker = sys.modules["vllm.v1.worker.cpu_worker"].CPUWorker
+    worker = (sys.modules["vllm.v1.worker.gpu_worker"].Worker if on_device()
+              else sys.modules["vllm.v1.worker.cpu_worker"].CPUWorker)
     worker.determine_available_memory = memory_for_blocks(worker.determine_available_memory)
 
 
@@ -177,9 +226,14 @@ def memory_for_blocks(determine_available_memory):
 
 def bytes_beside_blocks(vllm_config, available):
     """What the layers' objects take at most."""
-    setups = [layer.turboquant for layer in vllm_config.compilation_config.static_forward_context.values()]
-    plans = [setup.plan for setup in setups]
-    n_blocks, beside = model_plan.room_for(plans, setups[0].limits, vllm_config.cache_config.block_size, available)
-    for setup in setups:
+    of_layers = setups(vllm_config)
+    plans = [setup.plan for setup in of_layers]
+    fixed, bytes_beside = 0, model_plan.bytes_beside
+    if on_device():
+        from turboquant_vllm import gpu_backend
+        fixed, bytes_beside = gpu_backend.Sizes(vllm_config).fixed_bytes(plans), gpu_backend.bytes_beside
+    n_blocks, beside = model_plan.room_for(plans, of_layers[0].limits, vllm_config.cache_config.block_size,
+                                           available - fixed, bytes_beside)
+    for setup in of_layers:
         setup.plans, setup.n_blocks_counted = plans, n_blocks
-    return beside
+    return beside + fixed

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tqkv_cuda.Layer does, on the CPU, with plain rows in place of codes: rounded to 2^-6 in tier 0, 2^-5 in tier 1,
+and so on, so that an output shows which tier was read. For tests without a device; addresses are of CPU tensors."""
+import ctypes
+import math
+
+import torch
+import tqkv_cuda
+
+DTYPES = {tqkv_cuda.F32: torch.float32, tqkv_cuda.F16: torch.float16, tqkv_cuda.BF16: torch.bfloat16}
+
+
+def at(address, dtype, *shape, stride=None):
+    """The tensor that begins at an address. stride: of the first dimension, in elements."""
+    stride = (stride or math.prod(shape[1:]),) + tuple(math.prod(shape[i + 1:]) for i in range(1, len(shape)))
+    n_bytes = (1 + sum((n - 1) * s for n, s in zip(shape, stride))) * dtype.itemsize
+    return torch.frombuffer((ctypes.c_char * n_bytes).from_address(address), dtype=dtype).as_strided(shape, stride)
+
+
+def rounded(x, tier):
+    return torch.round(x.float() * 2 ** (6 - tier)) / 2 ** (6 - tier)
+
+
+class Layer:
+    def __init__(self, n_heads, n_kv_heads, dim, n_tiers):
+        self.n_heads, self.n_kv_heads, self.dim, self.n_tiers = n_heads, n_kv_heads, dim, n_tiers
+        self.image, self.device_image, self.calls = bytes(256), None, []
+
+    def page_bytes(self, tier, page_tokens):
+        return page_tokens * self.n_kv_heads * self.dim * 2 * 4
+
+    def decode_bytes(self, n_seqs, q_len, max_tokens):
+        return 256 * n_seqs * q_len
+
+    def cells(self, pool, slots):
+        """K and V of these slots: [n][2][KV heads][dim], a view of none of them."""
+        n = int(slots.max()) + 1
+        return at(pool, torch.float32, n, 2, self.n_kv_heads, self.dim)
+
+    def store(self, args, stream):
+        self.calls.append("store")
+        slots = at(args.slots, torch.int64, args.n_tokens)
+        live = slots >= 0
+        if not live.any():
+            return
+        shape = (args.n_tokens, self.n_kv_heads, self.dim)
+        rows = [at(x, DTYPES[args.type], *shape, stride=stride) for x, stride in ((args.k, args.k_token_stride),
+                                                                                (args.v, args.v_token_stride))]
+        self.cells(args.pool, slots)[slots[live]] = rounded(torch.stack(rows, 1)[live], args.tier)
+
+    def rows(self, pages, sequence, first, n):
+        """K and V of tokens of a sequence: [n][2][KV heads][dim]."""
+        got = torch.empty(n, 2, self.n_kv_heads, self.dim)
+        for index in range(first // 64, -(-(first + n) // 64)):
+            page = at(pages.block_table + 4 * (sequence * pages.table_stride + index), torch.int32, 1)
+            tier = at(pages.tiers + sequence * pages.tiers_stride + index, torch.uint8, 1)
+            slots = int(page) * 64 + torch.arange(64)
+            here = slice(index * 64 - first, min(n, (index + 1) * 64 - first))
+            got[here] = self.cells(pages.pool[int(tier)], slots)[slots[:here.stop - here.start]]
+        return got
+
+    def decode(self, args, stream):
+        self.calls.append(f"decode {args.n_seqs} x {args.q_len}")
+        shape = (args.n_seqs, args.q_len, self.n_heads, self.dim)
+        q, out = at(args.q, DTYPES[args.type], *shape), at(args.out, DTYPES[args.type], *shape)
+        lse, lens = at(args.lse, torch.float32, *shape[:3]), at(args.seq_lens, torch.int32, args.n_seqs)
+        out.zero_(), lse.fill_(-math.inf)
+        for r, length in enumerate(lens.tolist()):
+            for i in range(args.q_len):
+                n = length - args.q_len + i + 1
+                if n > 0:
+                    out[r, i], lse[r, i] = attention(q[r, i], self.rows(args.pages, r, 0, n), args.scale)
+
+    def unpack(self, args, stream):
+        self.calls.append(f"unpack {args.n_tokens} of {args.sequence}")
+        rows = self.rows(args.pages, args.sequence, args.first, args.n_tokens)
+        for side, address in enumerate((args.k, args.v)):
+            at(address, DTYPES[args.type], args.n_tokens, self.n_kv_heads, self.dim).copy_(rows[:, side])
+
+    def merge(self, out_a, lse_a, out_b, lse_b, n_rows, dim, kind, stream):
+        self.calls.append("merge")
+        outs = [at(x, DTYPES[kind], n_rows, dim) for x in (out_a, out_b)]
+        sums = [at(x, torch.float32, n_rows) for x in (lse_a, lse_b)]
+        total = torch.logaddexp(*sums)
+        outs[0].copy_(sum(out.float() * (lse - total).exp().unsqueeze(1) for out, lse in zip(outs, sums)))
+        sums[0].copy_(total)
+
+
+def attention(q, rows, scale):
+    """q: [heads, dim]; rows: [n][2][KV heads][dim]. Output [heads, dim] and log of sums [heads]."""
+    k, v = (rows[:, side].double().repeat_interleave(len(q) // rows.shape[2], 1) for side in (0, 1))
+    scores = torch.einsum("hd,nhd->hn", q.double(), k) * scale
+    lse = scores.logsumexp(1)
+    return torch.einsum("hn,nhd->hd", (scores - lse.unsqueeze(1)).exp(), v).to(q.dtype), lse.float()

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backend on CUDA devices, AttentionBackendEnum.CUSTOM: vLLM's metadata to gpu_pages and gpu_layer."""
+import functools
+import pathlib
+import tempfile
+import weakref
+from dataclasses import dataclass
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, MultipleOf
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from turboquant_vllm import gpu_pages, model_plan, vllm_adapter
+from turboquant_vllm.attention_backend import TurboquantBackend, TurboquantImpl
+from turboquant_vllm.gpu_pages import PAGE_TOKENS, Q_MAX
+from turboquant_vllm.model_plan import Refusal
+
+NO_LIBRARY = ("turboquant's CUDA library is not installed: pip install ./integrations/cuda builds it, with CMake and "
+              "nvcc; or name a libturboquant-cuda.so (cmake --preset cuda) in TQKV_CUDA_LIBRARY")
+
+
+class TurboquantGpuBackend(TurboquantBackend):
+    supported_dtypes = [torch.float16, torch.bfloat16]
+
+    @staticmethod
+    def get_name():
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls():
+        return TurboquantGpuImpl
+
+    @staticmethod
+    def get_builder_cls():
+        return GpuMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None):
+        return [MultipleOf(PAGE_TOKENS)]
+
+    @classmethod
+    def get_supported_head_sizes(cls):
+        return [64, 128, 256]
+
+    @classmethod
+    def supports_compute_capability(cls, capability):
+        return capability >= (8, 0)
+
+    @classmethod
+    def supports_sliding_window(cls):
+        return False
+
+    @classmethod
+    def supports_sink(cls):
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls):
+        return False
+
+
+@functools.cache
+def library():
+    try:
+        import tqkv_cuda
+    except ImportError as error:
+        raise Refusal(NO_LIBRARY) from error
+    path = tqkv_cuda.find()
+    if path is None:
+        raise Refusal(NO_LIBRARY)
+    return tqkv_cuda.Library(path)
+
+
+@functools.cache
+def cuda_plan(plan):
+    """The plan in the CUDA library, which may be another build than the one that `plan` lives in."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "plan.tqkv"
+        plan.save(path)
+        return library().read_plan(path.read_bytes())
+
+
+def cuda_layer(layer_plan):
+    """The tqkv_cuda.Layer of a LayerPlan."""
+    import tqkv_cuda
+    if layer_plan.shape.window:
+        raise Refusal("sliding windows have no CUDA kernels in turboquant")
+    plan = cuda_plan(layer_plan.plan)
+    try:
+        layer = tqkv_cuda.Layer(library(), plan, layer_plan.index)
+    except tqkv_cuda.Error as error:
+        raise Refusal("there are no CUDA kernels for this layer: heads have 64, 128 or 256 channels, K as many as V, "
+                      "all of them coded (the built-in plan f16 is not), in frames of whole 64 tokens") from error
+    if layer.page_bytes(layer_plan.old_tier, PAGE_TOKENS) != PAGE_TOKENS * layer_plan.token_bytes:
+        raise Refusal("libturboquant-cuda is of another version than the turboquant package: install both anew")
+    return layer
+
+
+class Sizes:
+    """What the scheduler and the model ask for."""
+
+    def __init__(self, vllm_config):
+        self.max_seqs = vllm_config.scheduler_config.max_num_seqs
+        self.max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens,
+                              vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        self.max_seq_len = vllm_config.model_config.max_model_len
+        speculative = vllm_config.speculative_config
+        self.q_len = 1 + (speculative.num_speculative_tokens if speculative else 0)
+        if self.q_len > Q_MAX:
+            raise Refusal(f"more than {Q_MAX - 1} speculative tokens have no CUDA kernels in turboquant")
+
+    def workspace_bytes(self, plans):
+        from turboquant_vllm import gpu_layer
+        shapes = {(plan.shape.n_heads, plan.shape.n_kv_heads, plan.shape.k_dim): plan.cuda for plan in plans}
+        return max(gpu_layer.workspace_bytes(cuda, self.max_seqs, range(1, self.q_len + 1), self.max_seq_len)
+                   for cuda in shapes.values())
+
+    def fixed_bytes(self, plans):
+        """Beside blocks and copies."""
+        from turboquant_vllm import gpu_layer
+        images = sum(gpu_layer.GpuLayer.bytes_beside(plan.cuda, ()) for plan in plans)
+        return images + self.workspace_bytes(plans) + gpu_layer.slab_bytes(plan.shape for plan in plans)
+
+
+def tiers_for(plans, block_size, n_blocks, n_sequences):
+    """The gpu_pages.Tiers of all layers: each tier is as long as in the layer where it is longest."""
+    n_young = plans[0].old_tier
+    tokens = [max(plan.shape.tier_tokens[tier] for plan in plans) for tier in range(n_young)]
+    return gpu_pages.tiers_of(tokens, plans[0].plan.n_sinks, n_sequences, n_blocks * block_size // PAGE_TOKENS)
+
+
+def bytes_beside(plans, limits, block_size, n_blocks, n_sequences):
+    """Copies and tables beside n_blocks of the engine; stands in for model_plan.bytes_beside."""
+    from turboquant_vllm.gpu_layer import GpuLayer
+    tiers = tiers_for(plans, block_size, n_blocks, n_sequences)
+    n_pages = n_blocks * block_size // PAGE_TOKENS
+    copies = sum(GpuLayer.bytes_beside(plan.cuda, tiers.n_copies) - len(plan.cuda.image) for plan in plans)
+    return copies + 8 * len(tiers.reach) * (n_pages + 2 * max(tiers.n_copies, default=0))
+
+
+@dataclass
+class GpuMetadata:
+    """One step: tables on the device, sizes on the host."""
+    pages: gpu_pages.Pages
+    batch: object  # gpu_layer.Batch
+
+
+class Shared:
+    """What the builders of all layers have in common: the tables, made once a step."""
+    of_engines = weakref.WeakValueDictionary()
+
+    def __init__(self, vllm_config, device, n_blocks, block_size):
+        from turboquant_vllm import gpu_layer
+        setups = vllm_adapter.setups(vllm_config)
+        plans, sizes = [setup.plan for setup in setups], Sizes(vllm_config)
+        self.block_size, self.max_seq_len = block_size, sizes.max_seq_len
+        # While vLLM measures memory no copies have been counted, and there are none.
+        counted = min(n_blocks, setups[0].n_blocks_counted)
+        chosen = model_plan.copies_for(plans, setups[0].limits, block_size, counted, bytes_beside) if counted else (
+            [0] * plans[0].old_tier)
+        tiers = tiers_for(plans, block_size, n_blocks, chosen)
+        self.pages = gpu_pages.Pages(tiers, n_blocks * block_size // PAGE_TOKENS, sizes.max_seqs,
+                                     -(-sizes.max_seq_len // PAGE_TOKENS), sizes.max_tokens, device)
+        slab_bytes = gpu_layer.slab_bytes(plan.shape for plan in plans)
+        self.workspace = gpu_layer.Workspace(sizes.workspace_bytes(plans), slab_bytes, device)
+        self.common = self.metadata = None
+        if device.type == "cuda":
+            self.pages.capture(sizes.q_len)
+
+    @classmethod
+    def of(cls, vllm_config, device, n_blocks, block_size):
+        key = id(vllm_config), n_blocks, block_size
+        shared = cls.of_engines.get(key)
+        if shared is None:
+            shared = cls.of_engines[key] = cls(vllm_config, device, n_blocks, block_size)
+        return shared
+
+    def step(self, common, decode_threshold):
+        """The metadata of a step, which vLLM asks for once for each kind of layer."""
+        if self.common is not common:
+            max_seq_len = min(max(common.max_seq_len, 1), self.max_seq_len)  # what vLLM knows may be an upper bound
+            self.fill(common, max_seq_len)
+            self.common = common
+            self.metadata = GpuMetadata(self.pages, batch_of(common, decode_threshold, max_seq_len))
+        return self.metadata
+
+    def fill(self, common, max_seq_len):
+        n, table = common.num_reqs, common.block_table_tensor
+        if self.block_size > PAGE_TOKENS:
+            n_pages = self.block_size // PAGE_TOKENS
+            offsets = torch.arange(n_pages, dtype=table.dtype, device=table.device)
+            table = (table.unsqueeze(2) * n_pages + offsets).flatten(1)
+        self.pages.step(common.query_start_loc[:n + 1], common.seq_lens[:n], table[:n],
+                        common.slot_mapping[:common.num_actual_tokens], max_seq_len)
+
+
+def batch_of(common, decode_threshold, max_seq_len):
+    from turboquant_vllm.gpu_layer import Batch, Prompt
+    starts = common.query_start_loc_cpu[:common.num_reqs + 1].tolist()
+    n_new = [end - start for start, end in zip(starts, starts[1:])]
+    n_decodes = split_decodes_and_prefills(common, decode_threshold=decode_threshold)[0]
+    q_len = max([1, *n_new[:n_decodes]])
+    rows = places = None
+    if any(n != q_len for n in n_new[:n_decodes]):  # queries stand at the end of q_len places
+        ends = common.query_start_loc[1:n_decodes + 1]
+        rows = (ends.unsqueeze(1) - q_len + torch.arange(q_len, device=ends.device)).clamp_(min=0).flatten()
+        token = torch.arange(starts[n_decodes], dtype=ends.dtype, device=ends.device)
+        row = torch.searchsorted(ends, token, right=True)
+        places = (row + 1) * q_len - ends[row] + token
+    prompts = tuple(Prompt(row, starts[row], n_new[row], int(common.seq_lens_cpu_upper_bound[row]) - n_new[row])
+                    for row in range(n_decodes, common.num_reqs) if n_new[row] > 0)
+    return Batch(common.num_actual_tokens, n_decodes, q_len, max_seq_len, rows, places, prompts)
+
+
+class GpuMetadataBuilder(AttentionMetadataBuilder[GpuMetadata]):
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.shared = None  # made at the first step, when the layers have their blocks
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        if common_attn_metadata.causal is not True:
+            raise Refusal("attention that is not causal is not supported by turboquant")
+        if self.shared is None:
+            with torch.inference_mode(False):  # these tensors are written in later steps too
+                self.prepare()
+        return self.shared.step(common_attn_metadata, self.reorder_batch_threshold)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata):
+        """A graph is replayed for sequences of any length."""
+        common_attn_metadata.max_seq_len = self.vllm_config.model_config.max_model_len
+        return self.build(0, common_attn_metadata)
+
+    def prepare(self):
+        from turboquant_vllm.gpu_layer import GpuLayer
+        layers = [self.vllm_config.compilation_config.static_forward_context[name] for name in self.layer_names]
+        for layer in layers:
+            n_blocks, _, block_size, _ = layer.kv_cache.shape
+            if not layer.kv_cache.is_contiguous() or layer.kv_cache.data_ptr() % 16 != 0:
+                raise Refusal(f"{layer.layer_name}: the blocks of the KV cache layout are not contiguous")
+            self.shared = Shared.of(self.vllm_config, self.device, n_blocks, block_size)
+            layer.turboquant.gpu = GpuLayer(layer.turboquant.plan.cuda, self.shared.pages.tiers_young.n_copies,
+                                            self.shared.workspace, self.device)
+            if layer.turboquant.channel_order is not None:
+                layer.turboquant.channel_order = layer.turboquant.channel_order.to(self.device)
+
+
+class TurboquantGpuImpl(TurboquantImpl):
+    can_return_lse_for_decode = True
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if self.logits_soft_cap > 0:
+            raise Refusal("a soft cap on attention logits has no CUDA kernels in turboquant")
+        if self.sinks is not None:
+            raise Refusal("attention sinks of a model have no CUDA kernels in turboquant")
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None,
+                output_block_scale=None):
+        """As TurboquantImpl.forward, on the current stream; with the log of the sums where vLLM asks for it."""
+        if output_scale is not None or output_block_scale is not None:
+            raise Refusal("fused quantisation of attention's output is not supported by turboquant")
+        if attn_metadata is None:  # profiling
+            return output.zero_()
+        setup, batch = layer.turboquant, attn_metadata.batch
+        query, key, value = query[:batch.n_tokens], key[:batch.n_tokens], value[:batch.n_tokens]
+        if setup.channel_order is not None:
+            query, key = query[..., setup.channel_order], key[..., setup.channel_order]
+        blocks = kv_cache.data_ptr()
+        setup.gpu.store(blocks, attn_metadata.pages, key, value)
+        lse = setup.gpu.attend(blocks, attn_metadata.pages, batch, self.scale, query, key, value,
+                               output[:batch.n_tokens])
+        return (output, lse) if self.need_to_return_lse_for_decode else output

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launches of one layer: new tokens into blocks and copies, attention of decodes and of prompts. No vLLM needed.
+
+Everything runs on torch's current stream, waits for nothing and, for decodes, can be captured into a graph.
+"""
+from dataclasses import dataclass
+
+import torch
+import tqkv_cuda
+
+from turboquant_vllm.gpu_pages import PAGE_TOKENS
+
+TYPES = {torch.float16: tqkv_cuda.F16, torch.bfloat16: tqkv_cuda.BF16}
+SLAB_TOKENS = 8192  # of a context that are unpacked at a time
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row of the batch that is not decoded: where in the batch its new tokens start, how many, how many before."""
+    row: int
+    start: int
+    n_new: int
+    n_context: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the host knows of a step. The first n_decodes rows have q_len new tokens each, or, with `rows` and `places`,
+    up to q_len: rows [n_decodes * q_len] are the tokens that the queries are taken from, places [tokens] where the
+    outputs of the tokens are among these."""
+    n_tokens: int
+    n_decodes: int = 0
+    q_len: int = 1
+    max_tokens: int = 1  # no decode reads more
+    rows: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    prompts: tuple = ()
+
+
+def aligned(n_bytes, device):
+    """Zeros from an address that is a multiple of 256 on."""
+    memory = torch.zeros(n_bytes + 256, dtype=torch.uint8, device=device)
+    return memory[-memory.data_ptr() % 256:][:n_bytes]
+
+
+def workspace_bytes(layer, max_seqs, q_lens, max_tokens):
+    """That decodes of all sizes need; fewer sequences can need more, as their tokens are split among more blocks."""
+    return max(layer.decode_bytes(n, q_len, max_tokens) for n in range(1, max_seqs + 1) for q_len in q_lens)
+
+
+def slab_bytes(shapes):
+    """K and V of SLAB_TOKENS tokens of the widest layer. shapes: turboquant.PlanLayer of each."""
+    return 2 * 2 * SLAB_TOKENS * max(shape.n_kv_heads * shape.k_dim for shape in shapes)
+
+
+class Workspace:
+    """Memory of a device that layers share, as they run one after another: of decodes, and of slabs of a context."""
+
+    def __init__(self, decode_bytes, slab, device):
+        self.decode, self.slab = aligned(decode_bytes, device), aligned(slab, device)
+        self.streams = []  # beside the current one
+        if device.type == "cuda":
+            self.streams = [torch.cuda.Stream(device) for _ in range(tqkv_cuda.TIERS_MAX - 1)]
+
+
+class GpuLayer:
+    """cuda: the tqkv_cuda.Layer. n_copies: pages that each younger tier has copies of."""
+
+    def __init__(self, cuda, n_copies, workspace, device):
+        self.cuda, self.workspace = cuda, workspace
+        self.image = aligned(len(cuda.image), device)
+        self.image.copy_(torch.frombuffer(bytearray(cuda.image), dtype=torch.uint8))
+        cuda.device_image = self.image.data_ptr()
+        self.copies = [aligned(n_bytes, device) for n_bytes in self.copy_bytes(cuda, n_copies)]
+
+    @staticmethod
+    def copy_bytes(cuda, n_copies):
+        """By tier."""
+        return [max(n, 1) * cuda.page_bytes(tier, PAGE_TOKENS) for tier, n in enumerate(n_copies)]
+
+    @staticmethod
+    def bytes_beside(cuda, n_copies):
+        """Of image and copies, with what aligns them."""
+        sizes = [len(cuda.image), *GpuLayer.copy_bytes(cuda, n_copies)]
+        return sum(sizes) + 256 * len(sizes)
+
+    def pools(self, blocks):
+        return [*(pool.data_ptr() for pool in self.copies), blocks]
+
+    def pages(self, blocks, pages):
+        return tqkv_cuda.Pages(self.pools(blocks), pages.block_table.data_ptr(), PAGE_TOKENS,
+                               pages.block_table.stride(0), pages.tiers.data_ptr(), pages.tiers.stride(0))
+
+    def store(self, blocks, pages, key, value):
+        """key, value: [tokens, KV heads, dim]. blocks: address of the engine's first page. One launch for each tier;
+        few tokens are a chain of latencies in each, so the launches run beside each other."""
+        current = torch.cuda.current_stream() if key.is_cuda else None
+        for tier, pool in reversed(list(enumerate(self.pools(blocks)))):
+            is_last = tier == len(self.copies)
+            stream = current if is_last or current is None else self.workspace.streams[tier]
+            args = tqkv_cuda.StoreArgs(key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0),
+                                       pages.positions.data_ptr(), pages.slots[tier].data_ptr(), pool, len(key), tier,
+                                       PAGE_TOKENS, TYPES[key.dtype])
+            if stream is not current:
+                stream.wait_stream(current)
+            self.cuda.store(args, handle(stream))
+        for stream in self.workspace.streams[:len(self.copies)]:
+            current.wait_stream(stream)
+
+    def attend(self, blocks, pages, batch, scale, query, key, value, out):
+        """After store. query, out: [tokens, heads, dim], key and value: [tokens, KV heads, dim]; out is contiguous and
+        written. Returns the log of the sums of exp: [tokens, heads] f32, natural."""
+        lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
+        if batch.n_decodes > 0:
+            self.decode(blocks, pages, batch, scale, query, out, lse)
+        for prompt in batch.prompts:
+            tokens = slice(prompt.start, prompt.start + prompt.n_new)
+            self.read_prompt(blocks, pages, prompt, scale, (query[tokens], key[tokens], value[tokens]), out[tokens],
+                             lse[tokens])
+        return lse
+
+    def decode(self, blocks, pages, batch, scale, query, out, lse):
+        n = batch.n_decodes * batch.q_len
+        if batch.rows is None:
+            q, to, sums = query[:n].contiguous(), out[:n], lse[:n]
+        else:
+            q, to = query[batch.rows], out.new_empty(n, *out.shape[1:])
+            sums = lse.new_empty(n, *lse.shape[1:])
+        args = tqkv_cuda.DecodeArgs(self.pages(blocks, pages), q.data_ptr(), to.data_ptr(), sums.data_ptr(),
+                                    pages.seq_lens.data_ptr(), self.workspace.decode.data_ptr(), batch.n_decodes,
+                                    batch.q_len, batch.max_tokens, scale, TYPES[q.dtype])
+        self.cuda.decode(args, handle(torch.cuda.current_stream() if q.is_cuda else None))
+        if batch.rows is not None:
+            out[:len(batch.places)] = to[batch.places]
+            lse[:len(batch.places)] = sums[batch.places]
+
+    def read_prompt(self, blocks, pages, prompt, scale, new, out, lse):
+        """New tokens see each other as they came, and those before them as they are stored, a slab at a time."""
+        query, key, value = new
+        stream = handle(torch.cuda.current_stream() if query.is_cuda else None)
+        whole, sums = flash(query, key, value, scale, causal=True)
+        for first in range(0, prompt.n_context, SLAB_TOKENS):
+            n = min(SLAB_TOKENS, prompt.n_context - first)
+            k, v = self.workspace.slab.view(key.dtype)[:2 * n * key[0].numel()].view(2, n, *key.shape[1:])
+            self.cuda.unpack(tqkv_cuda.UnpackArgs(self.pages(blocks, pages), k.data_ptr(), v.data_ptr(), prompt.row,
+                                                  first, n, TYPES[k.dtype]), stream)
+            part, part_sums = flash(query, k, v, scale, causal=False)
+            self.cuda.merge(whole.data_ptr(), sums.data_ptr(), part.data_ptr(), part_sums.data_ptr(), sums.numel(),
+                            whole.shape[-1], TYPES[whole.dtype], stream)
+        out.copy_(whole)
+        lse.copy_(sums)
+
+
+def handle(stream):
+    return 0 if stream is None else stream.cuda_stream
+
+
+def flash(query, key, value, scale, causal):
+    """Output [tokens, heads, dim] and log of sums [tokens, heads], both contiguous."""
+    operator = (torch.ops.aten._scaled_dot_product_flash_attention if query.is_cuda
+                else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+    out, lse, *_ = operator(*(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)), 0.0, causal, scale=scale)
+    return out[0].transpose(0, 1).contiguous(), lse[0].t().contiguous()

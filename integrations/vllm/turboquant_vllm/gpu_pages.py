@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pages of 64 tokens have copies in the younger tiers, and what the kernels of a step are told. Needs torch only.
+
+The engine's blocks hold every token at the last tier's widths. Beside them lie copies of pages at the widths of the
+younger tiers, found by page and replaced by least recent use. One object serves all layers of a model: it decides once
+a step, with tensor operations on the device that wait for nothing, so a decode never stops for it.
+
+    page of the query - page of a token <= reach of a tier     its copy there is read, the youngest that is valid
+    first pages (sinks)                                        as tier 0, always
+    otherwise                                                  the engine's block
+
+A copy is valid for the page that both tables name: copy_of[page] = copy and page_of[copy] = page. A valid copy has all
+tokens of its page: it is taken, or given up, when the first token of the page is written, and gets every token after
+that. So a page that the engine gives to other tokens, a copy that was given to another page and a rejected draft leave
+nothing that could be read.
+"""
+from dataclasses import dataclass
+
+import torch
+
+PAGE_TOKENS = 64  # tokens that share a tier, as in the kernels
+Q_MAX = 8  # tokens of a sequence in one decode
+NEVER = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """The younger tiers, youngest first. reach: in pages; -1: the tier holds nothing."""
+    reach: tuple
+    n_copies: tuple
+    n_sink_pages: int
+
+
+def tiers_of(tier_tokens, n_sinks, n_sequences, n_pages):
+    """tier_tokens: of the younger tiers. n_sequences: for which each holds copies: pages within reach, the query's
+    own, and the one that has just left reach, which by use may be newer than another's that is still needed."""
+    reach, n_copies, n_tokens = [], [], 0
+    n_sink_pages = -(-n_sinks // PAGE_TOKENS)
+    for tier, (tokens, n) in enumerate(zip(tier_tokens, n_sequences)):
+        n_tokens += tokens
+        reach.append(-(-n_tokens // PAGE_TOKENS) if tokens > 0 else -1)
+        per_sequence = (reach[-1] + 2 if tokens > 0 else 0) + (n_sink_pages if tier == 0 else 0)
+        n_copies.append(min(n * per_sequence, n_pages))
+    return Tiers(tuple(reach), tuple(n_copies), n_sink_pages)
+
+
+class Pages:
+    """Tables that outlive a step, and buffers at fixed addresses that a captured graph reads.
+
+    After step(): positions, slots[tier] (one row for the blocks, the last), block_table, tiers, seq_lens, as
+    turboquant/cuda.h has them.
+    """
+
+    def __init__(self, tiers, n_pages, max_seqs, max_pages, max_tokens, device):
+        n_young, n_most = len(tiers.reach), max(tiers.n_copies, default=0)
+        self.tiers_young, self.n_pages, self.no_copy = tiers, n_pages, n_most
+        self.reach = torch.tensor(tiers.reach, device=device).view(-1, 1)
+        # One more page and one more copy: what is masked goes there, and it never becomes valid.
+        self.copy_of = torch.full((n_young, n_pages + 1), n_most, device=device)
+        self.page_of = torch.full((n_young, n_most + 1), -1, device=device)
+        self.used = torch.full((n_young, n_most + 1), NEVER, device=device)  # step of the last use
+        for tier, n in enumerate(tiers.n_copies):
+            self.used[tier, :n] = 0
+        self.now = torch.zeros((), dtype=torch.int64, device=device)  # number of the step
+        self.range = torch.arange(max(max_tokens, max_pages), dtype=torch.int32, device=device)
+        self.positions = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+        self.slots = torch.full((n_young + 1, max_tokens), -1, dtype=torch.int64, device=device)
+        self.block_table = torch.zeros(max_seqs, max_pages, dtype=torch.int32, device=device)
+        self.tiers = torch.full((max_seqs, max_pages), n_young, dtype=torch.uint8, device=device)
+        self.seq_lens = torch.zeros(max_seqs, dtype=torch.int32, device=device)
+        self.graphs = []  # (inputs, graph), see capture()
+
+    def step(self, query_start, seq_lens, block_table, slots, max_seq_len):
+        """query_start: [n + 1], seq_lens: [n] with the new tokens, block_table: [n][pages of 64 tokens], slots:
+        [tokens] page * 64 + cell, or -1 for padding; all on the device. max_seq_len: no sequence is longer."""
+        n, width = len(seq_lens), -(-max_seq_len // PAGE_TOKENS)
+        for inputs, graph in self.graphs:
+            if n <= len(inputs[1]) and width <= inputs[2].shape[1] and len(slots) <= len(inputs[3]):
+                inputs[0][:n + 1], inputs[1][:n], inputs[3][:len(slots)] = query_start, seq_lens, slots
+                inputs[2][:n, :width] = block_table[:, :width]
+                graph.replay()
+                return
+        self.tabulate(query_start, seq_lens, block_table[:, :width], slots)
+
+    def capture(self, q_len):
+        """Graphs of step() for decodes, smallest first: it is many small operations, and a step waits for their
+        launches. They leave their inputs as they are here, so that a step fills in no more than it has."""
+        (max_seqs, max_pages), sizes = self.block_table.shape, [4, 2, 0]
+        for n, width in sorted({(-(-max_seqs // 2**i), -(-max_pages // 2**j)) for i in sizes for j in sizes}):
+            device = self.positions.device
+            inputs = [torch.full((n + 1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device),
+                      torch.zeros(n, dtype=torch.int32, device=device),
+                      torch.zeros(n, width, dtype=torch.int32, device=device),
+                      torch.full((min(n * q_len, self.slots.shape[1]),), -1, dtype=torch.int64, device=device)]
+            self.tabulate(*inputs)
+            torch.cuda.synchronize(device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.graphs[0][1].pool() if self.graphs else None):
+                self.tabulate(*inputs)
+                for x, value in zip(inputs, (torch.iinfo(torch.int32).max, 0, 0, -1)):
+                    x.fill_(value)
+            self.graphs.append((inputs, graph))
+
+    def tabulate(self, query_start, seq_lens, block_table, slots):
+        """step() without graphs; rows may stand for no sequence, with a length of 0."""
+        self.now += 1
+        first = seq_lens - query_start.diff()  # position of the first new token
+        self.seq_lens[len(seq_lens):] = 0
+        self.seq_lens[:len(seq_lens)] = seq_lens
+        self.write(query_start, seq_lens, first, slots)
+        self.read(seq_lens, first, block_table.long())
+
+    def write(self, query_start, seq_lens, first, slots):
+        """Copies for the new tokens. Pages that a prompt's end leaves out of reach go to the block alone, but for one
+        that has a copy already, which the queries of this step may read."""
+        token = self.range[:len(slots)]
+        row = torch.searchsorted(query_start[1:], token, right=True).clamp_(max=len(seq_lens) - 1)
+        first = first[row]
+        position = token - query_start[row] + first
+        # The next query is at the end, or among the newest tokens where drafts are rejected.
+        next_query = torch.maximum(first, seq_lens[row] - Q_MAX)
+        self.positions[:len(slots)] = position.clamp(min=0)
+        self.slots[:, len(slots):] = -1
+        self.slots[-1, :len(slots)] = slots
+        if len(self.reach) == 0 or self.no_copy == 0:
+            return
+        page, cell = slots.div(PAGE_TOKENS, rounding_mode="floor"), slots % PAGE_TOKENS
+        page = page.where(slots >= 0, self.n_pages).expand(len(self.reach), -1)
+        is_first = (slots >= 0) & ((cell == 0) | (position == first))  # new token of its page
+        wanted = next_query // PAGE_TOKENS - position // PAGE_TOKENS <= self.reach
+        wanted[0] |= position < self.tiers_young.n_sink_pages * PAGE_TOKENS
+        copy = self.copy_of.gather(1, page)
+        keeps = is_first & (wanted | (cell > 0)) & (self.page_of.gather(1, copy) == page)
+        self.use(copy.where(keeps, self.no_copy))
+        copy = self.take(is_first & wanted & ~keeps & (cell == 0), page)
+        self.copy_of.scatter_(1, page.where(is_first & ~keeps, self.n_pages), copy)
+        copy = self.copy_of.gather(1, page)
+        self.slots[:-1, :len(slots)] = (copy * PAGE_TOKENS + cell).where(self.page_of.gather(1, copy) == page, -1)
+
+    def use(self, copy):
+        self.used.scatter_(1, copy, self.now.expand_as(copy))
+
+    def take(self, takes, page):
+        """A copy for each of these pages: the least recently used, none that this step has used."""
+        used = self.used[:, :-1]
+        rank = takes.cumsum(1) - 1
+        takes = takes & (rank < (used < self.now).sum(1, keepdim=True))
+        copy = used.argsort(1).gather(1, rank.clamp(0, self.no_copy - 1)).where(takes, self.no_copy)
+        self.page_of.scatter_(1, copy, page.where(takes, -1))
+        self.use(copy)
+        return copy
+
+    def read(self, seq_lens, first, page):
+        """What queries from `first` on read of each page: [n][width]."""
+        n_young, (n, width) = len(self.reach), page.shape
+        tier = torch.full_like(page, n_young, dtype=torch.uint8)
+        if n_young > 0 and self.no_copy > 0:
+            index = self.range[:width]
+            copy = self.copy_of.gather(1, page.reshape(1, -1).expand(n_young, -1)).view(n_young, n, width)
+            reached = (first // PAGE_TOKENS).unsqueeze(1) - index <= self.reach.unsqueeze(2)
+            reached[0] |= index < self.tiers_young.n_sink_pages
+            valid = self.page_of.gather(1, copy.view(n_young, -1)).view_as(copy) == page
+            reads = reached & valid & (index * PAGE_TOKENS < seq_lens.unsqueeze(1))
+            copy = copy.where(reads, self.no_copy)
+            # Copies in older tiers are used too: their turn comes when the younger ones no longer reach.
+            self.use(copy.view(n_young, -1))
+            for young in reversed(range(n_young)):
+                page = copy[young].where(reads[young], page)
+                tier.masked_fill_(reads[young], young)
+        self.block_table[:n, :width] = page
+        self.tiers[:n, :width] = tier
