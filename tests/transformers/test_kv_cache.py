@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logits over a TurboQuantCache against those over a cache of transformers."""
+import copy
+
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from turboquant_transformers import TurboQuantCache  # noqa: E402
+from turboquant_transformers.host_layers import describe  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("built_library")
 
@@ -153,3 +157,17 @@ def test_models_in_training_are_described_too(build_model):
         assert model.training
     finally:
         model.eval()
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_long_bias_in_slow_channels_does_not_hide_that_keys_turn(build_model, weights):
+    """As in Qwen2.5, where all else is short beside a channel that hardly turns within a short text."""
+    model = copy.deepcopy(build_model("qwen2"))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(weights)
+    table = model.base_model.rotary_emb.inv_freq
+    table[-1] = 1e-6
+    for layer in model.base_model.layers:
+        layer.self_attn.k_proj.bias.data.view(-1, 2 * len(table))[:, len(table) - 1] = 2000
+    for layer in describe(model):
+        np.testing.assert_array_equal(layer.inv_freq, table.numpy())
