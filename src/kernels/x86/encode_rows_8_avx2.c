@@ -25,8 +25,8 @@
 
 /*
  * Candidates by place: peak, peak + 1, peak + 2, peak + 3, peak - 2, peak - 1. In most rows the
- * last two, which are lower, cut so much off the largest size that they cannot be the best: they are
- * tried only where that is not known.
+ * last two, which are lower, cut so much off the largest size that they cannot be the best: they
+ * are tried only where that is not known.
  */
 #define HIGH 4
 

@@ -11,8 +11,8 @@
 #include "kernels/scale_search.h"
 
 /*
- * Rows whose units all have 8 bits. Where one candidate is not clearly the best and stable, or would
- * have to be limited, the scale stays 0, as it must come, and the codes as they were.
+ * Rows whose units all have 8 bits. Where one candidate is not clearly the best and stable, or
+ * would have to be limited, the scale stays 0, as it must come, and the codes as they were.
  */
 void tqkvk_encode_rows_8_avx2(const tqkvi_layout *layout, const float *weight, const float *y,
                               size_t n_rows, uint8_t *scales, uint8_t *codes);
