@@ -174,7 +174,8 @@ static void check_hadamard(test_random *random, size_t dim, size_t block)
     size_t n;
     const tqkvk_table *const *all = tables(&n);
     float *factor = test_random_floats(random, dim, 1.0f);
-    float *x = test_random_floats(random, dim, 3.0f);
+    float *block_x = test_random_floats(random, dim + 1, 3.0f);
+    const float *x = block_x + test_random_u32(random) % 2;
     float *want = test_aligned(dim * sizeof(float));
 
     all[0]->hadamard(factor, x, want, dim, block);
@@ -199,7 +200,7 @@ static void check_hadamard(test_random *random, size_t dim, size_t block)
         test_guarded_deinit(&y);
     }
     free(factor);
-    free(x);
+    free(block_x);
     free(want);
 }
 
