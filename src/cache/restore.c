@@ -83,7 +83,8 @@ void tqkvi_store_write(tqkv_store *store, uint32_t cell, tqkv_side side, int32_t
         spot = resettle(store, cell, pool, base, side);
         store->n_written++;
     }
-    tqkvi_encode_rows(store, side, row, &spot, 1, NULL);
+    tqkvi_encode_rows(store, side == TQKV_SIDE_K ? row : NULL, side == TQKV_SIDE_V ? row : NULL,
+                      &spot, 1, NULL);
 }
 
 size_t tqkvi_store_export(const tqkv_store *store, uint32_t cell, tqkv_side side, uint8_t *bytes)

@@ -25,10 +25,10 @@ typedef struct row_scratch {
 
 typedef struct encode_job {
     tqkv_store *store;
-    tqkv_side side;
-    const float *rows;
+    const float *rows[2];
     const tqkvi_spot *spots;
     size_t n;
+    turn turn; /* of the first spot's base, which nearly always is that of all */
     atomic_size_t n_bad;
 } encode_job;
 
@@ -39,16 +39,27 @@ typedef struct move_job {
     uint32_t sides;
 } move_job;
 
-/* NULL where nothing turns. */
-static const turn *turn_for(const tqkv_store *store, tqkv_side side, uint32_t g, int32_t base,
-                            turn *held)
+static bool turns(const tqkv_store *store, tqkv_side side, uint32_t g, int32_t base)
 {
-    if (side != TQKV_SIDE_K || !store->has_bases || base == 0 || store->codec->heads[side][g].plain)
-        return NULL;
+    return side == TQKV_SIDE_K && store->has_bases && base != 0 &&
+           !store->codec->heads[side][g].plain;
+}
+
+static void hold_turn(const tqkv_store *store, int32_t base, turn *held)
+{
     if (!held->known || held->base != base)
         tqkvi_turn_init(&store->codec->rope, base, held->cos, held->sin);
     held->known = true;
     held->base = base;
+}
+
+/* NULL where nothing turns. */
+static const turn *turn_for(const tqkv_store *store, tqkv_side side, uint32_t g, int32_t base,
+                            turn *held)
+{
+    if (!turns(store, side, g, base))
+        return NULL;
+    hold_turn(store, base, held);
     return held;
 }
 
@@ -93,18 +104,23 @@ static size_t count_alike(const tqkvi_spot *spots, size_t n)
     return i;
 }
 
-/* n rows that are alike, stride floats apart. Returns the number of bad ones. */
-static size_t encode_alike(const tqkv_store *store, tqkv_side side, uint32_t g,
-                           const tqkvi_spot *spots, size_t n, const float *x, size_t stride,
+/* n rows that are alike, from the job's token t on. Returns the number of bad ones. */
+static size_t encode_alike(const encode_job *job, tqkv_side side, uint32_t g, size_t t, size_t n,
                            row_scratch *scratch)
 {
-    const turn *t = turn_for(store, side, g, spots[0].base, &scratch->to);
+    const tqkv_store *store = job->store;
+    const tqkvi_spot *spots = &job->spots[t];
+    const size_t dim = tqkvi_shape_dim(&store->codec->layer->shape, side);
+    const size_t stride = store->codec->n_kv_heads * dim;
+    const bool shared = job->turn.known && job->turn.base == spots[0].base &&
+                        turns(store, side, g, spots[0].base);
+    const turn *to = shared ? &job->turn : turn_for(store, side, g, spots[0].base, &scratch->to);
     const size_t row_bytes = tqkvi_codec_layout(store->codec, side, g, spots[0].tier)->row_bytes;
     uint8_t codes[TQKVI_ROWS_AT_ONCE * TQKVI_ROW_BYTES_MAX], scales[TQKVI_ROWS_AT_ONCE];
 
-    const size_t n_bad =
-        tqkvi_encode_few(store->codec, side, g, spots[0].tier, t ? t->cos : NULL, t ? t->sin : NULL,
-                         x, stride, n, scales, codes, scratch->codec);
+    const size_t n_bad = tqkvi_encode_few(
+        store->codec, side, g, spots[0].tier, to ? to->cos : NULL, to ? to->sin : NULL,
+        job->rows[side] + t * stride + g * dim, stride, n, scales, codes, scratch->codec);
     for (size_t i = 0; i < n; i++) {
         *tqkvi_spot_scale(store, &spots[i], side, g) = scales[i];
         tqkvi_spot_put_row(store, &spots[i], side, g, codes + i * row_bytes);
@@ -116,30 +132,40 @@ static void encode_task(void *user, size_t i, size_t worker)
 {
     encode_job *job = user;
     const size_t n_heads = job->store->codec->n_kv_heads;
-    const size_t group = i / n_heads;
-    const uint32_t g = (uint32_t)(i % n_heads);
-    const size_t dim = tqkvi_shape_dim(&job->store->codec->layer->shape, job->side);
+    const tqkv_side side = (tqkv_side)(i & 1);
+    const size_t group = i / 2 / n_heads;
+    const uint32_t g = (uint32_t)(i / 2 % n_heads);
     row_scratch scratch;
     size_t n_bad = 0;
 
     (void)worker;
+    if (!job->rows[side])
+        return;
     scratch.to.known = false;
     const size_t end = group_end(group, job->n);
     for (size_t t = group * GROUP_TOKENS, n; t < end; t += n) {
         n = count_alike(&job->spots[t], end - t);
-        n_bad += encode_alike(job->store, job->side, g, &job->spots[t], n,
-                              job->rows + (t * n_heads + g) * dim, n_heads * dim, &scratch);
+        n_bad += encode_alike(job, side, g, t, n, &scratch);
     }
     if (n_bad)
         atomic_fetch_add(&job->n_bad, n_bad);
 }
 
-void tqkvi_encode_rows(tqkv_store *store, tqkv_side side, const float *rows,
-                       const tqkvi_spot *spots, size_t n, const tqkv_parallel *parallel)
+void tqkvi_encode_rows(tqkv_store *store, const float *k, const float *v, const tqkvi_spot *spots,
+                       size_t n, const tqkv_parallel *parallel)
 {
-    encode_job job = {.store = store, .side = side, .rows = rows, .spots = spots, .n = n};
+    encode_job job;
 
-    tqkvi_run(parallel, (n + GROUP_TOKENS - 1) / GROUP_TOKENS * store->codec->n_kv_heads,
+    job.store = store;
+    job.rows[TQKV_SIDE_K] = k;
+    job.rows[TQKV_SIDE_V] = v;
+    job.spots = spots;
+    job.n = n;
+    job.turn.known = false;
+    atomic_init(&job.n_bad, 0);
+    if (k && n > 0 && store->has_bases && spots[0].base != 0)
+        hold_turn(store, spots[0].base, &job.turn);
+    tqkvi_run(parallel, (n + GROUP_TOKENS - 1) / GROUP_TOKENS * store->codec->n_kv_heads * 2,
               encode_task, &job);
     store->n_bad_rows += atomic_load(&job.n_bad);
 }

@@ -11,9 +11,12 @@
 #define TQKVI_SIDE_BIT(side) (1u << (side))
 #define TQKVI_SIDES_BOTH 3u
 
-/* rows: [n][n_kv_heads][dim] f32 of one side, encoded into spots: [n]. Bad rows are counted. */
-void tqkvi_encode_rows(tqkv_store *store, tqkv_side side, const float *rows,
-                       const tqkvi_spot *spots, size_t n, const tqkv_parallel *parallel);
+/*
+ * Rows of K and V, [n][n_kv_heads][dim] f32 each, or NULL where that side stays, encoded into spots:
+ * [n]. Bad rows are counted.
+ */
+void tqkvi_encode_rows(tqkv_store *store, const float *k, const float *v, const tqkvi_spot *spots,
+                       size_t n, const tqkv_parallel *parallel);
 
 typedef struct tqkvi_move {
     tqkvi_spot from, to;

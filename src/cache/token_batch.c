@@ -142,19 +142,6 @@ tqkv_status tqkvi_batch_begin(tqkv_batch *batch, tqkv_store *store, const int64_
     return TQKV_OK;
 }
 
-/* Exponent 255 is NaN or Inf. */
-static bool is_finite_row(const float *row, size_t dim)
-{
-    uint32_t bad = 0;
-
-    for (size_t d = 0; d < dim; d++) {
-        uint32_t bits;
-        memcpy(&bits, row + d, sizeof(bits));
-        bad |= (uint32_t)((bits & 0x7f800000u) == 0x7f800000u);
-    }
-    return !bad;
-}
-
 void tqkvi_batch_put(tqkv_batch *batch, tqkv_side side, const float *rows, size_t row_stride)
 {
     tqkv_store *store = batch->store;
@@ -165,7 +152,7 @@ void tqkvi_batch_put(tqkv_batch *batch, tqkv_side side, const float *rows, size_
     for (size_t i = 0; i < batch->n; i++) {
         for (size_t g = 0; g < n_heads; g++, to += dim) {
             const float *from = rows + i * row_stride + g * dim;
-            if (is_finite_row(from, dim)) {
+            if (store->codec->kernels->largest_bits(from, dim) < TQKVK_BITS_INFINITE) {
                 memcpy(to, from, dim * sizeof(*to));
             } else {
                 memset(to, 0, dim * sizeof(*to));
@@ -238,10 +225,8 @@ void tqkvi_batch_commit(tqkv_batch *batch, const tqkv_parallel *parallel)
         }
         for (uint32_t stream = first; stream <= last; stream++)
             place_stream(batch, stream, parallel);
-        tqkvi_encode_rows(store, TQKV_SIDE_K, batch->rows[TQKV_SIDE_K], batch->spots, batch->n,
-                          parallel);
-        tqkvi_encode_rows(store, TQKV_SIDE_V, batch->rows[TQKV_SIDE_V], batch->spots, batch->n,
-                          parallel);
+        tqkvi_encode_rows(store, batch->rows[TQKV_SIDE_K], batch->rows[TQKV_SIDE_V], batch->spots,
+                          batch->n, parallel);
         store->n_written += batch->n;
     }
     close_batch(batch);

@@ -25,17 +25,10 @@ size_t tqkvi_codec_scratch_floats(const tqkv_codec *codec)
     return 2 * TQKVI_ROWS_AT_ONCE * dim + TQKV_ALIGN / sizeof(float);
 }
 
-/* On the bits: exponent 255 is NaN or Inf, and -0 is zero. */
-static row_kind classify(const float *x, uint32_t dim)
+static row_kind classify(const tqkv_codec *codec, const float *x, uint32_t dim)
 {
-    uint32_t any = 0, carry = 0;
-    for (uint32_t d = 0; d < dim; d++) {
-        uint32_t bits;
-        memcpy(&bits, x + d, sizeof(bits));
-        any |= bits & 0x7fffffffu;
-        carry |= (bits & 0x7fffffffu) + 0x00800000u; /* one more in an exponent of 255 */
-    }
-    return carry & 0x80000000u ? ROW_BAD : any ? ROW_GOOD : ROW_ZERO;
+    const uint32_t bits = codec->kernels->largest_bits(x, dim);
+    return bits >= TQKVK_BITS_INFINITE ? ROW_BAD : bits ? ROW_GOOD : ROW_ZERO;
 }
 
 static void store_zero(const tqkvi_layout *layout, uint8_t *scale, uint8_t *codes)
@@ -86,16 +79,19 @@ static void dequantise(const tqkv_codec *codec, const tqkvi_layout *layout, uint
         yhat[d] = s * yhat[d];
 }
 
-/* y: [dim] finite; overwritten. */
+/* y: [n][dim] finite; overwritten. scales: [n], codes: [n][row_bytes] out. */
 static void quantise(const tqkv_codec *codec, const tqkvi_head_codec *head,
-                     const tqkvi_layout *layout, float *y, uint8_t *scale, uint8_t *codes)
+                     const tqkvi_layout *layout, float *y, size_t n, uint8_t *scales,
+                     uint8_t *codes)
 {
-    *scale = codec->kernels->encode_row(layout, head->weight, y, codes);
+    codec->kernels->encode_rows(layout, head->weight, y, n, scales, codes);
     /* All levels 0 and no mean: the row decodes to x = 0, whose code is the zero row. */
-    if (*scale == 1 && head->zero_mean) {
-        dequantise(codec, layout, *scale, codes, y);
-        if (classify(y, head->dim) == ROW_ZERO)
-            store_zero(layout, scale, codes);
+    for (size_t r = 0; r < n && head->zero_mean; r++, y += head->dim, codes += layout->row_bytes) {
+        if (scales[r] != 1)
+            continue;
+        dequantise(codec, layout, scales[r], codes, y);
+        if (classify(codec, y, head->dim) == ROW_ZERO)
+            store_zero(layout, &scales[r], codes);
     }
 }
 
@@ -112,16 +108,46 @@ static void centre(const tqkv_codec *codec, const tqkvi_head_codec *head, const 
         z[d] = x[d] - head->plan->mean[d];
 }
 
-static void transform(const tqkv_codec *codec, const tqkvi_head_codec *head, const float *z,
-                      float *y, size_t n)
+/* Of few rows. Those that are stored as zero go through all of it as zeros. */
+static size_t encode_coded(const tqkv_codec *codec, const tqkvi_head_codec *head,
+                           const tqkvi_layout *layout, const float *turn_cos,
+                           const float *turn_sin, const float *x, size_t stride, size_t n,
+                           uint8_t *scales, uint8_t *codes, float *scratch)
 {
-    if (head->hadamard_block == 0) {
-        codec->kernels->transform(head->plan->transform, z, y, head->dim, n);
-        return;
+    const size_t row_floats = head->dim;
+    float *z = scratch_rows(head, scratch, 0);
+    float *y = scratch_rows(head, scratch, 1);
+    const bool is_centred = head->no_mean && !turn_cos && head->hadamard_block != 0;
+    row_kind kind[TQKVI_ROWS_AT_ONCE];
+    size_t n_bad = 0;
+
+    for (size_t r = 0; r < n; r++) {
+        const float *from = x + r * stride;
+        float *row = z + r * row_floats;
+        kind[r] = classify(codec, from, head->dim);
+        if (kind[r] != ROW_GOOD)
+            memset(row, 0, row_floats * sizeof(*row));
+        else if (!is_centred)
+            centre(codec, head, turn_cos, turn_sin, from, row);
+        if (head->hadamard_block != 0)
+            codec->kernels->hadamard(head->factor, kind[r] == ROW_GOOD && is_centred ? from : row,
+                                     y + r * row_floats, head->dim, head->hadamard_block);
     }
-    for (size_t r = 0; r < n; r++)
-        codec->kernels->hadamard(head->factor, z + r * head->dim, y + r * head->dim, head->dim,
-                                 head->hadamard_block);
+    if (head->hadamard_block == 0)
+        codec->kernels->transform(head->plan->transform, z, y, head->dim, n);
+    for (size_t r = 0; r < n; r++) {
+        if (classify(codec, y + r * row_floats, head->dim) == ROW_BAD) {
+            kind[r] = ROW_BAD;
+            memset(y + r * row_floats, 0, row_floats * sizeof(*y));
+        }
+    }
+    quantise(codec, head, layout, y, n, scales, codes);
+    for (size_t r = 0; r < n; r++) {
+        n_bad += kind[r] == ROW_BAD;
+        if (kind[r] != ROW_GOOD)
+            store_zero(layout, &scales[r], codes + r * layout->row_bytes);
+    }
+    return n_bad;
 }
 
 size_t tqkvi_encode_few(const tqkv_codec *codec, tqkv_side side, uint32_t head_index, uint32_t tier,
@@ -130,30 +156,18 @@ size_t tqkvi_encode_few(const tqkv_codec *codec, tqkv_side side, uint32_t head_i
 {
     const tqkvi_head_codec *head = &codec->heads[side][head_index];
     const tqkvi_layout *layout = &head->plan->layout[tier];
-    float *z = scratch_rows(head, scratch, 0);
-    float *y = scratch_rows(head, scratch, 1);
-    row_kind kind[TQKVI_ROWS_AT_ONCE];
     size_t n_bad = 0;
 
-    for (size_t r = 0; r < n; r++) {
-        kind[r] = classify(x + r * stride, head->dim);
-        if (!head->plain)
-            centre(codec, head, turn_cos, turn_sin, x + r * stride, z + r * head->dim);
-    }
     if (!head->plain)
-        transform(codec, head, z, y, n);
-    for (size_t r = 0; r < n; r++) {
-        float *row = y + r * head->dim;
-        uint8_t *row_codes = codes + r * layout->row_bytes;
-        if (kind[r] == ROW_GOOD && !head->plain && classify(row, head->dim) == ROW_BAD)
-            kind[r] = ROW_BAD;
-        n_bad += kind[r] == ROW_BAD;
-        if (kind[r] != ROW_GOOD)
-            store_zero(layout, &scales[r], row_codes);
-        else if (head->plain)
-            encode_plain(codec, head, layout, x + r * stride, &scales[r], row_codes, scratch);
+        return encode_coded(codec, head, layout, turn_cos, turn_sin, x, stride, n, scales, codes,
+                            scratch);
+    for (size_t r = 0; r < n; r++, x += stride, codes += layout->row_bytes) {
+        const row_kind kind = classify(codec, x, head->dim);
+        n_bad += kind == ROW_BAD;
+        if (kind == ROW_GOOD)
+            encode_plain(codec, head, layout, x, &scales[r], codes, scratch);
         else
-            quantise(codec, head, layout, row, &scales[r], row_codes);
+            store_zero(layout, &scales[r], codes);
     }
     return n_bad;
 }
@@ -208,6 +222,6 @@ void tqkvi_recode_row(const tqkv_codec *codec, tqkv_side side, uint32_t head_ind
     } else {
         float *yhat = scratch_rows(head, scratch, 0);
         dequantise(codec, from, scale_from, codes_from, yhat);
-        quantise(codec, head, to, yhat, scale_to, codes_to);
+        quantise(codec, head, to, yhat, 1, scale_to, codes_to);
     }
 }

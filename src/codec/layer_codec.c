@@ -77,9 +77,11 @@ static tqkv_status init_head(const tqkv_codec *codec, tqkvi_head_codec *head, do
     if (!head->weight || !head->inverse || !head->factor)
         return TQKV_ERR_NO_MEMORY;
 
-    head->zero_mean = true;
-    for (uint32_t d = 0; d < head->dim; d++)
+    head->zero_mean = head->no_mean = true;
+    for (uint32_t d = 0; d < head->dim; d++) {
         head->zero_mean = head->zero_mean && head->plan->mean[d] == 0.0f;
+        head->no_mean = head->no_mean && tqkvi_bits_of_float(head->plan->mean[d]) == 0;
+    }
     init_weight(head);
     const uint32_t block = head->dim & (~head->dim + 1u);
     if (find_factors(head->plan->transform, head->dim, block, head->factor))

@@ -19,6 +19,7 @@ typedef struct tqkvi_head_codec {
     uint32_t dim;
     bool plain;     /* every tier is f16: no mean, no transform, no scale */
     bool zero_mean; /* the mean is 0 in every channel */
+    bool no_mean;   /* and +0: less the mean a row is the same bits */
     const tqkvi_head_plan *plan;
     uint32_t hadamard_block; /* channels of the Walsh-Hadamard blocks of the transform, or 0 */
     float *factor;           /* [dim] of the input channels then */

@@ -26,9 +26,9 @@ static size_t first_byte(tqkv_side side, uint32_t n, uint32_t slot)
     return tqkvi_block_byte(side, n, slot, 0);
 }
 
-static void put_plane(tqkv_side side, uint32_t n, uint8_t *plane, uint32_t slot, const uint8_t *row)
+/* n: 2, 4 or 8, a constant wherever it is called. */
+static inline void put_bytes(tqkv_side side, uint32_t n, uint8_t *to, const uint8_t *row)
 {
-    uint8_t *to = plane + first_byte(side, n, slot);
     if (side == TQKV_SIDE_V) {
         for (uint32_t i = 0; i < n; i++)
             to[4 * i] = row[i];
@@ -40,9 +40,8 @@ static void put_plane(tqkv_side side, uint32_t n, uint8_t *plane, uint32_t slot,
     }
 }
 
-static void get_plane(tqkv_side side, uint32_t n, const uint8_t *plane, uint32_t slot, uint8_t *row)
+static inline void get_bytes(tqkv_side side, uint32_t n, const uint8_t *from, uint8_t *row)
 {
-    const uint8_t *from = plane + first_byte(side, n, slot);
     if (side == TQKV_SIDE_V) {
         for (uint32_t i = 0; i < n; i++)
             row[i] = from[4 * i];
@@ -52,6 +51,30 @@ static void get_plane(tqkv_side side, uint32_t n, const uint8_t *plane, uint32_t
         for (uint32_t i = 0; i < n; i += K_TOGETHER)
             memcpy(row + i, from + (size_t)TQKVI_BLOCK_TOKENS * i, K_TOGETHER);
     }
+}
+
+static inline void put_plane(tqkv_side side, uint32_t n, uint8_t *plane, uint32_t slot,
+                             const uint8_t *row)
+{
+    uint8_t *to = plane + first_byte(side, n, slot);
+    if (n == 8)
+        put_bytes(side, 8, to, row);
+    else if (n == 4)
+        put_bytes(side, 4, to, row);
+    else if (n == 2)
+        put_bytes(side, 2, to, row);
+}
+
+static inline void get_plane(tqkv_side side, uint32_t n, const uint8_t *plane, uint32_t slot,
+                             uint8_t *row)
+{
+    const uint8_t *from = plane + first_byte(side, n, slot);
+    if (n == 8)
+        get_bytes(side, 8, from, row);
+    else if (n == 4)
+        get_bytes(side, 4, from, row);
+    else if (n == 2)
+        get_bytes(side, 2, from, row);
 }
 
 void tqkvi_block_put_row(const tqkvi_layout *layout, tqkv_side side, uint8_t *codes, uint32_t slot,

@@ -17,19 +17,20 @@
  * isa: ending of the kernels. wide: of those that longer vectors are for. dots: of those that another
  * instruction set has products for.
  */
-#define TABLE(label, isa, wide, dots)                                                             \
-    {                                                                                             \
-        .name = label, .transform = tqkvk_transform_f32_##wide,                                   \
-        .hadamard = tqkvk_hadamard_f32_##isa, .encode_row = tqkvk_encode_row_f32_##isa,           \
-        .unpack_rows = tqkvk_unpack_rows_f32_##isa, .unpack_block = tqkvk_unpack_block_f32_##isa, \
-        .half_to_float = tqkvk_half_to_float_##isa, .float_to_half = tqkvk_float_to_half_##isa,   \
-        .dot_tile = tqkvk_dot_tile_f32_##wide, .softmax_step = tqkvk_softmax_step_f32_##wide,     \
-        .accumulate_tile = tqkvk_accumulate_tile_f32_##wide,                                      \
-        .round_query = tqkvk_round_query_i8_##isa, .score_blocks = tqkvk_score_blocks_i8_##dots,  \
-        .scale_scores = tqkvk_scale_scores_f32_##wide,                                            \
-        .scale_weights = tqkvk_scale_weights_f32_##wide,                                          \
-        .round_weights = tqkvk_round_weights_i16_##isa,                                           \
-        .weigh_blocks = tqkvk_weigh_blocks_i8_##dots,                                             \
+#define TABLE(label, isa, wide, dots)                                                            \
+    {                                                                                            \
+        .name = label, .transform = tqkvk_transform_f32_##wide,                                  \
+        .hadamard = tqkvk_hadamard_f32_##isa, .largest_bits = tqkvk_largest_bits_##isa,          \
+        .encode_rows = tqkvk_encode_rows_f32_##isa, .unpack_rows = tqkvk_unpack_rows_f32_##isa,  \
+        .unpack_block = tqkvk_unpack_block_f32_##isa,                                            \
+        .half_to_float = tqkvk_half_to_float_##isa, .float_to_half = tqkvk_float_to_half_##isa,  \
+        .dot_tile = tqkvk_dot_tile_f32_##wide, .softmax_step = tqkvk_softmax_step_f32_##wide,    \
+        .accumulate_tile = tqkvk_accumulate_tile_f32_##wide,                                     \
+        .round_query = tqkvk_round_query_i8_##isa, .score_blocks = tqkvk_score_blocks_i8_##dots, \
+        .scale_scores = tqkvk_scale_scores_f32_##wide,                                           \
+        .scale_weights = tqkvk_scale_weights_f32_##wide,                                         \
+        .round_weights = tqkvk_round_weights_i16_##isa,                                          \
+        .weigh_blocks = tqkvk_weigh_blocks_i8_##dots,                                            \
     }
 
 static const tqkvk_table table_ref = TABLE("ref", ref, ref, ref);

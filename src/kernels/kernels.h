@@ -28,19 +28,26 @@ typedef void tqkvk_transform_fn(const float *m, const float *x, float *y, size_t
  * The same for Walsh-Hadamard matrices of `block` channels (a power of two, at least 16, that
  * divides dim) times a factor for each input channel: y = factor[i] * x[i], then within each block,
  * for n = 1, 2, 4, ... block / 2, the pairs (j, j + n) where j & n is 0 become their sum and their
- * difference. x, y: [dim]. Exact.
+ * difference. x, y: [dim], x of any alignment. Exact.
  */
 typedef void tqkvk_hadamard_fn(const float *factor, const float *x, float *y, size_t dim,
                                size_t block);
 
 /*
- * Chooses the scale and the codes of one row and packs them, as docs/FORMAT.md "Encoding a row"
- * says. y: [dim] in unit variance, finite. weight: [n_units], 2^-20 .. 1. codes: [row_bytes] out,
- * any alignment. Returns the scale byte, 1..255 (zero rows are the codec's business). Exact.
- * Not for plain (f16) layouts.
+ * The largest bits of |x[i]|: 0 for a row of zeros, TQKVK_BITS_INFINITE or more where one is
+ * infinite or a NaN. x: [n] of any alignment, n a multiple of 16. Exact.
  */
-typedef uint8_t tqkvk_encode_row_fn(const tqkvi_layout *layout, const float *weight, const float *y,
-                                    uint8_t *codes);
+#define TQKVK_BITS_INFINITE 0x7f800000u
+typedef uint32_t tqkvk_largest_bits_fn(const float *x, size_t n);
+
+/*
+ * Chooses the scales and the codes of n_rows rows and packs them, as docs/FORMAT.md "Encoding a row"
+ * says. y: [n_rows][dim] in unit variance, finite. weight: [n_units], 2^-20 .. 1. scales: [n_rows]
+ * out, 1..255 (zero rows are the codec's business). codes: [n_rows][row_bytes] out, any alignment.
+ * Exact. Not for plain (f16) layouts.
+ */
+typedef void tqkvk_encode_rows_fn(const tqkvi_layout *layout, const float *weight, const float *y,
+                                  size_t n_rows, uint8_t *scales, uint8_t *codes);
 
 /*
  * Unpacks n_rows rows (codes: row_bytes apart, any alignment) to levels: out[r * dim + j] is the
@@ -164,7 +171,8 @@ typedef struct tqkvk_table {
     const char *name; /* "ref", "avx2", ... */
     tqkvk_transform_fn *transform;
     tqkvk_hadamard_fn *hadamard;
-    tqkvk_encode_row_fn *encode_row;
+    tqkvk_largest_bits_fn *largest_bits;
+    tqkvk_encode_rows_fn *encode_rows;
     tqkvk_unpack_rows_fn *unpack_rows;
     tqkvk_unpack_block_fn *unpack_block;
     tqkvk_half_to_float_fn *half_to_float;

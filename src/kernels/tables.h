@@ -7,7 +7,8 @@
 
 tqkvk_transform_fn tqkvk_transform_f32_ref;
 tqkvk_hadamard_fn tqkvk_hadamard_f32_ref;
-tqkvk_encode_row_fn tqkvk_encode_row_f32_ref;
+tqkvk_largest_bits_fn tqkvk_largest_bits_ref;
+tqkvk_encode_rows_fn tqkvk_encode_rows_f32_ref;
 tqkvk_unpack_rows_fn tqkvk_unpack_rows_f32_ref;
 tqkvk_unpack_block_fn tqkvk_unpack_block_f32_ref;
 tqkvk_half_to_float_fn tqkvk_half_to_float_ref;
@@ -25,7 +26,8 @@ tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_ref;
 #if TQKV_HAVE_X86
 tqkvk_transform_fn tqkvk_transform_f32_avx2;
 tqkvk_hadamard_fn tqkvk_hadamard_f32_avx2;
-tqkvk_encode_row_fn tqkvk_encode_row_f32_avx2;
+tqkvk_largest_bits_fn tqkvk_largest_bits_avx2;
+tqkvk_encode_rows_fn tqkvk_encode_rows_f32_avx2;
 tqkvk_unpack_rows_fn tqkvk_unpack_rows_f32_avx2;
 tqkvk_unpack_block_fn tqkvk_unpack_block_f32_avx2;
 tqkvk_half_to_float_fn tqkvk_half_to_float_avx2;
@@ -53,7 +55,8 @@ tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx512;
 #if TQKV_HAVE_ARM
 tqkvk_transform_fn tqkvk_transform_f32_neon;
 tqkvk_hadamard_fn tqkvk_hadamard_f32_neon;
-tqkvk_encode_row_fn tqkvk_encode_row_f32_neon;
+tqkvk_largest_bits_fn tqkvk_largest_bits_neon;
+tqkvk_encode_rows_fn tqkvk_encode_rows_f32_neon;
 tqkvk_unpack_rows_fn tqkvk_unpack_rows_f32_neon;
 tqkvk_unpack_block_fn tqkvk_unpack_block_f32_neon;
 tqkvk_half_to_float_fn tqkvk_half_to_float_neon;

@@ -108,10 +108,11 @@ static void test_dispatch(void **state)
     const tqkvk_table *want = all[n - 1];
     for (size_t i = 0; i < n; i++) {
         const tqkvk_table *t = all[i];
-        assert_true(t->transform && t->hadamard && t->encode_row && t->unpack_rows &&
-                    t->unpack_block && t->half_to_float && t->float_to_half && t->dot_tile &&
-                    t->softmax_step && t->accumulate_tile && t->round_query && t->score_blocks &&
-                    t->scale_scores && t->scale_weights && t->round_weights && t->weigh_blocks);
+        assert_true(t->transform && t->hadamard && t->largest_bits && t->encode_rows &&
+                    t->unpack_rows && t->unpack_block && t->half_to_float && t->float_to_half &&
+                    t->dot_tile && t->softmax_step && t->accumulate_tile && t->round_query &&
+                    t->score_blocks && t->scale_scores && t->scale_weights && t->round_weights &&
+                    t->weigh_blocks);
         if (isa && strcmp(isa, t->name) == 0)
             want = t;
     }
@@ -173,7 +174,8 @@ static void check_hadamard(test_random *random, size_t dim, size_t block)
     size_t n;
     const tqkvk_table *const *all = tables(&n);
     float *factor = test_random_floats(random, dim, 1.0f);
-    float *x = test_random_floats(random, dim, 3.0f);
+    float *block_x = test_random_floats(random, dim + 1, 3.0f);
+    const float *x = block_x + test_random_u32(random) % 2;
     float *want = test_aligned(dim * sizeof(float));
 
     all[0]->hadamard(factor, x, want, dim, block);
@@ -198,7 +200,7 @@ static void check_hadamard(test_random *random, size_t dim, size_t block)
         test_guarded_deinit(&y);
     }
     free(factor);
-    free(x);
+    free(block_x);
     free(want);
 }
 
@@ -209,6 +211,37 @@ static void test_hadamard(void **state)
     for (size_t dim = 16; dim <= 1024; dim += 16) {
         for (size_t block = 16; dim % block == 0; block *= 2)
             check_hadamard(&random, dim, block);
+    }
+}
+
+/* Rows of zeros, with denormals, infinities and NaN of both signs in every place. */
+static void test_largest_bits(void **state)
+{
+    (void)state;
+    size_t n_tables;
+    const tqkvk_table *const *all = tables(&n_tables);
+    static const uint32_t values[] = {0,           0x80000000u, 1,           0x80000001u,
+                                      0x7f7fffffu, 0xff7fffffu, 0x7f800000u, 0xff800000u,
+                                      0x7f800001u, 0xffffffffu};
+    test_random random = {seed};
+    for (size_t i = 0; i < 3000; i++) {
+        const size_t n = 16 * (test_random_u32(&random) % 9), offset = test_random_u32(&random) % 4;
+        /* Ends where its block ends, so that sanitizers see a read past it. */
+        float *block = malloc((offset + n + 1) * sizeof(float));
+        assert_non_null(block);
+        float *x = block + 1 + offset;
+        uint32_t want = 0;
+        memset(block, 0, (offset + n + 1) * sizeof(float));
+        for (size_t k = 0; k < n && i % 7 != 0; k++) {
+            const uint32_t draw = test_random_u32(&random);
+            const uint32_t bits = draw % 16 == 0 ? values[draw / 16 % (i % COUNT(values) + 1)]
+                                                 : draw >> 20 << 20 & 0xbf800000u;
+            memcpy(x + k, &bits, sizeof(bits));
+            want = (bits & 0x7fffffffu) > want ? bits & 0x7fffffffu : want;
+        }
+        for (size_t t = 0; t < n_tables; t++)
+            assert_int_equal(all[t]->largest_bits(x, n), want);
+        free(block);
     }
 }
 
@@ -343,22 +376,38 @@ static void random_row(test_random *random, size_t dim, float *y)
     }
 }
 
-static void check_row(test_random *random, const tqkvi_layout *layout, const float *weight,
-                      const float *y)
+static uint8_t encode_row(const tqkvk_table *table, const tqkvi_layout *layout, const float *weight,
+                          const float *y, uint8_t *codes)
+{
+    uint8_t scale;
+    table->encode_rows(layout, weight, y, 1, &scale, codes);
+    return scale;
+}
+
+/* y: [n_rows][dim] */
+static void check_rows(test_random *random, const tqkvi_layout *layout, const float *weight,
+                       const float *y, size_t n_rows)
 {
     size_t n;
     const tqkvk_table *const *all = tables(&n);
-    uint8_t want[2 * DIM_MAX];
-    const uint8_t scale = all[0]->encode_row(layout, weight, y, want);
+    const size_t n_bytes = n_rows * layout->row_bytes;
+    uint8_t *want = test_aligned(n_bytes), *want_scales = test_aligned(n_rows);
+    all[0]->encode_rows(layout, weight, y, n_rows, want_scales, want);
 
-    assert_true(scale >= 1);
+    for (size_t r = 0; r < n_rows; r++)
+        assert_true(want_scales[r] >= 1);
     for (size_t t = 1; t < n; t++) {
-        test_guarded codes;
-        test_guarded_init(&codes, layout->row_bytes, test_random_u32(random) % 64);
-        assert_int_equal(all[t]->encode_row(layout, weight, y, codes.data), scale);
-        assert_memory_equal(codes.data, want, layout->row_bytes);
+        test_guarded codes, scales;
+        test_guarded_init(&codes, n_bytes, test_random_u32(random) % 64);
+        test_guarded_init(&scales, n_rows, test_random_u32(random) % 64);
+        all[t]->encode_rows(layout, weight, y, n_rows, scales.data, codes.data);
+        assert_memory_equal(scales.data, want_scales, n_rows);
+        assert_memory_equal(codes.data, want, n_bytes);
         test_guarded_deinit(&codes);
+        test_guarded_deinit(&scales);
     }
+    free(want);
+    free(want_scales);
 }
 
 static void random_weight(test_random *random, uint32_t n_units, float *weight)
@@ -368,18 +417,24 @@ static void random_weight(test_random *random, uint32_t n_units, float *weight)
         weight[u] = (float)exp2(-octaves * test_random_uniform(random));
 }
 
-static void test_encode_row(void **state)
+static void test_encode_rows(void **state)
 {
     (void)state;
     test_random random = {seed};
-    float *y = test_aligned(DIM_MAX * sizeof(float));
+    float *y = test_aligned(9 * DIM_MAX * sizeof(float));
     float *weight = test_aligned(TQKV_UNITS_MAX * sizeof(float));
-    for (size_t i = 0; i < 6000; i++) {
+    for (size_t i = 0; i < 4000; i++) {
         const uint32_t n_units = i % 100 == 0 ? 64 : 1 + test_random_u32(&random) % 9;
-        const tqkvi_layout layout = random_layout(&random, n_units);
+        const size_t dim = n_units * TQKV_UNIT_CHANNELS, n_rows = test_random_u32(&random) % 10;
+        tqkvi_layout layout = random_layout(&random, n_units);
+        if (i % 4 == 0) { /* what the first tier of every plan has */
+            memset(layout.bits, 8, n_units);
+            layout.row_bytes = 16 * n_units;
+        }
         random_weight(&random, n_units, weight);
-        random_row(&random, n_units * TQKV_UNIT_CHANNELS, y);
-        check_row(&random, &layout, weight, y);
+        for (size_t r = 0; r < n_rows; r++)
+            random_row(&random, dim, y + r * dim);
+        check_rows(&random, &layout, weight, y, n_rows);
     }
     free(y);
     free(weight);
@@ -409,7 +464,7 @@ static void test_encode_ties(void **state)
                                  : v;
             y[d] = (draw & 0x40000 ? -v : v) * tqkvk_scale_values[100 + i % 60];
         }
-        check_row(&random, &layout, weight, y);
+        check_rows(&random, &layout, weight, y, 1);
     }
     free(y);
     free(weight);
@@ -429,14 +484,14 @@ static void test_encode_again(void **state)
         const tqkvi_layout layout = random_layout(&random, n_units);
         random_weight(&random, n_units, weight);
         random_row(&random, n_units * TQKV_UNIT_CHANNELS, y);
-        const uint8_t scale = kernels->encode_row(&layout, weight, y, codes);
+        const uint8_t scale = encode_row(kernels, &layout, weight, y, codes);
         kernels->unpack_rows(&layout, codes, 1, y);
         for (uint32_t d = 0; d < n_units * TQKV_UNIT_CHANNELS; d++) {
             const float noise = (float)(test_random_uniform(&random) - .5) * 8.0f * (float)EPS;
             y[d] = tqkvk_scale_value(scale) * y[d];
             y[d] += i % 2 ? y[d] * noise : 0.0f;
         }
-        assert_int_equal(kernels->encode_row(&layout, weight, y, again), scale);
+        assert_int_equal(encode_row(kernels, &layout, weight, y, again), scale);
         assert_memory_equal(codes, again, layout.row_bytes);
     }
     free(y);
@@ -467,14 +522,14 @@ static void test_encode_two_scales(void **state)
             v = nextafterf(v, k < 3 ? HUGE_VALF : 0.0f);
         for (uint32_t d = 0; d < 16; d++)
             y[d] = d < n_equal ? v : 0.0f;
-        check_row(&random, &layout, weight, y);
+        check_rows(&random, &layout, weight, y, 1);
         for (size_t t = 0; t < n; t++) {
             _Alignas(64) float back[32];
-            const uint8_t first = all[t]->encode_row(&layout, weight, y, codes);
+            const uint8_t first = encode_row(all[t], &layout, weight, y, codes);
             all[t]->unpack_rows(&layout, codes, 1, back);
             for (uint32_t d = 0; d < 16; d++)
                 back[d] = tqkvk_scale_value(first) * back[d];
-            assert_int_equal(all[t]->encode_row(&layout, weight, back, again), first);
+            assert_int_equal(encode_row(all[t], &layout, weight, back, again), first);
             assert_memory_equal(codes, again, sizeof(codes));
         }
     }
@@ -535,9 +590,8 @@ static void bench_transform(void *arg)
 static void bench_encode(void *arg)
 {
     const bench *b = arg;
-    for (size_t r = 0; r < 64; r++)
-        b->table->encode_row(&b->layout, b->weight, b->rows + r * b->dim,
-                             b->codes + r * b->layout.row_bytes);
+    uint8_t scales[64];
+    b->table->encode_rows(&b->layout, b->weight, b->rows, 64, scales, b->codes);
 }
 
 static void bench_unpack(void *arg)
@@ -568,7 +622,7 @@ static void bench_widths(bench *b)
             bits[u] = mixed ? (uint8_t[]){5, 4, 2, 2}[u % 4] : widths[w];
         assert_int_equal(tqkvi_layout_init(&b->layout, bits, (uint32_t)b->dim / 16), TQKV_OK);
         snprintf(name, sizeof(name), mixed ? "5,4,2,2 bits" : "%u bits", bits[0]);
-        snprintf(label, sizeof(label), "%s d=%zu encode_row %s", b->table->name, b->dim, name);
+        snprintf(label, sizeof(label), "%s d=%zu encode_rows %s", b->table->name, b->dim, name);
         test_time(label, bench_encode, b, 64.0);
         snprintf(label, sizeof(label), "%s d=%zu unpack_rows 64 x %s", b->table->name, b->dim,
                  name);
@@ -613,8 +667,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_levels),       cmocka_unit_test(test_distortion),
         cmocka_unit_test(test_generator),    cmocka_unit_test(test_dispatch),
         cmocka_unit_test(test_transform),    cmocka_unit_test(test_hadamard),
+        cmocka_unit_test(test_largest_bits),
         cmocka_unit_test(test_half),         cmocka_unit_test(test_half_rounding),
-        cmocka_unit_test(test_encode_row),   cmocka_unit_test(test_encode_ties),
+        cmocka_unit_test(test_encode_rows),  cmocka_unit_test(test_encode_ties),
         cmocka_unit_test(test_encode_again), cmocka_unit_test(test_encode_two_scales),
         cmocka_unit_test(test_unpack_rows),
     };

@@ -78,58 +78,100 @@ void tqkvk_transform_f32_avx2(const float *m, const float *x, float *y, size_t d
     }
 }
 
-/* swapped: the other one of the pair in each lane; differs: the sign bit of the second ones. */
-static inline __m256 butterfly(__m256 v, __m256 swapped, __m256 differs)
+/* Sums with the other one of the pair; sign: -1 for the second ones. The product is exact. */
+static inline __m256 butterfly(__m256 v, __m256 swapped, __m256 sign)
 {
-    return _mm256_add_ps(swapped, _mm256_xor_ps(v, differs));
+    return _mm256_fmadd_ps(v, sign, swapped);
 }
 
-/* Pairs 1, 2 and 4 apart. */
-static inline __m256 butterflies_of_8(__m256 v)
+/* Eight channels times their factors, then pairs 1, 2 and 4 apart. */
+static inline __m256 butterflies_of_8(const float *factor, const float *x)
 {
-    const float o = -0.0f;
-    v = butterfly(v, _mm256_permute_ps(v, 0xb1), _mm256_setr_ps(0, o, 0, o, 0, o, 0, o));
-    v = butterfly(v, _mm256_permute_ps(v, 0x4e), _mm256_setr_ps(0, 0, o, o, 0, 0, o, o));
-    return butterfly(v, _mm256_permute2f128_ps(v, v, 1), _mm256_setr_ps(0, 0, 0, 0, o, o, o, o));
+    __m256 v = _mm256_mul_ps(_mm256_load_ps(factor), _mm256_loadu_ps(x));
+    v = butterfly(v, _mm256_permute_ps(v, 0xb1), _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1));
+    v = butterfly(v, _mm256_permute_ps(v, 0x4e), _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1));
+    return butterfly(v, _mm256_permute2f128_ps(v, v, 1),
+                     _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1));
 }
 
-/* Pairs n apart, and then 2 n, of four vectors n floats apart. */
-static inline void butterflies_of_four(float *y, size_t n)
+/* Pairs n vectors apart, and then 2 n, of four. */
+static inline tqkvk_four butterflies_of_four(tqkvk_four a)
 {
-    const tqkvk_four a = tqkvk_four_load(y, n);
     const __m256 b0 = _mm256_add_ps(a.v0, a.v1), b1 = _mm256_sub_ps(a.v0, a.v1);
     const __m256 b2 = _mm256_add_ps(a.v2, a.v3), b3 = _mm256_sub_ps(a.v2, a.v3);
-    _mm256_store_ps(y, _mm256_add_ps(b0, b2));
-    _mm256_store_ps(y + n, _mm256_add_ps(b1, b3));
-    _mm256_store_ps(y + 2 * n, _mm256_sub_ps(b0, b2));
-    _mm256_store_ps(y + 3 * n, _mm256_sub_ps(b1, b3));
+    return (tqkvk_four){_mm256_add_ps(b0, b2), _mm256_add_ps(b1, b3), _mm256_sub_ps(b0, b2),
+                        _mm256_sub_ps(b1, b3)};
 }
 
-static inline void butterflies_of_two(float *y, size_t n)
+static inline void store_step(float *y, size_t n, tqkvk_four a)
 {
-    const __m256 a = _mm256_load_ps(y), b = _mm256_load_ps(y + n);
-    _mm256_store_ps(y, _mm256_add_ps(a, b));
-    _mm256_store_ps(y + n, _mm256_sub_ps(a, b));
+    _mm256_store_ps(y, a.v0);
+    _mm256_store_ps(y + n, a.v1);
+    _mm256_store_ps(y + 2 * n, a.v2);
+    _mm256_store_ps(y + 3 * n, a.v3);
 }
 
+/* 32 channels times their factors, then all pairs up to 16 apart. */
+static inline tqkvk_four butterflies_of_32(const float *factor, const float *x)
+{
+    return butterflies_of_four((tqkvk_four){
+        butterflies_of_8(factor, x), butterflies_of_8(factor + 8, x + 8),
+        butterflies_of_8(factor + 16, x + 16), butterflies_of_8(factor + 24, x + 24)});
+}
+
+static inline tqkvk_four four_add(tqkvk_four a, tqkvk_four b)
+{
+    return (tqkvk_four){_mm256_add_ps(a.v0, b.v0), _mm256_add_ps(a.v1, b.v1),
+                        _mm256_add_ps(a.v2, b.v2), _mm256_add_ps(a.v3, b.v3)};
+}
+
+static inline tqkvk_four four_sub(tqkvk_four a, tqkvk_four b)
+{
+    return (tqkvk_four){_mm256_sub_ps(a.v0, b.v0), _mm256_sub_ps(a.v1, b.v1),
+                        _mm256_sub_ps(a.v2, b.v2), _mm256_sub_ps(a.v3, b.v3)};
+}
+
+static void hadamard_16(const float *factor, const float *x, float *y, size_t dim)
+{
+    for (size_t i = 0; i < dim; i += 16) {
+        const __m256 a = butterflies_of_8(factor + i, x + i);
+        const __m256 b = butterflies_of_8(factor + i + 8, x + i + 8);
+        _mm256_store_ps(y + i, _mm256_add_ps(a, b));
+        _mm256_store_ps(y + i + 8, _mm256_sub_ps(a, b));
+    }
+}
+
+/* Sixty-four channels stay in registers for the pairs up to 32 apart. */
 void tqkvk_hadamard_f32_avx2(const float *factor, const float *x, float *y, size_t dim,
                              size_t block)
 {
-    for (size_t i = 0; i < dim; i += 8) {
-        const __m256 v = _mm256_mul_ps(_mm256_load_ps(factor + i), _mm256_load_ps(x + i));
-        _mm256_store_ps(y + i, butterflies_of_8(v));
+    if (block == 16) {
+        hadamard_16(factor, x, y, dim);
+        return;
     }
-    size_t n = 8;
+    for (size_t i = 0; i < dim; i += 32) {
+        const tqkvk_four a = butterflies_of_32(factor + i, x + i);
+        if (block == 32) {
+            tqkvk_four_store(y + i, a);
+            continue;
+        }
+        i += 32;
+        const tqkvk_four b = butterflies_of_32(factor + i, x + i);
+        tqkvk_four_store(y + i - 32, four_add(a, b));
+        tqkvk_four_store(y + i, four_sub(a, b));
+    }
+    size_t n = 64;
     for (; 4 * n <= block; n *= 4) {
         for (size_t first = 0; first < dim; first += 4 * n) {
             for (size_t i = first; i < first + n; i += 8)
-                butterflies_of_four(y + i, n);
+                store_step(y + i, n, butterflies_of_four(tqkvk_four_load(y + i, n)));
         }
     }
-    if (2 * n > block)
-        return;
-    for (size_t first = 0; first < dim; first += 2 * n) {
-        for (size_t i = first; i < first + n; i += 8)
-            butterflies_of_two(y + i, n);
+    for (size_t first = 0; 2 * n <= block && first < dim; first += 2 * n) {
+        for (size_t i = first; i < first + n; i += 8) {
+            const __m256 a = _mm256_load_ps(y + i), b = _mm256_load_ps(y + i + n);
+            _mm256_store_ps(y + i, _mm256_add_ps(a, b));
+            _mm256_store_ps(y + i + n, _mm256_sub_ps(a, b));
+        }
     }
 }

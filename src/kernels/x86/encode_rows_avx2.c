@@ -11,15 +11,12 @@
  *
  *     lane 0: channels 0-3, 8-11    lane 1: 4-7, 12-15        pairs 0 1 4 5 | 2 3 6 7
  */
-#include <float.h>
 #include <immintrin.h>
 #include <stdbool.h>
 #include <string.h>
 
-#include "kernels/by_width.h"
-#include "kernels/levels.h"
-#include "kernels/scale_search.h"
 #include "kernels/tables.h"
+#include "kernels/x86/encode_rows_avx2.h"
 #include "kernels/x86/lanes_avx2.h"
 
 #define DIM_MAX (TQKV_UNITS_MAX * TQKV_UNIT_CHANNELS)
@@ -44,6 +41,7 @@ typedef struct search {
     tqkvk_row_range range;
     _Alignas(32) int32_t candidates[TQKVK_CANDIDATES_MAX];
     size_t n_candidates;
+    _Alignas(32) float errors[TQKVK_CANDIDATES_MAX];
     _Alignas(16) uint8_t magnitude[DIM_MAX]; /* of the candidate coded last */
 } search;
 
@@ -58,9 +56,11 @@ static inline __m256i double_levels(const int8_t *levels)
     return _mm256_add_epi8(level, level);
 }
 
-/* Widths 2..6. */
+/* Widths 2..6; 8 needs none. */
 TQKVK_INLINE byte_table load_table(uint32_t bits)
 {
+    if (bits == 8)
+        return (byte_table){.index = _mm256_setzero_si256()};
     const tqkvk_bucket *bucket = &tqkvk_buckets[bits];
     const int8_t *levels = tqkvk_widths[bits].levels + (1u << (bits - 1));
     byte_table table = {.index = broadcast_16(bucket->index)};
@@ -71,9 +71,11 @@ TQKVK_INLINE byte_table load_table(uint32_t bits)
     return table;
 }
 
-/* Levels of half levels t (32 bytes), doubled; widths 2..6. */
+/* Levels of half levels t (32 bytes), doubled; widths 2..8. */
 TQKVK_INLINE __m256i find_double_levels(uint32_t bits, const byte_table *table, __m256i t)
 {
+    if (bits == 8)
+        return tqkvk_double_levels_8(t);
     const uint32_t n_rounds = bits == 6 ? 3 : bits == 5 ? 2 : 1;
     const __m256i bucket = _mm256_and_si256(_mm256_srli_epi16(t, 4), _mm256_set1_epi8(15));
     const __m256i t_signed = _mm256_xor_si256(t, _mm256_set1_epi8(-128));
@@ -125,54 +127,12 @@ TQKVK_INLINE __m128i levels_of(uint32_t bits, __m128i index)
     return level;
 }
 
-/* Half levels of whole sizes. */
-static inline __m256i half_levels_of(__m256i double_size, __m256i to_half_levels)
-{
-    return _mm256_mulhi_epu16(double_size, to_half_levels);
-}
-
-/* sum + weight * v ^ 2, pair by pair */
-static inline __m256 add_squares(__m256 sum, __m256i v, __m256 weight)
-{
-    return _mm256_fmadd_ps(weight, _mm256_cvtepi32_ps(_mm256_madd_epi16(v, v)), sum);
-}
-
-static inline __m256i broadcast_word(const uint32_t *factor)
-{
-    return _mm256_castps_si256(_mm256_broadcast_ss((const float *)(const void *)factor));
-}
-
-/* The value of doubled levels, of which each 16 bits have one in the upper byte. */
-static inline __m256i values_of(__m256i double_level, __m256i to_size)
-{
-    return _mm256_mulhi_epu16(double_level, to_size);
-}
-
-/* The value of 8 bits that is nearest to a size, at candidate i. */
-static inline __m256i nearest_8(__m256i double_size, const factors *f, size_t i)
-{
-    const __m256i t =
-        _mm256_min_epi16(half_levels_of(double_size, broadcast_word(&f->to_half_levels[i])),
-                         _mm256_set1_epi16(TQKVK_HALF_LEVELS_MAX));
-    const __m256i level = _mm256_slli_epi16(_mm256_avg_epu16(t, _mm256_setzero_si256()), 9);
-    return values_of(level, broadcast_word(&f->to_size[i]));
-}
-
-TQKVK_INLINE void add_unit_8(__m256i size, __m256 weight, const factors *f, __m256 *sums)
-{
-    const __m256i double_size = _mm256_add_epi16(size, size);
-    for (size_t i = 0; i < TQKVK_CANDIDATES_MAX; i++) {
-        const __m256i value = nearest_8(double_size, f, i);
-        sums[i] = add_squares(sums[i], _mm256_sub_epi16(size, value), weight);
-    }
-}
-
 TQKVK_INLINE void add_unit_1(__m256i size, __m256 weight, const factors *f, __m256 *sums)
 {
     const __m256i level = _mm256_set1_epi16((short)(TQKVK_LEVEL_MAX << 9));
     for (size_t i = 0; i < TQKVK_CANDIDATES_MAX; i++) {
-        const __m256i value = values_of(level, broadcast_word(&f->to_size[i]));
-        sums[i] = add_squares(sums[i], _mm256_sub_epi16(size, value), weight);
+        const __m256i value = tqkvk_values_of(level, tqkvk_broadcast_word(&f->to_size[i]));
+        sums[i] = tqkvk_add_squares(sums[i], _mm256_sub_epi16(size, value), weight);
     }
 }
 
@@ -182,10 +142,6 @@ TQKVK_INLINE void add_unit_errors(uint32_t bits, __m256i size, float weight_valu
 {
     const __m256 weight = _mm256_set1_ps(weight_value);
     const __m256i zero = _mm256_setzero_si256();
-    if (bits == 8) {
-        add_unit_8(size, weight, f, sums);
-        return;
-    }
     if (bits == 1) {
         add_unit_1(size, weight, f, sums);
         return;
@@ -193,54 +149,22 @@ TQKVK_INLINE void add_unit_errors(uint32_t bits, __m256i size, float weight_valu
     const __m256i double_size = _mm256_add_epi16(size, size);
     const byte_table table = load_table(bits);
     for (size_t i = 0; i < TQKVK_CANDIDATES_MAX; i += 2) {
-        const __m256i t_a = half_levels_of(double_size, broadcast_word(&f->to_half_levels[i]));
-        const __m256i t_b = half_levels_of(double_size, broadcast_word(&f->to_half_levels[i + 1]));
+        const __m256i t_a =
+            tqkvk_half_levels_of(double_size, tqkvk_broadcast_word(&f->to_half_levels[i]));
+        const __m256i t_b =
+            tqkvk_half_levels_of(double_size, tqkvk_broadcast_word(&f->to_half_levels[i + 1]));
         const __m256i level = find_double_levels(bits, &table, _mm256_packus_epi16(t_a, t_b));
-        const __m256i a =
-            values_of(_mm256_unpacklo_epi8(zero, level), broadcast_word(&f->to_size[i]));
-        const __m256i b =
-            values_of(_mm256_unpackhi_epi8(zero, level), broadcast_word(&f->to_size[i + 1]));
-        sums[i] = add_squares(sums[i], _mm256_sub_epi16(size, a), weight);
-        sums[i + 1] = add_squares(sums[i + 1], _mm256_sub_epi16(size, b), weight);
+        const __m256i a = tqkvk_values_of(_mm256_unpacklo_epi8(zero, level),
+                                          tqkvk_broadcast_word(&f->to_size[i]));
+        const __m256i b = tqkvk_values_of(_mm256_unpackhi_epi8(zero, level),
+                                          tqkvk_broadcast_word(&f->to_size[i + 1]));
+        sums[i] = tqkvk_add_squares(sums[i], _mm256_sub_epi16(size, a), weight);
+        sums[i + 1] = tqkvk_add_squares(sums[i + 1], _mm256_sub_epi16(size, b), weight);
     }
 }
 
-/* Of candidates i .. i + 3. */
-static inline void store_errors(const __m256 *sums, float *errors)
-{
-    const __m256 a = _mm256_unpacklo_ps(sums[0], sums[1]), b = _mm256_unpacklo_ps(sums[2], sums[3]);
-    const __m256 c = _mm256_unpackhi_ps(sums[0], sums[1]), d = _mm256_unpackhi_ps(sums[2], sums[3]);
-    const __m256 pair[4] = {_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee),
-                            _mm256_shuffle_ps(c, d, 0x44), _mm256_shuffle_ps(c, d, 0xee)};
-    __m128 half[4]; /* pairs 0 + 2, 1 + 3, 4 + 6, 5 + 7 */
-    for (int i = 0; i < 4; i++)
-        half[i] = _mm_add_ps(_mm256_castps256_ps128(pair[i]), _mm256_extractf128_ps(pair[i], 1));
-    _mm_storeu_ps(errors, _mm_add_ps(_mm_add_ps(half[0], half[2]), _mm_add_ps(half[1], half[3])));
-}
-
-/* Rows of 8 bits only. The sums stay in registers. errors: [8] out. */
-static void find_errors_8(const search *s, const float *weights, float *errors)
-{
-    const factors *f = &s->factors[8];
-    __m256 sums[8]; /* the last two stay beyond every error */
-    for (size_t i = 0; i < 8; i++)
-        sums[i] = _mm256_set1_ps(i < TQKVK_CANDIDATES_8 ? 0.0f : FLT_MAX / 16);
-    for (uint32_t u = 0; u < s->layout->n_units; u++) {
-        if (s->layout->bits[u] == 0)
-            continue;
-        const __m256i size = s->size[u], double_size = _mm256_add_epi16(size, size);
-        const __m256 weight = _mm256_broadcast_ss(&weights[u]);
-#pragma GCC unroll 6
-        for (size_t i = 0; i < TQKVK_CANDIDATES_8; i++)
-            sums[i] =
-                add_squares(sums[i], _mm256_sub_epi16(size, nearest_8(double_size, f, i)), weight);
-    }
-    store_errors(sums, errors);
-    store_errors(sums + 4, errors + 4);
-}
-
-/* Others: one case per width, each with loops of its own. errors: [16] out. */
-static void find_errors(const search *s, const float *weight, float *errors)
+/* One case per width, each with loops of its own. */
+static void find_errors(search *s, const float *weight)
 {
     __m256 sums[TQKVK_CANDIDATES_MAX];
     for (size_t i = 0; i < TQKVK_CANDIDATES_MAX; i++)
@@ -250,36 +174,8 @@ static void find_errors(const search *s, const float *weight, float *errors)
         TQKVK_BY_WIDTH(bits, TQKVK_NOTHING, add_unit_errors, s->size[u], weight[u],
                        &s->factors[bits], sums);
     }
-    for (size_t i = 0; i < TQKVK_CANDIDATES_MAX; i += 4)
-        store_errors(sums + i, errors + i);
-}
-
-/* How many of n thresholds of an octave (8 or 16) the mantissa of value >= 0 reaches. */
-static inline int count_in_octave(const float *thresholds, int n, float value)
-{
-    const uint32_t bits = tqkvi_bits_of_float(value);
-    const __m256 mantissa =
-        _mm256_castsi256_ps(_mm256_set1_epi32((int)((bits & 0x7fffffu) | 0x3f800000u)));
-    unsigned mask = 0;
-    for (int i = 0; i < n; i += 8) {
-        const __m256 passed = _mm256_cmp_ps(mantissa, _mm256_loadu_ps(thresholds + i), _CMP_GE_OQ);
-        mask |= (unsigned)_mm256_movemask_ps(passed) << i;
-    }
-    return _mm_popcnt_u32(mask);
-}
-
-/*
- * Index of a mean square, less that of 1. Thresholds repeat from octave to octave, eight of energy
- * (2 ^ (1/16), 2 ^ (3/16), ...) and sixteen of peaks: count by exponent, then within the octave.
- */
-static int energy_index(float mean)
-{
-    return 8 * tqkvk_exponent_of(mean) + count_in_octave(&tqkvk_energy_thresholds[129], 8, mean);
-}
-
-static int peak_index(float peak)
-{
-    return 16 * tqkvk_exponent_of(peak) + count_in_octave(&tqkvk_peak_thresholds[129], 16, peak);
+    _mm256_store_ps(s->errors, tqkvk_eight_errors(sums));
+    _mm256_store_ps(s->errors + 8, tqkvk_eight_errors(sums + 8));
 }
 
 static inline __m256 magnitude_of(const float *y)
@@ -316,22 +212,16 @@ static void measure(search *s, const float *y)
         const __m256 lo = _mm256_mul_ps(magnitude_of(y + u * LANES), unit);
         const __m256 hi = _mm256_mul_ps(magnitude_of(y + u * LANES + 8), unit);
         s->size[u] = _mm256_packs_epi32(_mm256_cvtps_epi32(lo), _mm256_cvtps_epi32(hi));
-        sum = add_squares(sum, s->size[u], one);
+        sum = tqkvk_add_squares(sum, s->size[u], one);
     }
-    const float mean = tqkvk_sum_lanes(sum) / (float)n_coded;
+    const float mean =
+        tqkvk_sum_lanes(sum) / (float)n_coded * tqkvi_power_of_two(-2 * exponent);
     s->range = (tqkvk_row_range){
-        .energy = tqkvk_clamp_scale(128 + energy_index(mean * tqkvi_power_of_two(-2 * exponent))),
-        .peak = tqkvk_clamp_scale(128 + peak_index(tqkvk_max_lanes(peak))),
+        .energy = tqkvk_clamp_scale(128 + tqkvk_energy_index(mean)),
+        .peak = tqkvk_clamp_scale(128 + tqkvk_peak_index(tqkvk_max_lanes(peak))),
         .exponent = exponent,
         .n_coded = (int)n_coded,
         .widths = widths};
-}
-
-/* To whole numbers of at most 16 bits, twice in each word. */
-static inline __m256i twice_16(__m256 v)
-{
-    const __m256i whole = _mm256_min_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(65535));
-    return _mm256_or_si256(whole, _mm256_slli_epi32(whole, 16));
 }
 
 /* first, first + 1, ..., all within 1..255 */
@@ -350,6 +240,7 @@ static void list_candidates(search *s)
     if (range->widths == TQKVK_ONLY_8) {
         s->n_candidates = TQKVK_CANDIDATES_8;
         _mm256_store_si256(out, eight_scales(range->peak - 2));
+        _mm256_store_si256(out + 1, eight_scales(range->peak - 2)); /* no candidates */
         return;
     }
     s->n_candidates = TQKVK_CANDIDATES_MAX;
@@ -364,7 +255,7 @@ static void fill_factors(search *s)
     const __m256 up = _mm256_set1_ps(tqkvi_power_of_two(15 - exponent));
     const __m256 down = _mm256_set1_ps(tqkvi_power_of_two(7 + exponent));
 
-    for (size_t i = 0; i < s->n_candidates; i += 8) {
+    for (size_t i = 0; i < TQKVK_CANDIDATES_MAX; i += 8) {
         const __m256i c = _mm256_load_si256((const __m256i *)(const void *)(s->candidates + i));
         const __m256 value = _mm256_i32gather_ps(tqkvk_scale_values, c, 4);
         const __m256 inverse = _mm256_i32gather_ps(tqkvk_scale_inverses, c, 4);
@@ -375,8 +266,9 @@ static void fill_factors(search *s)
             const __m256 half_levels = _mm256_mul_ps(_mm256_mul_ps(inverse, inv_step2), up);
             const __m256 size = _mm256_mul_ps(_mm256_mul_ps(value, step), down);
             factors *f = &s->factors[bits];
-            _mm256_store_si256((__m256i *)(void *)(f->to_half_levels + i), twice_16(half_levels));
-            _mm256_store_si256((__m256i *)(void *)(f->to_size + i), twice_16(size));
+            _mm256_store_si256((__m256i *)(void *)(f->to_half_levels + i),
+                               tqkvk_twice_16(half_levels));
+            _mm256_store_si256((__m256i *)(void *)(f->to_size + i), tqkvk_twice_16(size));
         }
     }
 }
@@ -385,7 +277,8 @@ static void fill_factors(search *s)
 TQKVK_INLINE __m128i code_unit(uint32_t bits, __m256i size, const uint32_t *to_half_levels,
                                uint8_t *magnitude)
 {
-    const __m256i t = half_levels_of(_mm256_add_epi16(size, size), broadcast_word(to_half_levels));
+    const __m256i t = tqkvk_half_levels_of(_mm256_add_epi16(size, size),
+                                           tqkvk_broadcast_word(to_half_levels));
     const __m128i bytes =
         _mm_min_epu8(_mm_packus_epi16(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1)),
                      _mm_set1_epi8((char)TQKVK_HALF_LEVELS_MAX));
@@ -402,18 +295,6 @@ static inline uint32_t max_byte(__m128i v)
     return 255u - ((uint32_t)_mm_cvtsi128_si32(_mm_minpos_epu16(words)) & 0xffu);
 }
 
-static tqkvk_row_again code_row_8(search *s, size_t i)
-{
-    __m128i largest = _mm_setzero_si128();
-    for (uint32_t u = 0; u < s->layout->n_units; u++) {
-        if (s->layout->bits[u] != 0)
-            largest =
-                _mm_max_epu8(largest, code_unit(8, s->size[u], &s->factors[8].to_half_levels[i],
-                                                s->magnitude + u * LANES));
-    }
-    return (tqkvk_row_again){.peak = tqkvk_level_octaves[max_byte(largest)]};
-}
-
 /* sum: of the squares of values without scale. */
 TQKVK_INLINE void code_any_unit(uint32_t bits, __m256i size, const uint32_t *to_half_levels,
                                 uint8_t *magnitude, __m256 *sum, __m128i *largest)
@@ -421,7 +302,7 @@ TQKVK_INLINE void code_any_unit(uint32_t bits, __m256i size, const uint32_t *to_
     const __m128i level = code_unit(bits, size, to_half_levels, magnitude);
     const float step = tqkvk_widths[bits].step;
     *largest = _mm_max_epu8(*largest, level);
-    *sum = add_squares(*sum, _mm256_cvtepu8_epi16(level), _mm256_set1_ps(step * step));
+    *sum = tqkvk_add_squares(*sum, _mm256_cvtepu8_epi16(level), _mm256_set1_ps(step * step));
 }
 
 /* Codes the row at candidate i. */
@@ -430,15 +311,14 @@ static tqkvk_row_again code_row(search *s, size_t i)
     __m256 sum = _mm256_setzero_ps();
     __m128i largest = _mm_setzero_si128();
 
-    if (s->range.widths == TQKVK_ONLY_8)
-        return code_row_8(s, i);
     for (uint32_t u = 0; u < s->layout->n_units; u++) {
         const uint32_t bits = s->layout->bits[u];
         TQKVK_BY_WIDTH(bits, TQKVK_NOTHING, code_any_unit, s->size[u],
                        &s->factors[bits].to_half_levels[i], s->magnitude + u * LANES, &sum,
                        &largest);
     }
-    return (tqkvk_row_again){.energy = energy_index(tqkvk_sum_lanes(sum) / (float)s->range.n_coded),
+    const float mean = tqkvk_sum_lanes(sum) / (float)s->range.n_coded;
+    return (tqkvk_row_again){.energy = tqkvk_energy_index(mean),
                              .peak = tqkvk_level_octaves[max_byte(largest)]};
 }
 
@@ -528,41 +408,21 @@ static void pack_row(const search *s, const float *y, uint8_t *codes)
     }
 }
 
-/*
- * The candidate of least error, where it is one and the row was not decoded from codes like these;
- * otherwise n_candidates. Nearly every row has one.
- */
-static size_t find_least(const float *errors, size_t n, float near_error)
-{
-    const __m256 a = _mm256_load_ps(errors);
-    const __m256 b = n > 8 ? _mm256_load_ps(errors + 8) : a;
-    const __m256 ab = _mm256_min_ps(a, b);
-    __m128 low = _mm_min_ps(_mm256_castps256_ps128(ab), _mm256_extractf128_ps(ab, 1));
-    low = _mm_min_ps(low, _mm_movehl_ps(low, low));
-    low = _mm_min_ss(low, _mm_movehdup_ps(low));
-    const __m256 least = _mm256_broadcastss_ps(low);
-    uint32_t mask = (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, least, _CMP_EQ_OQ));
-    if (n > 8)
-        mask |= (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(b, least, _CMP_EQ_OQ)) << 8;
-    const bool one = (mask & (mask - 1)) == 0;
-    return one && _mm_cvtss_f32(low) > near_error ? (size_t)__builtin_ctz(mask) : n;
-}
-
 /* Codes the row at candidates in the order of the contest, until one is stable. */
-static int try_in_order(search *s, const float *weight, const float *y, float *errors,
-                        float near_error, tqkvk_row_again *again)
+static int try_in_order(search *s, const float *weight, const float *y, float near_error,
+                        tqkvk_row_again *again)
 {
     tqkvk_contest contest = {.n = s->n_candidates};
     size_t i;
 
     for (i = 0; i < s->n_candidates; i++) {
         const int c = s->candidates[i];
-        const bool near_row = errors[i] <= near_error;
+        const bool near_row = s->errors[i] <= near_error;
         if (near_row) {
             (void)code_row(s, i);
-            errors[i] = tqkvk_exact_error(s->layout, weight, y, c, s->magnitude);
+            s->errors[i] = tqkvk_exact_error(s->layout, weight, y, c, s->magnitude);
         }
-        tqkvk_contest_put(&contest, i, near_row, errors[i], (uint8_t)c);
+        tqkvk_contest_put(&contest, i, near_row, s->errors[i], (uint8_t)c);
     }
     do { /* some candidate is stable */
         i = tqkvk_contest_take(&contest);
@@ -571,34 +431,54 @@ static int try_in_order(search *s, const float *weight, const float *y, float *e
     return s->candidates[i];
 }
 
-uint8_t tqkvk_encode_row_f32_avx2(const tqkvi_layout *layout, const float *weight, const float *y,
-                                  uint8_t *codes)
+/* What is left when the errors are known. Returns the scale. */
+static uint8_t finish_row(search *s, const float *weight, const float *y, uint8_t *codes)
 {
-    _Alignas(32) float errors[TQKVK_CANDIDATES_MAX];
-    search s;
+    const float near_error = 16.0f * (float)s->range.n_coded;
+    const size_t least = tqkvk_find_least(_mm256_load_ps(s->errors), _mm256_load_ps(s->errors + 8),
+                                          near_error);
     tqkvk_row_again again = {0};
     int scale = 0;
 
-    if (layout->row_bytes == 0)
-        return 1;
+    if (least < s->n_candidates) {
+        scale = s->candidates[least];
+        again = code_row(s, least);
+    }
+    if (scale == 0 || !tqkvk_is_stable(&s->range, again, scale))
+        scale = try_in_order(s, weight, y, near_error, &again);
+    if (tqkvk_may_go_lower(again, scale))
+        scale = tqkvk_use_lower_scale(s->layout, again, scale, s->magnitude);
+    pack_row(s, y, codes);
+    return (uint8_t)scale;
+}
+
+static uint8_t encode_row(const tqkvi_layout *layout, const float *weight, const float *y,
+                          uint8_t *codes)
+{
+    search s;
+
     s.layout = layout;
     measure(&s, y);
     list_candidates(&s);
     fill_factors(&s);
-    if (s.range.widths == TQKVK_ONLY_8)
-        find_errors_8(&s, weight, errors);
-    else
-        find_errors(&s, weight, errors);
-    const float near_error = 16.0f * (float)s.range.n_coded;
-    const size_t least = find_least(errors, s.n_candidates, near_error);
-    if (least < s.n_candidates) {
-        scale = s.candidates[least];
-        again = code_row(&s, least);
+    find_errors(&s, weight);
+    return finish_row(&s, weight, y, codes);
+}
+
+void tqkvk_encode_rows_f32_avx2(const tqkvi_layout *layout, const float *weight, const float *y,
+                                size_t n_rows, uint8_t *scales, uint8_t *codes)
+{
+    const size_t dim = (size_t)layout->n_units * LANES, row_bytes = layout->row_bytes;
+
+    if (row_bytes == 0) {
+        memset(scales, 1, n_rows);
+        return;
     }
-    if (scale == 0 || !tqkvk_is_stable(&s.range, again, scale))
-        scale = try_in_order(&s, weight, y, errors, near_error, &again);
-    if (tqkvk_may_go_lower(again, scale))
-        scale = tqkvk_use_lower_scale(layout, again, scale, s.magnitude);
-    pack_row(&s, y, codes);
-    return (uint8_t)scale;
+    memset(scales, 0, n_rows);
+    if (row_bytes == 2 * 8 * (size_t)layout->n_units)
+        tqkvk_encode_rows_8_avx2(layout, weight, y, n_rows, scales, codes);
+    for (size_t r = 0; r < n_rows; r++) {
+        if (scales[r] == 0)
+            scales[r] = encode_row(layout, weight, y + r * dim, codes + r * row_bytes);
+    }
 }

@@ -410,8 +410,8 @@ static void pack_row(const search *s, const float *y, uint8_t *codes)
     }
 }
 
-uint8_t tqkvk_encode_row_f32_neon(const tqkvi_layout *layout, const float *weight, const float *y,
-                                  uint8_t *codes)
+static uint8_t encode_row(const tqkvi_layout *layout, const float *weight, const float *y,
+                          uint8_t *codes)
 {
     float errors[TQKVK_CANDIDATES_MAX];
     tqkvk_contest contest;
@@ -444,4 +444,12 @@ uint8_t tqkvk_encode_row_f32_neon(const tqkvi_layout *layout, const float *weigh
         scale = tqkvk_use_lower_scale(layout, again, scale, s.magnitude);
     pack_row(&s, y, codes);
     return (uint8_t)scale;
+}
+
+void tqkvk_encode_rows_f32_neon(const tqkvi_layout *layout, const float *weight, const float *y,
+                               size_t n_rows, uint8_t *scales, uint8_t *codes)
+{
+    for (size_t r = 0; r < n_rows; r++)
+        scales[r] = encode_row(layout, weight, y + r * layout->n_units * LANES,
+                               codes + r * layout->row_bytes);
 }

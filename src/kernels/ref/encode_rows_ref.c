@@ -288,8 +288,8 @@ static void pack_row(const tqkvi_layout *layout, const float *y, const uint8_t *
     }
 }
 
-uint8_t tqkvk_encode_row_f32_ref(const tqkvi_layout *layout, const float *weight, const float *y,
-                                 uint8_t *codes)
+static uint8_t encode_row(const tqkvi_layout *layout, const float *weight, const float *y,
+                          uint8_t *codes)
 {
     row_sizes sizes;
     int candidates[CANDIDATES_MAX];
@@ -307,4 +307,12 @@ uint8_t tqkvk_encode_row_f32_ref(const tqkvi_layout *layout, const float *weight
     use_lower_scale(layout, &best);
     pack_row(layout, y, best.magnitude, codes);
     return (uint8_t)best.scale;
+}
+
+void tqkvk_encode_rows_f32_ref(const tqkvi_layout *layout, const float *weight, const float *y,
+                              size_t n_rows, uint8_t *scales, uint8_t *codes)
+{
+    for (size_t r = 0; r < n_rows; r++)
+        scales[r] = encode_row(layout, weight, y + r * layout->n_units * LANES,
+                               codes + r * layout->row_bytes);
 }
