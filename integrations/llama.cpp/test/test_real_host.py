@@ -118,7 +118,8 @@ LINES = {
     "llama_yarn": "active: 1.0x",
     "gemma2": "active: 1.0x",
     "mpt": "active: 1.0x",
-    "deepseek2": "not active: K and V share one tensor",
+    "deepseek2": "active: 1.0x",
+    "deepseek2_lite": "active: 1.0x",
     "lfm2": "active: 1.0x",
     "mamba": "not active: llama.cpp keeps the cache to itself",
 }

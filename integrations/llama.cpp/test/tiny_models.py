@@ -147,9 +147,8 @@ def mpt(path):
                              "attention.layer_norm_epsilon": 1e-5, "attention.max_alibi_bias": 8.0}, w)
 
 
-def deepseek2(path):
+def deepseek2(path, heads=4, rank=64, rope=16, nope=32, v=32, **settings):
     """Latent attention: one K tensor that is V as well."""
-    heads, rank, rope, nope, v = 4, 64, 16, 32, 32
     w = Weights(4)
     w.ends()
     for i in range(LAYERS):
@@ -168,7 +167,12 @@ def deepseek2(path):
         "attention.value_length": rank, "attention.key_length_mla": nope + rope, "attention.value_length_mla": v,
         "attention.q_lora_rank": 48, "attention.kv_lora_rank": rank, "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.dimension_count": rope, "leading_dense_block_count": LAYERS, "expert_feed_forward_length": FF,
-        "expert_shared_count": 1}, w)
+        "expert_shared_count": 1, **settings}, w)
+
+
+def deepseek2_lite(path):
+    """Latent attention with the heads of DeepSeek-V2, fewer of them."""
+    deepseek2(path, rank=512, rope=64, nope=128, v=128)
 
 
 def lfm2(path):
@@ -209,7 +213,7 @@ def mamba(path):
                                "attention.head_count": 0, "feed_forward_length": 0}, w)
 
 
-ALL = {f.__name__: f for f in (llama, llama_odd, llama_yarn, gemma2, mpt, deepseek2, lfm2, mamba)}
+ALL = {f.__name__: f for f in (llama, llama_odd, llama_yarn, gemma2, mpt, deepseek2, deepseek2_lite, lfm2, mamba)}
 
 if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1])
