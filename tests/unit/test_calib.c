@@ -58,6 +58,33 @@ static void eigenvectors_reproduce_the_matrix(void **unused)
     }
 }
 
+/* Rows of 512 channels that only 9 directions make, sizes over eight decades: the rest is rounding. */
+static void eigenvectors_of_few_directions(void **unused)
+{
+    enum { N = 512, RANK = 9 };
+    double *s = calloc(N * N, sizeof(*s)), *a = malloc(N * N * sizeof(*a));
+    double x[N], values[N], work[N], trace = 0.0, sum = 0.0;
+
+    (void)unused;
+    for (int r = 0; r < RANK; r++) {
+        for (size_t i = 0; i < N; i++)
+            x[i] = (double)gauss() * pow(10.0, -r);
+        for (size_t i = 0; i < N; i++)
+            for (size_t j = 0; j < N; j++)
+                s[i * N + j] += x[i] * x[j];
+    }
+    memcpy(a, s, N * N * sizeof(*a));
+    assert_true(tqkvi_eigen_symmetric(a, N, values, work));
+    for (size_t i = 0; i < N; i++) {
+        trace += s[i * N + i];
+        sum += values[i];
+        assert_true(i < RANK || fabs(values[i]) < 1e-13 * values[0]);
+    }
+    assert_true(fabs(trace - sum) < 1e-12 * trace);
+    free(a);
+    free(s);
+}
+
 static void eigenvectors_refuse_nan(void **unused)
 {
     double a[4] = {1.0, NAN, NAN, 1.0}, values[2], work[2];
@@ -577,6 +604,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(eigenvectors_reproduce_the_matrix),
+        cmocka_unit_test(eigenvectors_of_few_directions),
         cmocka_unit_test(eigenvectors_refuse_nan),
         cmocka_unit_test(allocation_spends_the_budget_where_it_helps),
         cmocka_unit_test(transform_whitens_rows_in_their_frame),
