@@ -125,6 +125,9 @@ LINES = {
 }
 
 
+WITH_TIERS = ("llama", "deepseek2", "deepseek2_lite")
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_architectures(program, plugin, tmp_path, name):
     """Random weights: shifts, streams, states and plain storage, against stock."""
@@ -133,9 +136,9 @@ def test_architectures(program, plugin, tmp_path, name):
     spec.loader.exec_module(tiny_models)
     assert set(LINES) == set(tiny_models.ALL)
     tiny_models.ALL[name](tmp_path / f"{name}.gguf")
-    done = subprocess.run([str(program), "--compare", str(tmp_path / f"{name}.gguf")], text=True, timeout=300,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=environment(TQKV_TEST_PLUGIN=str(plugin)))
+    done = subprocess.run([str(program), "--tiers" if name in WITH_TIERS else "--compare",
+                           str(tmp_path / f"{name}.gguf")], text=True, timeout=300, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=environment(TQKV_TEST_PLUGIN=str(plugin)))
     assert done.returncode == 0, done.stdout
     assert f"turboquant: {LINES[name]}" in done.stdout
 
