@@ -401,7 +401,8 @@ tqkvp_done tqkvp_do_shift(tqkvp_backend *backend, const ggml_tensor *node)
     const tqkv_rope stored = tqkvp_layer_rope(layer);
     (void)tqkvp_row_parts(tensor, parts);
     if (tensor->side != TQKV_SIDE_K || tqkvp_tensor_of(node->src[0]) != tensor ||
-        node->view_offs != bytes_before(tensor, parts[0].first) || node->nb[2] != tensor->row_bytes || node->ne[2] != tensor->n_rows ||
+        node->view_offs != bytes_before(tensor, parts[0].first) ||
+        node->nb[2] != tensor->row_bytes || node->ne[2] != tensor->n_rows ||
         !layer->shape_known || node->ne[1] != layer->shape.n_kv_heads || node->ne[3] != 1 ||
         !tqkvp_rope_read(node, layer->shape.k_dim, &rope) ||
         !tqkvp_rope_equal(&rope.rope, &stored) || tqkvp_type_of(deltas) != TQKVP_TYPE_I32 ||

@@ -71,10 +71,10 @@ tqkvi_attn_work *tqkvi_attn_work_init(void *memory, const tqkvi_attention *atten
                                 .window = attention->window,
                                 .first_position = attention->first_position};
     float *q8, *w;
-    float **const arrays[ARRAYS] = {&work->q,      &work->turned, &work->coded, &work->k,
-                                    &work->v,      &work->s,      &work->bias,  &work->acc[0],
-                                    &work->acc[1], &q8,           &w,
-                                    &work->q_latent, &work->coded_latent, &work->s_latent};
+    float **const arrays[ARRAYS] = {
+        &work->q,      &work->turned, &work->coded, &work->k,        &work->v,
+        &work->s,      &work->bias,   &work->acc[0], &work->acc[1],  &q8,
+        &w,            &work->q_latent, &work->coded_latent, &work->s_latent};
     array_floats(shape, n);
     for (int i = 0; i < ARRAYS; i++) {
         *arrays[i] = next;
