@@ -42,7 +42,8 @@ TQKV_API void tqkv_calib_destroy(tqkv_calib *calib);
 
 /*
  * Shape, RoPE and window of a layer (tier_tokens and token_bytes ignored), and the projection after attention.
- * w_o: [n_out][n_heads * v_dim] f32, borrowed, or NULL where it is not known (identity then).
+ * w_o: [n_out][n_heads * v_dim] f32, borrowed, or NULL where it is not known (identity then); in a latent
+ * layer what becomes of the weighted sum of latents: heads' values, then the output.
  * resident: tokens the engine holds for this layer at the plan's context, 0: all (a sliding window
  * holds fewer).
  */
@@ -54,7 +55,7 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_calib_set_layer(tqkv_calib *calib, uint
 /*
  * One piece of text, causal from its first token.
  * q: [n][n_heads][k_dim], k: [n][n_kv_heads][k_dim], v: [n][n_kv_heads][v_dim] f32 contiguous,
- * RoPE applied, borrowed. positions: [n] ascending by one. scale, softcap: of the scores.
+ * RoPE applied, borrowed. In a latent layer q is [n][n_heads][k_dim + v_dim], its part for V last. positions: [n] ascending by one. scale, softcap: of the scores.
  */
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_calib_observe(tqkv_calib *calib, uint32_t layer, size_t n, const float *q,
                                                        const float *k, const float *v, const int32_t *positions,

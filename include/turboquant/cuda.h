@@ -37,8 +37,8 @@ typedef enum tqkv_cuda_type { TQKV_CUDA_F32 = 0, TQKV_CUDA_F16 = 1, TQKV_CUDA_BF
 /*
  * plan: borrowed. rope: NULL takes the plan's. mem: NULL for malloc.
  * Errors: TQKV_ERR_INVALID_ARG, TQKV_ERR_NO_MEMORY, TQKV_ERR_UNSUPPORTED (heads other than 64, 128
- * or 256 channels, K and V of different sizes, heads of plain f16, frames of a number of tokens that
- * TQKV_CUDA_TILE_TOKENS does not divide).
+ * or 256 channels, K and V of different sizes, latent layers, heads of plain f16, frames of a number
+ * of tokens that TQKV_CUDA_TILE_TOKENS does not divide).
  */
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_layer_create(const tqkv_plan *plan, uint32_t layer,
                                                            const tqkv_rope *rope, const tqkv_allocator *mem,

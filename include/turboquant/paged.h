@@ -59,7 +59,7 @@ TQKV_API void tqkv_paged_config_init(tqkv_paged_config *config);
 
 /*
  * Errors: TQKV_ERR_INVALID_ARG, TQKV_ERR_NO_MEMORY, TQKV_ERR_UNSUPPORTED (a plan whose frames are
- * not whole 16 tokens).
+ * not whole 16 tokens, a latent layer).
  */
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_paged_create(const tqkv_paged_config *config, tqkv_paged **out);
 TQKV_API void tqkv_paged_destroy(tqkv_paged *paged);

@@ -53,6 +53,11 @@ typedef struct tqkv_plan_info {
     uint8_t fingerprint[TQKV_FINGERPRINT_BYTES]; /* SHA-256 of the file without this field */
 } tqkv_plan_info;
 
+/*
+ * Shape of one layer. In a latent layer (multi-head latent attention) n_kv_heads is 1, K are the channels
+ * that RoPE turns and V is the latent; a key is both. The score of a query is the sum of its products with
+ * K and with V, the output the weighted sum of V. Each is stored once.
+ */
 typedef struct tqkv_plan_layer {
     uint32_t n_heads;    /* query heads */
     uint32_t n_kv_heads; /* divides n_heads */
@@ -61,6 +66,7 @@ typedef struct tqkv_plan_layer {
     tqkv_rope rope;      /* inv_freq lives as long as the plan */
     uint32_t tier_tokens[TQKV_TIERS_MAX]; /* tokens that the tier holds, may be 0; of the last: 0, it holds the rest */
     uint32_t token_bytes[TQKV_TIERS_MAX]; /* of one token in the tier: K + V, codes + scales */
+    uint32_t is_latent; /* 1: V serves as key as well, see above; 0 otherwise */
 } tqkv_plan_layer;
 
 /*

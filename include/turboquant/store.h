@@ -95,6 +95,8 @@ typedef struct tqkv_attend_args {
     float softcap;          /* 0: none; otherwise softcap * tanh(scale * q.k / softcap) */
     int causal;             /* without a mask: query i sees every committed cell and batch tokens 0..i */
     void *scratch;          /* tqkv_store_scratch_bytes, TQKV_ALIGN-aligned */
+    const float *q_latent;  /* [n_q][n_heads][v_dim] f32, strides of q: the part of a query that meets V as a key;
+                             * in latent layers (plan.h) and nowhere else */
 } tqkv_attend_args;
 
 TQKV_API void tqkv_attend_args_init(tqkv_attend_args *args);

@@ -282,6 +282,7 @@ tqkvp_op tqkvp_op_of(const ggml_tensor *tensor)
         {"TRANSPOSE", TQKVP_OP_VIEW}, {"SET_ROWS", TQKVP_OP_SET_ROWS},
         {"ROPE", TQKVP_OP_ROPE},      {"FLASH_ATTN_EXT", TQKVP_OP_FLASH_ATTN},
         {"CPY", TQKVP_OP_CPY},        {"MUL_MAT", TQKVP_OP_MUL_MAT},
+        {"CONCAT", TQKVP_OP_CONCAT},
     };
 
     if (tensor->op < 0 || tensor->op >= NUMBERS)

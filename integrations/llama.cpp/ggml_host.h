@@ -17,7 +17,8 @@ typedef enum tqkvp_op {
     TQKVP_OP_FLASH_ATTN,
     TQKVP_OP_ROPE,
     TQKVP_OP_CPY,
-    TQKVP_OP_MUL_MAT
+    TQKVP_OP_MUL_MAT,
+    TQKVP_OP_CONCAT
 } tqkvp_op;
 
 typedef enum tqkvp_type {

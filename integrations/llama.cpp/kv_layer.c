@@ -6,6 +6,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "kv_cells.h"
 #include "kv_rows.h"
 
 #ifndef MAP_NORESERVE
@@ -130,6 +131,24 @@ void tqkvp_layer_wish_plain(tqkvp_layer *layer, const char *why)
     snprintf(layer->why, sizeof(layer->why), "%s", why);
 }
 
+/*
+ * K and V of one tensor. A latent layer attends with all channels of a row and adds up all but those
+ * that turn, which are at one of its ends. False for anything else.
+ */
+static bool learn_latent(tqkvp_layer *layer, const ggml_tensor *k, const ggml_tensor *v)
+{
+    const tqkvp_tensor *side = layer->sides[TQKV_SIDE_K];
+    const int64_t n_turned = k->ne[0] - v->ne[0];
+
+    if (!side || layer->sides[TQKV_SIDE_V] || tqkvp_tensor_of(k) != side ||
+        tqkvp_tensor_of(v) != side || k->ne[2] != 1 || n_turned <= 0 || v->view_offs < k->view_offs)
+        return false;
+    const int64_t offset =
+        (int64_t)(v->view_offs - k->view_offs) * side->row_values / (int64_t)side->row_bytes;
+    layer->turned_first = offset != 0;
+    return offset == 0 || offset == n_turned;
+}
+
 void tqkvp_layer_learn_attention(tqkvp_layer *layer, const ggml_tensor *node)
 {
     const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2];
@@ -138,13 +157,18 @@ void tqkvp_layer_learn_attention(tqkvp_layer *layer, const ggml_tensor *node)
 
     if (layer->shape_known || layer->must_be_plain)
         return;
-    if (!k_side || !v_side || tqkvp_tensor_of(v) != v_side || tqkvp_tensor_of(k) != k_side) {
-        tqkvp_layer_wish_plain(layer, "K and V share one tensor");
+    const bool is_latent = learn_latent(layer, k, v);
+    if (!is_latent &&
+        (!k_side || !v_side || tqkvp_tensor_of(v) != v_side || tqkvp_tensor_of(k) != k_side)) {
+        tqkvp_layer_wish_plain(layer, "K and V share one tensor, and it is not a latent beside "
+                                      "channels that turn");
         return;
     }
-    const int64_t n_heads = q->ne[2], n_kv_heads = k->ne[2], k_dim = k->ne[0], v_dim = v->ne[0];
-    if (n_kv_heads * k_dim != k_side->row_values || n_kv_heads * v_dim != v_side->row_values ||
-        q->ne[0] != k_dim || n_heads % n_kv_heads != 0) {
+    const int64_t n_heads = q->ne[2], n_kv_heads = k->ne[2], v_dim = v->ne[0];
+    const int64_t k_dim = is_latent ? k->ne[0] - v_dim : k->ne[0];
+    if (n_kv_heads * k->ne[0] != k_side->row_values ||
+        (v_side && n_kv_heads * v_dim != v_side->row_values) || q->ne[0] != k->ne[0] ||
+        n_heads % n_kv_heads != 0) {
         tqkvp_layer_wish_plain(layer, "the heads do not fill a row of the cache");
         return;
     }
@@ -158,7 +182,8 @@ void tqkvp_layer_learn_attention(tqkvp_layer *layer, const ggml_tensor *node)
     layer->shape = (tqkv_plan_layer){.n_heads = (uint32_t)n_heads,
                                      .n_kv_heads = (uint32_t)n_kv_heads,
                                      .k_dim = (uint32_t)k_dim,
-                                     .v_dim = (uint32_t)v_dim};
+                                     .v_dim = (uint32_t)v_dim,
+                                     .is_latent = is_latent};
     layer->shape_known = true;
 }
 
@@ -173,7 +198,7 @@ void tqkvp_layer_learn_rows(tqkvp_layer *layer, const ggml_tensor *node)
     }
     if (tensor->side != TQKV_SIDE_K || layer->rope_state == TQKVP_ROPE_SEEN)
         return;
-    const ggml_tensor *rope = tqkvp_rope_behind(node->src[0]);
+    const ggml_tensor *rope = tqkvp_rope_behind(node->src[0], !layer->sides[TQKV_SIDE_V]);
     layer->rope_state = rope && tqkvp_rope_read(rope, (uint32_t)rope->ne[0], &layer->rope)
                             ? TQKVP_ROPE_SEEN
                             : TQKVP_ROPE_HIDDEN;
@@ -223,7 +248,8 @@ static bool plan_fits(tqkvp_layer *layer, const tqkvp_plan *plan, const tqkv_pla
 
     if (layer->shape_known &&
         (shape->n_heads != planned->n_heads || shape->n_kv_heads != planned->n_kv_heads ||
-         shape->k_dim != planned->k_dim || shape->v_dim != planned->v_dim)) {
+         shape->k_dim != planned->k_dim || shape->v_dim != planned->v_dim ||
+         shape->is_latent != planned->is_latent)) {
         layer->failed = true;
         tqkvp_say(
             "stopped: plan %s was made for another model (%s): layer %u has %u heads, %u KV "
@@ -261,6 +287,10 @@ static int32_t make_store(tqkvp_layer *layer)
             return fail(layer, "reading the plan", status);
         if (!plan_fits(layer, plan, &planned))
             return GGML_FAILED;
+        if (!layer->sides[TQKV_SIDE_V] && !planned.is_latent)
+            return tqkvp_layer_make_plain(layer, "K and V share one tensor, not so in the plan");
+        if (!layer->shape_known)
+            layer->shape = planned; /* until a graph says the same */
         config.plan = plan->plan;
         config.layer = layer->index;
         config.rope = &rope;
@@ -293,8 +323,8 @@ int32_t tqkvp_layer_open(tqkvp_layer *layer)
     if (layer->rope_state == TQKVP_ROPE_SEEN && layer->shape_known &&
         layer->rope.rope.n_rot > layer->shape.k_dim)
         layer->rope_state = TQKVP_ROPE_HIDDEN;
-    if (!layer->sides[TQKV_SIDE_K] || !layer->sides[TQKV_SIDE_V])
-        return tqkvp_layer_make_plain(layer, "K and V share one tensor");
+    if (!layer->sides[TQKV_SIDE_K])
+        return tqkvp_layer_make_plain(layer, "V without K");
     return make_store(layer);
 }
 

@@ -45,11 +45,12 @@ typedef enum tqkvp_rope_state {
 typedef struct tqkvp_layer {
     tqkvp_buffer *buffer;
     uint32_t index;         /* of the model */
-    tqkvp_tensor *sides[2]; /* V is NULL where K serves as both */
+    tqkvp_tensor *sides[2]; /* V is NULL where K serves as both (see kv_cells.h) */
     uint32_t n_cells, n_streams;
 
     bool shape_known;
-    tqkv_plan_layer shape; /* n_heads, n_kv_heads, k_dim, v_dim */
+    tqkv_plan_layer shape; /* n_heads, n_kv_heads, k_dim, v_dim, is_latent */
+    bool turned_first;     /* in the rows of a latent layer, the channels that turn come first */
     tqkvp_rope_state rope_state;
     tqkvp_rope rope;
 

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "float_bits.h"
+#include "kv_cells.h"
 #include "kv_backend.h"
 #include "kv_graph.h"
 #include "kv_rows.h"
@@ -92,7 +93,8 @@ static void begin_pass(tqkvp_backend *backend, tqkvp_layer *layer)
 /* Positions of n K rows, or NULL where the graph hides them. */
 static const int32_t *find_positions(tqkvp_backend *backend, const ggml_tensor *node, int64_t n)
 {
-    const ggml_tensor *rope = tqkvp_rope_behind(node->src[0]);
+    const bool in_part = !tqkvp_tensor_of(node)->layer->sides[TQKV_SIDE_V];
+    const ggml_tensor *rope = tqkvp_rope_behind(node->src[0], in_part);
 
     if (!rope)
         return NULL;
@@ -179,8 +181,13 @@ tqkvp_done tqkvp_do_set_rows(tqkvp_backend *backend, const ggml_tensor *node)
     if (done != TQKVP_DONE)
         return done;
 
-    const tqkv_status status =
-        tqkv_batch_put(backend->batch, tensor->side, rows->data, rows->nb[1] / sizeof(float));
+    tqkv_status status = TQKV_OK;
+    tqkvp_part parts[2];
+    const size_t n_parts = tqkvp_row_parts(tensor, parts);
+    for (size_t i = 0; i < n_parts && status == TQKV_OK; i++)
+        status = tqkv_batch_put(backend->batch, parts[i].side,
+                                (const float *)rows->data + parts[i].first,
+                                rows->nb[1] / sizeof(float));
     return status == TQKV_OK ? TQKVP_DONE : failed(layer, "storing rows", status);
 }
 
@@ -280,27 +287,52 @@ static void observe(tqkvp_backend *backend, tqkvp_layer *layer, const tqkv_atten
         .rope = tqkvp_layer_rope(layer),
         .scale = args->scale,
         .softcap = args->softcap,
+        .q_latent = args->q_latent,
     };
     observer(observer_user, &event);
+}
+
+/* Bytes of a row before its value `n`. */
+static size_t bytes_before(const tqkvp_tensor *tensor, int64_t n)
+{
+    return (size_t)n * tensor->row_bytes / (size_t)tensor->row_values;
 }
 
 /* Whether the node looks at the cells of its layer the way llama.cpp does. */
 static bool attention_is_ours(const ggml_tensor *node, const tqkvp_layer *layer)
 {
     const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2];
-    const tqkvp_tensor *k_side = layer->sides[TQKV_SIDE_K], *v_side = layer->sides[TQKV_SIDE_V];
+    const tqkvp_tensor *k_side = layer->sides[TQKV_SIDE_K];
     const tqkv_plan_layer *shape = &layer->shape;
+    const tqkvp_tensor *v_side = shape->is_latent ? k_side : layer->sides[TQKV_SIDE_V];
+    const uint32_t key_dim = shape->is_latent ? shape->k_dim + shape->v_dim : shape->k_dim;
+    tqkvp_part parts[2];
+    const size_t latent_at =
+        tqkvp_row_parts(k_side, parts) == 2 ? bytes_before(k_side, parts[1].first) : 0;
 
-    if (tqkvp_tensor_of(k) != k_side || tqkvp_tensor_of(v) != v_side)
+    if (!v_side || tqkvp_tensor_of(k) != k_side || tqkvp_tensor_of(v) != v_side)
         return false;
-    return layer->shape_known && q->ne[0] == shape->k_dim && q->ne[2] == shape->n_heads &&
-           k->ne[0] == shape->k_dim && k->ne[2] == shape->n_kv_heads && v->ne[0] == shape->v_dim &&
+    return layer->shape_known && q->ne[0] == key_dim && q->ne[2] == shape->n_heads &&
+           k->ne[0] == key_dim && k->ne[2] == shape->n_kv_heads && v->ne[0] == shape->v_dim &&
            v->ne[2] == shape->n_kv_heads && k->ne[1] == v->ne[1] && k->ne[1] <= layer->n_cells &&
            k->nb[1] == k_side->row_bytes && v->nb[1] == v_side->row_bytes &&
            k->view_offs % (k_side->row_bytes * layer->n_cells) == 0 &&
            v->view_offs / v_side->row_bytes == k->view_offs / k_side->row_bytes &&
+           (!shape->is_latent || v->view_offs == k->view_offs + latent_at) &&
            tqkvp_type_of(q) == TQKVP_TYPE_F32 && q->nb[0] == sizeof(float) &&
            shape->n_heads <= sizeof(((tqkvp_backend *)0)->slopes) / sizeof(float);
+}
+
+/* A query of a latent layer has its parts where a row has them. */
+static void find_queries(const tqkvp_layer *layer, const void *data, tqkv_attend_args *args)
+{
+    tqkvp_part parts[2];
+
+    args->q = data;
+    if (tqkvp_row_parts(layer->sides[TQKV_SIDE_K], parts) == 2) {
+        args->q = (const float *)data + parts[0].first;
+        args->q_latent = (const float *)data + parts[1].first;
+    }
 }
 
 tqkvp_done tqkvp_do_attention(tqkvp_backend *backend, const ggml_tensor *node)
@@ -312,8 +344,9 @@ tqkvp_done tqkvp_do_attention(tqkvp_backend *backend, const ggml_tensor *node)
         return TQKVP_NOT_OURS;
     if (backend->open != layer && tqkvp_commit(backend) != TQKVP_DONE)
         return TQKVP_FAILED;
-    tqkvp_rows_settle(layer->sides[TQKV_SIDE_K]);
-    tqkvp_rows_settle(layer->sides[TQKV_SIDE_V]);
+    for (int side = 0; side < 2; side++)
+        if (layer->sides[side])
+            tqkvp_rows_settle(layer->sides[side]);
 
     tqkv_attend_args args;
     tqkv_attend_args_init(&args);
@@ -338,7 +371,7 @@ tqkvp_done tqkvp_do_attention(tqkvp_backend *backend, const ggml_tensor *node)
     const tqkv_batch *batch = backend->open == layer ? backend->batch : NULL;
     for (int64_t s = 0; s < q->ne[3]; s++) {
         args.stream = (uint32_t)(k->view_offs / stream_bytes + (size_t)s);
-        args.q = (const float *)(const void *)((const char *)q->data + (size_t)s * q->nb[3]);
+        find_queries(layer, (const char *)q->data + (size_t)s * q->nb[3], &args);
         args.out = (float *)(void *)((char *)node->data + (size_t)s * node->nb[3]);
         if (!find_mask(backend, node->src[3], s, &args))
             return TQKVP_NOT_OURS;
@@ -358,6 +391,7 @@ tqkvp_done tqkvp_do_shift(tqkvp_backend *backend, const ggml_tensor *node)
     tqkvp_tensor *tensor = tqkvp_tensor_of(node);
     tqkvp_layer *layer = tensor->layer;
     const ggml_tensor *deltas = node->src[1];
+    tqkvp_part parts[2]; /* the first turns */
     tqkvp_rope rope;
 
     if (tqkvp_commit(backend) != TQKVP_DONE)
@@ -365,8 +399,10 @@ tqkvp_done tqkvp_do_shift(tqkvp_backend *backend, const ggml_tensor *node)
     if (!layer->written)
         return TQKVP_DONE; /* turning zeros */
     const tqkv_rope stored = tqkvp_layer_rope(layer);
+    (void)tqkvp_row_parts(tensor, parts);
     if (tensor->side != TQKV_SIDE_K || tqkvp_tensor_of(node->src[0]) != tensor ||
-        node->view_offs != 0 || node->nb[2] != tensor->row_bytes || node->ne[2] != tensor->n_rows ||
+        node->view_offs != bytes_before(tensor, parts[0].first) ||
+        node->nb[2] != tensor->row_bytes || node->ne[2] != tensor->n_rows ||
         !layer->shape_known || node->ne[1] != layer->shape.n_kv_heads || node->ne[3] != 1 ||
         !tqkvp_rope_read(node, layer->shape.k_dim, &rope) ||
         !tqkvp_rope_equal(&rope.rope, &stored) || tqkvp_type_of(deltas) != TQKVP_TYPE_I32 ||
@@ -435,8 +471,7 @@ static void window_flush(row_window *window)
         size += (double)window->before[i] * window->before[i];
     }
     if (change > 1e-10 * size &&
-        tqkv_store_write(window->tensor->layer->store, window->row, window->tensor->side, NULL,
-                         window->now) != TQKV_OK)
+        tqkvp_cell_write(window->tensor, window->row, window->now) != TQKV_OK)
         window->ok = false;
     window->row = -1;
 }
@@ -448,8 +483,7 @@ static bool window_move(row_window *window, int64_t row, bool writes)
     if (writes)
         window_flush(window);
     window->row = row;
-    if (tqkv_store_read(window->tensor->layer->store, row, window->tensor->side, window->now) !=
-        TQKV_OK)
+    if (tqkvp_cell_read(window->tensor, row, window->now) != TQKV_OK)
         window->ok = false;
     if (writes)
         memcpy(window->before, window->now, (size_t)window->tensor->row_values * sizeof(float));

@@ -43,8 +43,9 @@ static void add_layer(summary *s, tqkvp_layer *layer)
         s->plan = plan->path;
     if (layer->n_cells > s->n_tokens)
         s->n_tokens = layer->n_cells;
-    const double per_token = (double)layer->sides[TQKV_SIDE_K]->row_values +
-                             (double)layer->sides[TQKV_SIDE_V]->row_values;
+    double per_token = 0.0;
+    for (int side = 0; side < 2; side++)
+        per_token += layer->sides[side] ? (double)layer->sides[side]->row_values : 0.0;
     s->bytes += (double)tqkv_store_bytes_at(layer->store, layer->n_cells);
     s->values += per_token * layer->n_cells * layer->n_streams;
 }

@@ -6,6 +6,7 @@
 
 #include "cpu_delegate.h"
 #include "float_bits.h"
+#include "kv_cells.h"
 
 static tqkvp_cpu *converter(tqkvp_buffer *buffer)
 {
@@ -96,7 +97,7 @@ bool tqkvp_rows_decode(tqkvp_tensor *tensor, int64_t first, int64_t n, uint8_t *
 
     for (int64_t i = 0; i < n && ok; i++) {
         uint8_t *place = to + (size_t)i * tensor->row_bytes;
-        ok = tqkv_store_read(tensor->layer->store, first + i, tensor->side, row) == TQKV_OK;
+        ok = tqkvp_cell_read(tensor, first + i, row) == TQKV_OK;
         /* zero is zero in every type, and unwritten memory stays untouched */
         if (ok && is_zero(row, row_values_bytes)) {
             if (!is_zero(place, tensor->row_bytes))
@@ -116,7 +117,7 @@ static size_t record_room(const tqkvp_tensor *tensor)
 
     if (layer->buffer->config.portable_state || tensor->type != TQKVP_TYPE_F16)
         return 0;
-    const size_t bytes = tqkv_store_record_bytes(layer->store, tensor->side);
+    const size_t bytes = tqkvp_cell_record_bytes(tensor);
     return bytes > 0 && bytes <= tensor->row_bytes ? bytes : 0;
 }
 
@@ -130,8 +131,7 @@ static void get_row(tqkvp_tensor *tensor, int64_t row, uint8_t *record, uint8_t 
         if (!tqkvp_rows_decode(tensor, row, 1, to))
             warn_record(tensor, "a state was saved with rows missing: the cache type cannot be "
                                 "converted; leave -ctk and -ctv at f16");
-    } else if (tqkv_store_export(tensor->layer->store, row, tensor->side, record, &n) == TQKV_OK &&
-               n <= tensor->row_bytes) {
+    } else if (tqkvp_cell_export(tensor, row, record, &n) == TQKV_OK && n <= tensor->row_bytes) {
         memcpy(to, record, n);
     }
 }
@@ -182,7 +182,6 @@ static void mark_written(tqkvp_layer *layer)
 static void write_values(tqkvp_tensor *tensor, int64_t cell, const uint8_t *from)
 {
     const size_t values_bytes = (size_t)tensor->row_values * sizeof(float);
-    tqkv_store *store = tensor->layer->store;
     float *row = new_row(tensor);
 
     if (!row) {
@@ -191,8 +190,7 @@ static void write_values(tqkvp_tensor *tensor, int64_t cell, const uint8_t *from
     }
     if (is_zero(from, tensor->row_bytes)) {
         /* a cell that holds nothing stays without memory */
-        if (tqkv_store_read(store, cell, tensor->side, row) == TQKV_OK &&
-            is_zero(row, values_bytes))
+        if (tqkvp_cell_read(tensor, cell, row) == TQKV_OK && is_zero(row, values_bytes))
             goto done;
         memset(row, 0, values_bytes);
     } else if (!decode_row(tensor, from, row)) {
@@ -200,27 +198,14 @@ static void write_values(tqkvp_tensor *tensor, int64_t cell, const uint8_t *from
                             "converted; leave -ctk and -ctv at f16");
         goto done;
     }
-    if (tqkv_store_write(store, cell, tensor->side, NULL, row) != TQKV_OK)
+    if (tqkvp_cell_write(tensor, cell, row) != TQKV_OK)
         warn_record(tensor, "a state was restored with rows missing: the store refused a row");
 done:
     free(row);
 }
 
-/* Bytes of the record at the start of a row, as the record says (docs/FORMAT.md, "Records"). */
-static size_t record_length(const tqkvp_tensor *tensor, const uint8_t *row)
-{
-    enum { LENGTH_AT = 24 };
-    uint32_t n = 0;
-
-    if (tensor->row_bytes >= LENGTH_AT + 4)
-        for (int i = 3; i >= 0; i--)
-            n = n << 8 | row[LENGTH_AT + i];
-    return n <= tensor->row_bytes ? n : 0;
-}
-
 static void set_row(tqkvp_tensor *tensor, int64_t cell, const uint8_t *from)
 {
-    tqkvp_layer *layer = tensor->layer;
     uint16_t first;
 
     memcpy(&first, from, sizeof(first));
@@ -228,8 +213,7 @@ static void set_row(tqkvp_tensor *tensor, int64_t cell, const uint8_t *from)
         write_values(tensor, cell, from);
         return;
     }
-    const tqkv_status status =
-        tqkv_store_import(layer->store, cell, tensor->side, from, record_length(tensor, from));
+    const tqkv_status status = tqkvp_cell_import(tensor, cell, from, tensor->row_bytes);
     if (status == TQKV_OK)
         return;
     if (status == TQKV_ERR_MISMATCH)
@@ -350,12 +334,18 @@ int tqkvp_kv_rows(uint32_t layer, uint32_t side, uint64_t first, size_t n, float
     if (!search.found || !search.found->store || side > TQKV_SIDE_V)
         return -1;
     const tqkvp_tensor *tensor = search.found->sides[side];
+    if (!tensor)
+        tensor = search.found->sides[TQKV_SIDE_K]; /* of a latent layer, with both sides in it */
+    tqkvp_part parts[2];
+    size_t part = tqkvp_row_parts(tensor, parts) - 1;
+    if (parts[part].side != (tqkv_side)side)
+        part = 0;
     if (first > (uint64_t)tensor->n_rows || n > (uint64_t)tensor->n_rows - first)
         return -1;
     if (is_write)
         mark_written(search.found);
     for (size_t i = 0; i < n; i++) {
-        float *row = rows + i * (size_t)tensor->row_values;
+        float *row = rows + i * (size_t)parts[part].n;
         const int64_t cell = (int64_t)(first + i);
         const tqkv_status status =
             is_write ? tqkv_store_write(search.found->store, cell, (tqkv_side)side, NULL, row)

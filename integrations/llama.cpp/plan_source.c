@@ -251,13 +251,18 @@ void tqkvp_choice_release(tqkvp_choice *choice)
     choice->n = 0;
 }
 
-/* Values of one token that the plan expects in a layer's K or V; 0 where it has no such layer. */
+/*
+ * Values of one token that the plan expects in a layer's K or V; 0 where it has no such layer. The
+ * host keeps the whole of a latent layer as K.
+ */
 static int64_t planned_values(const tqkvp_plan *plan, uint32_t layer, tqkv_side side)
 {
     tqkv_plan_layer shape;
 
     if (layer >= plan->info.n_layers || tqkv_plan_get_layer(plan->plan, layer, &shape) != TQKV_OK)
         return 0;
+    if (shape.is_latent)
+        return side == TQKV_SIDE_K ? (int64_t)shape.k_dim + shape.v_dim : 0;
     return (int64_t)shape.n_kv_heads * (side == TQKV_SIDE_K ? shape.k_dim : shape.v_dim);
 }
 

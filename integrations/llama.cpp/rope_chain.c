@@ -22,7 +22,7 @@ enum {
 /* Kinds of pairing, part of the public interface of ggml. */
 enum { MODE_PAIRS = 0, MODE_HALVES = 2, MODE_MROPE = 8, MODE_VISION = 24, MODE_IMROPE = 40 };
 
-const ggml_tensor *tqkvp_rope_behind(const ggml_tensor *rows)
+const ggml_tensor *tqkvp_rope_behind(const ggml_tensor *rows, bool in_part)
 {
     enum { STEPS = 8 };
     const ggml_tensor *t = rows;
@@ -31,6 +31,10 @@ const ggml_tensor *tqkvp_rope_behind(const ggml_tensor *rows)
         const tqkvp_op op = tqkvp_op_of(t);
         if (op == TQKVP_OP_ROPE)
             return t;
+        if (op == TQKVP_OP_CONCAT && in_part) {
+            const ggml_tensor *first = tqkvp_rope_behind(t->src[0], false);
+            return first ? first : tqkvp_rope_behind(t->src[1], false);
+        }
         if (op != TQKVP_OP_VIEW)
             return NULL;
         t = t->src[0];

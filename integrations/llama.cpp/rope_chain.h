@@ -18,8 +18,11 @@ typedef struct tqkvp_rope {
     float inv_freq[TQKVP_ROT_PAIRS_MAX];
 } tqkvp_rope;
 
-/* The ROPE node whose result `rows` shows, or NULL where something else lies between. */
-const ggml_tensor *tqkvp_rope_behind(const ggml_tensor *rows);
+/*
+ * The ROPE node whose result `rows` shows, or NULL where something else lies between. in_part: the
+ * rows may also be two tensors side by side, one of which it made.
+ */
+const ggml_tensor *tqkvp_rope_behind(const ggml_tensor *rows, bool in_part);
 
 /*
  * Parameters of a ROPE node over heads of `head_dim` channels. False where they cannot be said in a

@@ -47,7 +47,7 @@ tqkv_status tqkv_calib_set_layer(tqkv_calib *calib, uint32_t layer, const tqkv_p
         return TQKV_ERR_INVALID_ARG;
     if (shape->n_kv_heads == 0 || shape->n_heads % shape->n_kv_heads || !good_dim(shape->k_dim) ||
         !good_dim(shape->v_dim) || shape->rope.n_rot > shape->k_dim || shape->rope.n_rot % 2 ||
-        (shape->rope.n_rot && !shape->rope.inv_freq)) {
+        (shape->rope.n_rot && !shape->rope.inv_freq) || shape->is_latent > (shape->n_kv_heads == 1)) {
         tqkvi_log(&calib->log, TQKV_LOG_ERROR, "layer %u: heads %u/%u with %u and %u channels cannot be coded", layer,
                   shape->n_heads, shape->n_kv_heads, shape->k_dim, shape->v_dim);
         return TQKV_ERR_UNSUPPORTED;

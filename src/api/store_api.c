@@ -183,6 +183,8 @@ static bool are_attend_args(const tqkv_store *store, const tqkv_attend_args *arg
         return true;
     if (!args->q || !args->out || !args->scratch || (uintptr_t)args->scratch % TQKV_ALIGN != 0)
         return false;
+    if ((args->q_latent != NULL) != store->codec->layer->shape.is_latent)
+        return false;
     if (args->mask && args->n_q > 1 && args->mask_row_stride < args->n_cells)
         return false;
     if ((uint64_t)args->n_q * store->codec->layer->shape.n_heads > UINT32_MAX)

@@ -20,6 +20,8 @@
 #define TASKS_WANTED 64
 /* A part has at least that many blocks, so that making q' stays small beside reading the rows. */
 #define PART_BLOCKS_MIN 16
+/* q' of a latent takes as many products as the scores and the sums of v_dim / 2 tokens. */
+#define LATENT_PART_BLOCKS_MIN 64
 
 typedef struct attend_call {
     const tqkvi_attention *attention;
@@ -43,6 +45,11 @@ typedef struct part_sums {
 static size_t part_bytes(const tqkv_plan_layer *shape, size_t n_rows)
 {
     return tqkvi_align_up(sizeof(part_sums) + 2 * n_rows * shape->v_dim * sizeof(float));
+}
+
+static uint32_t part_blocks_min(const tqkv_plan_layer *shape)
+{
+    return shape->is_latent ? LATENT_PART_BLOCKS_MIN : PART_BLOCKS_MIN;
 }
 
 static uint32_t parts_wanted(uint32_t n_kv_heads, uint32_t n_row_blocks)
@@ -177,6 +184,7 @@ void tqkvi_attend(const tqkvi_attention *attention, const tqkv_parallel *paralle
 {
     const tqkv_plan_layer *shape = &attention->layer->shape;
     const size_t n_workers = parallel ? parallel->n_workers : 1;
+    const uint32_t blocks_min = part_blocks_min(shape);
     attend_call call = {.attention = attention,
                         .rows_per_block = tqkvi_attn_rows(shape),
                         .n_rows = attention->args->n_q * (shape->n_heads / shape->n_kv_heads),
@@ -190,12 +198,12 @@ void tqkvi_attend(const tqkvi_attention *attention, const tqkv_parallel *paralle
     call.n_row_blocks = tqkvi_div_up(call.n_rows, call.rows_per_block);
 
     uint32_t n_parts = parts_wanted(shape->n_kv_heads, call.n_row_blocks);
-    if (n_parts > call.n_blocks / PART_BLOCKS_MIN)
-        n_parts = call.n_blocks / PART_BLOCKS_MIN;
+    if (n_parts > call.n_blocks / blocks_min)
+        n_parts = call.n_blocks / blocks_min;
     call.part_blocks =
         n_parts <= 1
             ? call.n_blocks
-            : tqkvi_div_up(tqkvi_div_up(call.n_blocks, n_parts), PART_BLOCKS_MIN) * PART_BLOCKS_MIN;
+            : tqkvi_div_up(tqkvi_div_up(call.n_blocks, n_parts), blocks_min) * blocks_min;
     call.n_parts = n_parts <= 1 ? 1 : tqkvi_div_up(call.n_blocks, call.part_blocks);
     call.parts = call.work + n_workers * call.work_bytes;
     call.part_bytes =

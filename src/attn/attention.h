@@ -10,6 +10,9 @@
  * applied once, to the sum. A row with scale byte 0 is the zero vector: its score is the mask
  * alone, and its V adds nothing.
  *
+ * In a latent layer V is a key as well: q_latent.v is added to the score in the same way, with the
+ * inverse and the mean of V, and nothing to turn.
+ *
  * The work is cut by shape alone (KV head, block of query rows, part of the spans), never by the
  * number of workers, so the output does not depend on it.
  */

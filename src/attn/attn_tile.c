@@ -9,7 +9,7 @@
 
 #include "attn/attn_codes.h"
 
-#define ARRAYS 11
+#define ARRAYS 14
 
 static size_t round_floats(size_t n)
 {
@@ -37,6 +37,8 @@ static void array_floats(const tqkv_plan_layer *shape, size_t n[ARRAYS])
     n[7] = n[8] = rows * shape->v_dim;
     n[9] = code_rows * shape->k_dim / TQKV_UNIT_CHANNELS * sizeof(tqkvk_query_unit) / sizeof(float);
     n[10] = TQKVI_CODE_ROWS_MAX * TQKVI_TILE_TOKENS * sizeof(uint16_t) / sizeof(float);
+    n[11] = n[12] = shape->is_latent ? rows * shape->v_dim : 0;
+    n[13] = shape->is_latent ? rows * TQKVI_TILE_TOKENS : 0;
     for (int i = 0; i < ARRAYS; i++)
         n[i] = round_floats(n[i]) + TQKV_ALIGN / sizeof(float); /* kernels may read past the end */
 }
@@ -69,9 +71,10 @@ tqkvi_attn_work *tqkvi_attn_work_init(void *memory, const tqkvi_attention *atten
                                 .window = attention->window,
                                 .first_position = attention->first_position};
     float *q8, *w;
-    float **const arrays[ARRAYS] = {&work->q,      &work->turned, &work->coded, &work->k,
-                                    &work->v,      &work->s,      &work->bias,  &work->acc[0],
-                                    &work->acc[1], &q8,           &w};
+    float **const arrays[ARRAYS] = {
+        &work->q,      &work->turned, &work->coded, &work->k,        &work->v,
+        &work->s,      &work->bias,   &work->acc[0], &work->acc[1],  &q8,
+        &w,            &work->q_latent, &work->coded_latent, &work->s_latent};
     array_floats(shape, n);
     for (int i = 0; i < ARRAYS; i++) {
         *arrays[i] = next;
@@ -88,22 +91,6 @@ tqkvi_attn_work *tqkvi_attn_work_init(void *memory, const tqkvi_attention *atten
     return work;
 }
 
-void tqkvi_attn_load_q(tqkvi_attn_work *work)
-{
-    const tqkv_attend_args *args = work->attention->args;
-    const tqkv_plan_layer *shape = &work->attention->layer->shape;
-    const uint32_t group = shape->n_heads / shape->n_kv_heads;
-    const size_t dim = shape->k_dim;
-
-    for (uint32_t r = 0; r < work->n_rows; r++) {
-        const uint32_t row = work->first_row + r;
-        const size_t h = (size_t)work->g * group + row % group;
-        const float *from = args->q + row / group * args->q_token_stride + h * args->q_head_stride;
-        for (size_t d = 0; d < dim; d++)
-            work->q[r * dim + d] = from[d] * args->scale;
-    }
-}
-
 static float dot_mean(const float *q, const float *mean, size_t dim)
 {
     float sums[TQKV_UNIT_CHANNELS] = {0}, sum = 0;
@@ -114,6 +101,47 @@ static float dot_mean(const float *q, const float *mean, size_t dim)
     for (size_t i = 0; i < TQKV_UNIT_CHANNELS; i++)
         sum += sums[i];
     return sum;
+}
+
+/* The rows of a part of the queries, times the softmax scale. */
+static void load_rows_of_q(const tqkvi_attn_work *work, const float *q, size_t dim, float *out)
+{
+    const tqkv_attend_args *args = work->attention->args;
+    const tqkv_plan_layer *shape = &work->attention->layer->shape;
+    const uint32_t group = shape->n_heads / shape->n_kv_heads;
+
+    for (uint32_t r = 0; r < work->n_rows; r++) {
+        const uint32_t row = work->first_row + r;
+        const size_t h = (size_t)work->g * group + row % group;
+        const float *from = q + row / group * args->q_token_stride + h * args->q_head_stride;
+        for (size_t d = 0; d < dim; d++)
+            out[r * dim + d] = from[d] * args->scale;
+    }
+}
+
+/* Latents do not turn: their q' serves every base. */
+static void load_q_latent(tqkvi_attn_work *work)
+{
+    const tqkvi_attention *attention = work->attention;
+    const tqkvi_attn_head *head = &attention->heads[TQKV_SIDE_V][work->g];
+    const size_t dim = attention->layer->shape.v_dim;
+
+    load_rows_of_q(work, attention->args->q_latent, dim, work->q_latent);
+    if (!head->inverse)
+        return;
+    for (uint32_t r = 0; r < work->n_rows; r++)
+        work->latent_mean[r] = dot_mean(work->q_latent + r * dim, head->mean, dim);
+    attention->kernels->dot_tile(work->q_latent, work->n_rows, head->inverse, dim, dim,
+                                 work->coded_latent, dim);
+}
+
+void tqkvi_attn_load_q(tqkvi_attn_work *work)
+{
+    const tqkv_plan_layer *shape = &work->attention->layer->shape;
+
+    load_rows_of_q(work, work->attention->args->q, shape->k_dim, work->q);
+    if (shape->is_latent)
+        load_q_latent(work);
 }
 
 /* Makes q' of a base for every row. */
@@ -237,7 +265,8 @@ static bool is_coded(const tqkvi_attn_work *work, tqkv_side side)
 
 static bool reads_codes(const tqkvi_attn_work *work, tqkv_side side)
 {
-    return is_coded(work, side) && work->n_rows <= TQKVI_CODE_ROWS_MAX;
+    return is_coded(work, side) && work->n_rows <= TQKVI_CODE_ROWS_MAX &&
+           !work->attention->layer->shape.is_latent;
 }
 
 /* Scores of every row with the tile's K, before softcap and mask. */
@@ -263,6 +292,25 @@ static void score_tile(tqkvi_attn_work *work, size_t n)
                               work->q_mean[r]);
 }
 
+/* Adds the latents' part of the scores: the tile's V, unpacked in work->v, as keys. */
+static void score_latents(tqkvi_attn_work *work, size_t n)
+{
+    const tqkvk_table *kernels = work->attention->kernels;
+    const size_t dim = work->attention->layer->shape.v_dim;
+    const bool coded = is_coded(work, TQKV_SIDE_V);
+
+    kernels->dot_tile(coded ? work->coded_latent : work->q_latent, work->n_rows, work->v, n, dim,
+                      work->s_latent, TQKVI_TILE_TOKENS);
+    for (uint32_t r = 0; r < work->n_rows; r++) {
+        float *s = work->s + (size_t)r * TQKVI_TILE_TOKENS;
+        float *part = work->s_latent + (size_t)r * TQKVI_TILE_TOKENS;
+        if (coded)
+            kernels->scale_scores(part, work->scale[TQKV_SIDE_V], n, work->latent_mean[r]);
+        for (size_t i = 0; i < n; i++)
+            s[i] += part[i];
+    }
+}
+
 /* Scores of row r to weights of the tile's V, and the row's part of the sums. */
 static void step_row(tqkvi_attn_work *work, uint32_t r, size_t n, int space)
 {
@@ -283,25 +331,28 @@ static void step_row(tqkvi_attn_work *work, uint32_t r, size_t n, int space)
 
 static void flush(tqkvi_attn_work *work)
 {
+    const tqkv_plan_layer *shape = &work->attention->layer->shape;
     const size_t n = (size_t)work->tile.n_blocks * TQKVI_BLOCK_TOKENS;
 
     if (n == 0)
         return;
+    const bool codes = reads_codes(work, TQKV_SIDE_V);
     const int space = is_coded(work, TQKV_SIDE_V) ? SPACE_Y : SPACE_X;
     score_tile(work, n);
     load_bias(work);
     if (space == SPACE_Y)
         load_scales(work, TQKV_SIDE_V);
+    if (!codes)
+        load_rows(work, TQKV_SIDE_V, work->v);
+    if (shape->is_latent)
+        score_latents(work, n);
     for (uint32_t r = 0; r < work->n_rows; r++)
         step_row(work, r, n, space);
-    if (reads_codes(work, TQKV_SIDE_V)) {
+    if (codes)
         tqkvi_codes_weigh(work);
-    } else {
-        const size_t dim = work->attention->layer->shape.v_dim;
-        load_rows(work, TQKV_SIDE_V, work->v);
+    else
         work->attention->kernels->accumulate_tile(work->s, TQKVI_TILE_TOKENS, work->n_rows, work->v,
-                                                  n, dim, work->f, work->acc[space]);
-    }
+                                                  n, shape->v_dim, work->f, work->acc[space]);
     work->used[space] = true;
     work->tile.n_blocks = 0;
 }

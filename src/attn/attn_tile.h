@@ -5,7 +5,8 @@
  *
  *     rows    (query token, head of the group) pairs of one KV head, at most work->n_rows
  *     tile    up to 4 blocks of 16 tokens that share a span and a base
- *     codes   few rows read coded blocks by integers (attn_codes.h), many rows by f32 tiles
+ *     codes   few rows read coded blocks by integers (attn_codes.h), many rows by f32 tiles; in a
+ *             latent layer V is unpacked for its scores, so all rows take the tiles
  *     sums    m, l as usual; acc[SPACE_Y] of coded V, acc[SPACE_X] of plain and raw V, nonzero:
  *             the part of l that belongs to rows that are not the zero vector
  */
@@ -36,6 +37,7 @@ typedef struct tqkvi_attn_work {
     float nonzero[TQKVI_ATTN_ROWS_MAX];
     float pending[2][TQKVI_ATTN_ROWS_MAX]; /* factor that acc still lacks */
     float q_mean[TQKVI_ATTN_ROWS_MAX];     /* q_base.mean of the base in `coded` */
+    float latent_mean[TQKVI_ATTN_ROWS_MAX]; /* q_latent.mean of V */
     float scale[2][TQKVI_TILE_TOKENS];     /* of the tile's rows, by side; 0: the zero vector */
     bool bias_used[TQKVI_ATTN_ROWS_MAX];
     bool used[2]; /* acc was written */
@@ -59,6 +61,9 @@ typedef struct tqkvi_attn_work {
     float *s;             /* [rows][TQKVI_TILE_TOKENS] */
     float *bias;          /* [query tokens][TQKVI_TILE_TOKENS] */
     float *acc[2];        /* [rows][v_dim] */
+    float *q_latent;      /* [rows][v_dim] times the softmax scale; these three in latent layers */
+    float *coded_latent;  /* [rows][v_dim] its q', the same for every base */
+    float *s_latent;      /* [rows][TQKVI_TILE_TOKENS] */
     tqkvk_query_unit *q8; /* [2][code rows][k_dim / 16] */
     uint16_t *w;          /* [code rows][TQKVI_TILE_TOKENS] */
 } tqkvi_attn_work;

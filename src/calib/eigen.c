@@ -9,6 +9,7 @@
 #include <math.h>
 
 enum { QL_SWEEPS_MAX = 60 }; /* per value; three are usual */
+static const double ROUNDING = 1e-14; /* of the largest element */
 
 /* Householder vector of x[0..n) in place: (I - beta v v') x = alpha e0, v[0] = 1 implied by scaling. Returns beta. */
 static double householder(double *x, size_t n, double *alpha)
@@ -139,8 +140,16 @@ static void ql_sweep(double *q, size_t n, double *d, double *e, size_t l, size_t
     e[m] = 0.0;
 }
 
+/*
+ * Among values that are nothing but rounding the sweeps may never end. There an element outside the
+ * diagonal is dropped: it moves values by less than rounding has moved them already.
+ */
 static bool diagonalise(double *q, size_t n, double *d, double *e)
 {
+    double rounding = 0.0;
+
+    for (size_t i = 0; i < n; i++)
+        rounding = fmax(rounding, ROUNDING * (fabs(d[i]) + fabs(e[i])));
     for (size_t l = 0; l < n; l++) {
         for (int sweep = 0;; sweep++) {
             size_t m = l;
@@ -154,8 +163,14 @@ static bool diagonalise(double *q, size_t n, double *d, double *e)
             }
             if (m == l)
                 break;
-            if (sweep == QL_SWEEPS_MAX || !isfinite(d[l]) || !isfinite(e[l]))
+            if (!isfinite(d[l]) || !isfinite(e[l]))
                 return false;
+            if (sweep == QL_SWEEPS_MAX) {
+                if (fabs(e[l]) > rounding)
+                    return false;
+                e[l] = 0.0;
+                break;
+            }
             ql_sweep(q, n, d, e, l, m);
         }
     }

@@ -125,6 +125,7 @@ typedef struct head_work {
     float *u_norm; /* [n_pad] |u_t|^2 */
     float *v;      /* [n_pad][v_dim] */
     float *q;      /* [ROWS][k_dim] */
+    float *q_latent; /* [ROWS][v_dim] in a latent layer */
     float *s;      /* [ROWS][n_pad] scores, then probabilities */
     float *du;     /* [ROWS][n_pad] u_t . u_o */
     float *o;      /* [ROWS][v_dim] */
@@ -140,10 +141,10 @@ static size_t work_cut(head_work *w, float *base, const tqkv_plan_layer *shape, 
 {
     const size_t dk = shape->k_dim, dv = shape->v_dim, d = dk > dv ? dk : dv;
     const size_t n_pad = (n + TOKENS - 1) / TOKENS * TOKENS;
-    const size_t sizes[] = {n_pad * dk, n_pad * dv, n_pad,     n_pad * dv, ROWS * dk, ROWS * n_pad, ROWS * n_pad,
-                            ROWS * dv,  ROWS * dv,  dv * dv,   d * TOKENS, d * d,     d};
-    float **fields[] = {&w->k, &w->u, &w->u_norm, &w->v, &w->q, &w->s, &w->du,
-                        &w->o, &w->uo, &w->root,  &w->xt, &w->outer, &w->ones};
+    const size_t sizes[] = {n_pad * dk,   n_pad * dv, n_pad,     n_pad * dv, ROWS * dk,  ROWS * dv, ROWS * n_pad,
+                            ROWS * n_pad, ROWS * dv,  ROWS * dv, dv * dv,    d * TOKENS, d * d,     d};
+    float **fields[] = {&w->k, &w->u, &w->u_norm, &w->v,    &w->q,  &w->q_latent, &w->s,
+                        &w->du, &w->o, &w->uo,    &w->root, &w->xt, &w->outer,    &w->ones};
     size_t used = 0;
 
     w->n_pad = n_pad;
@@ -221,6 +222,11 @@ static void attend_rows(const add_task *task, head_work *w, const size_t *at, si
     const float zero[ROWS] = {0};
 
     task->kernels->dot_tile(w->q, n_rows, w->k, w->n_pad, shape->k_dim, w->s, w->n_pad);
+    if (shape->is_latent) {
+        task->kernels->dot_tile(w->q_latent, n_rows, w->v, w->n_pad, shape->v_dim, w->du, w->n_pad);
+        for (size_t i = 0; i < n_rows * w->n_pad; i++)
+            w->s[i] += w->du[i];
+    }
     for (size_t r = 0; r < n_rows; r++) {
         float *s = w->s + r * w->n_pad;
         const size_t first = shape->window && at[r] >= shape->window ? at[r] - shape->window + 1 : 0;
@@ -258,14 +264,18 @@ static void add_outer(const tqkv_rope *rope, const float *turn, const float *q, 
     }
 }
 
-/* Metric of one query (row r, token at): frame by frame the weight of q q', and the sum of p^2. */
-static double add_query(const add_task *task, head_work *w, size_t r, size_t at, double *metric)
+/*
+ * Metric of one query (row r, token at): frame by frame the weight of q q', in a latent layer also of the
+ * query's other part; returns the sum of p^2.
+ */
+static double add_query(const add_task *task, head_work *w, size_t r, size_t at, double *metric, double *metric_v)
 {
+    static const tqkv_rope no_turn = {.style = TQKV_ROPE_NONE};
     const tqkvi_piece *piece = task->piece;
-    const size_t dk = task->stats->shape.k_dim;
+    const size_t dk = task->stats->shape.k_dim, dv = task->stats->shape.v_dim;
     const float *p = w->s + r * w->n_pad, *du = w->du + r * w->n_pad, *uo = w->uo + r * task->stats->shape.v_dim;
     const size_t end = at > COLD_AGE ? at - COLD_AGE : 0;
-    double uo_norm = 0.0, p2_sum = 0.0, weight = 0.0;
+    double uo_norm = 0.0, p2_sum = 0.0, weight = 0.0, weight_sum = 0.0;
 
     for (size_t i = 0; i < task->stats->shape.v_dim; i++)
         uo_norm += (double)uo[i] * (double)uo[i];
@@ -280,9 +290,13 @@ static double add_query(const add_task *task, head_work *w, size_t r, size_t at,
             if (weight > 0.0)
                 add_outer(&task->stats->shape.rope, frame_turn(task, piece->positions[t]), w->q + r * dk, dk, weight,
                           metric);
+            weight_sum += weight;
             weight = 0.0;
         }
     }
+    if (task->stats->shape.is_latent && weight_sum > 0.0)
+        add_outer(&no_turn, NULL, w->q_latent + r * dv, dv,
+                  (double)piece->scale * (double)piece->scale * weight_sum, metric_v);
     return p2_sum;
 }
 
@@ -290,7 +304,7 @@ static void add_metric(const add_task *task, head_work *w, size_t g, size_t h)
 {
     const tqkvi_piece *piece = task->piece;
     const tqkv_plan_layer *shape = &task->stats->shape;
-    const size_t dk = shape->k_dim, dv = shape->v_dim;
+    const size_t dk = shape->k_dim, dv = shape->v_dim, dq = shape->is_latent ? dk + dv : dk;
     const float *gram = task->stats->gram + h * dv * dv;
     double *metric_v = task->stats->heads[TQKV_SIDE_V][g].metric;
     double p2 = 0.0;
@@ -309,14 +323,17 @@ static void add_metric(const add_task *task, head_work *w, size_t g, size_t h)
         size_t n_rows = 0;
 
         for (; i < piece->n && n_rows < ROWS; i += QUERY_STRIDE, n_rows++) {
+            const float *q = piece->q + (i * shape->n_heads + h) * dq;
+
             at[n_rows] = i;
-            memcpy(w->q + n_rows * dk, piece->q + (i * shape->n_heads + h) * dk, dk * sizeof(*w->q));
+            memcpy(w->q + n_rows * dk, q, dk * sizeof(*w->q));
+            memcpy(w->q_latent + n_rows * dv, q + dk, (dq - dk) * sizeof(*w->q));
         }
         attend_rows(task, w, at, n_rows);
         task->kernels->transform(w->root, w->o, w->uo, dv, n_rows);
         task->kernels->dot_tile(w->uo, n_rows, w->u, w->n_pad, dv, w->du, w->n_pad);
         for (size_t r = 0; r < n_rows; r++)
-            p2 += add_query(task, w, r, at[r], task->stats->heads[TQKV_SIDE_K][g].metric);
+            p2 += add_query(task, w, r, at[r], task->stats->heads[TQKV_SIDE_K][g].metric, metric_v);
     }
     for (size_t i = 0; i < dv * dv; i++)
         metric_v[i] += p2 * (double)gram[i];

@@ -9,6 +9,12 @@
  * squared movement is dk' M_K dk and dv' M_V dv with
  *     M_K = sum p_it^2 |W_o (v_t - o_i)|^2 q_i q_i'     q_i turned into the frame of t
  *     M_V = sum p_it^2 W_o' W_o
+ *
+ * In a latent layer dv moves the score as well, by scale (q'_i . dv) with q' the query's part for
+ * the latent. Both movements are of the output, so they add up:
+ *     M_V = sum p_it^2 (W_o' W_o + scale^2 |W_o (v_t - o_i)|^2 q'_i q'_i')
+ * (the product of both, which changes its sign from token to token, is left out). M_K needs no scale
+ * here: how much K matters beside V is measured, see calibration.h.
  */
 #ifndef TQKVI_OBSERVE_H
 #define TQKVI_OBSERVE_H
@@ -42,7 +48,7 @@ void tqkvi_layer_stats_deinit(tqkvi_layer_stats *stats, const tqkv_allocator *me
 
 typedef struct tqkvi_piece {
     size_t n; /* tokens */
-    const float *q, *k, *v;   /* [n][n_heads or n_kv_heads][dim] */
+    const float *q, *k, *v;   /* [n][n_heads or n_kv_heads][dim]; q with k_dim + v_dim in a latent layer */
     const int32_t *positions; /* [n] ascending by one */
     float scale, softcap;
     uint32_t frame_tokens, n_sinks;

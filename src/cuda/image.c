@@ -197,7 +197,7 @@ static bool is_supported(const tqkv_plan *plan, const tqkvi_layer_plan *layer)
     const tqkv_plan_layer *shape = &layer->shape;
     const uint32_t dim = shape->k_dim;
 
-    if (shape->n_kv_heads == 0 || shape->n_kv_heads > 1024 || dim != shape->v_dim ||
+    if (shape->n_kv_heads == 0 || shape->n_kv_heads > 1024 || shape->is_latent || dim != shape->v_dim ||
         (dim != 64 && dim != 128 && dim != 256) || plan->frame_tokens % TQKV_CUDA_TILE_TOKENS != 0)
         return false;
     for (uint32_t side = 0; side < 2; side++)

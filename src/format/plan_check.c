@@ -51,6 +51,10 @@ const char *tqkvi_shape_fault(const tqkv_plan_layer *shape)
         return "k_dim must be a multiple of 16 and at most 1024";
     if (!dim_is_good(shape->v_dim))
         return "v_dim must be a multiple of 16 and at most 1024";
+    if (shape->is_latent > 1)
+        return "is_latent must be 0 or 1";
+    if (shape->is_latent && shape->n_kv_heads != 1)
+        return "n_kv_heads must be 1 in a latent layer";
     if (shape->rope.style != TQKV_ROPE_NONE && shape->rope.n_rot > shape->k_dim)
         return "rope n_rot must be at most k_dim";
     return tqkvi_rope_fault(&shape->rope);

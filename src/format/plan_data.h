@@ -28,6 +28,7 @@
 #define TQKVI_EXPONENT_MIN \
     (-100) /* of a transform's channel; 2^-24 (smallest f16) * 2^-100 is a normal f32 */
 #define TQKVI_EXPONENT_MAX 112 /* 65504 * 2^112 is still finite in f32 */
+#define TQKVI_LATENT_BIT (1u << 31) /* of v_dim in the file */
 
 /*
  * One KV head, one side. A head is plain (f16) in every tier or in none. In a plain head nothing

@@ -231,6 +231,8 @@ static tqkv_status read_shape(reader *r, tqkv_plan_layer *shape, uint32_t n_tier
     TQKV_TRY(take_u32(r, "layer n_heads", &shape->n_heads));
     TQKV_TRY(take_u32(r, "layer k_dim", &shape->k_dim));
     TQKV_TRY(take_u32(r, "layer v_dim", &shape->v_dim));
+    shape->is_latent = (shape->v_dim & TQKVI_LATENT_BIT) != 0;
+    shape->v_dim &= ~TQKVI_LATENT_BIT;
     TQKV_TRY(take_u32(r, "layer window", &shape->window));
     TQKV_TRY(take_u32(r, "layer rope", &rope));
     for (uint32_t tier = 0; tier < n_tiers; tier++)

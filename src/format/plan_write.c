@@ -206,7 +206,7 @@ static void put_layer(writer *w, const tqkv_plan_layer *shape, const catalogue *
         return;
     put_u32(w, shape->n_heads);
     put_u32(w, shape->k_dim);
-    put_u32(w, shape->v_dim);
+    put_u32(w, shape->is_latent ? shape->v_dim | TQKVI_LATENT_BIT : shape->v_dim);
     put_u32(w, shape->window);
     put_u32(w, rope_id(cat, &shape->rope));
     for (uint32_t tier = 0; tier < n_tiers; tier++)

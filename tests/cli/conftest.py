@@ -58,7 +58,8 @@ class Rope(ctypes.Structure):
 class PlanLayer(ctypes.Structure):
     _fields_ = [("n_heads", ctypes.c_uint32), ("n_kv_heads", ctypes.c_uint32), ("k_dim", ctypes.c_uint32),
                 ("v_dim", ctypes.c_uint32), ("window", ctypes.c_uint32), ("rope", Rope),
-                ("tier_tokens", ctypes.c_uint32 * 4), ("token_bytes", ctypes.c_uint32 * 4)]
+                ("tier_tokens", ctypes.c_uint32 * 4), ("token_bytes", ctypes.c_uint32 * 4),
+                ("is_latent", ctypes.c_uint32)]
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """tqkv calibrate checks plans on text that it held back. Little is observed, so that this is quick."""
 
+import importlib.util
 import json
+import pathlib
 
 import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 QUICK = ("--tokens", "512", "--probes", "1", "--json")
 
@@ -54,6 +58,26 @@ def test_a_plan_that_loses_much_gets_more_bits(tqkv, real_model, tmp_path):
     assert "asked for 8x (2.00 bits)" in said and "most bits: layer" in said
     assert "warning" in said and "--max-kl" in said
     assert f"{row['bits']:.2f} bits per value" in tqkv("inspect", plan).stdout
+
+
+def test_a_model_with_latents(tqkv, has_llama, tmp_path):
+    """Random weights, the head shapes of DeepSeek-V2: every value counts alike, so only sizes are looked at."""
+    if not has_llama:
+        pytest.skip("this tqkv was built without llama.cpp")
+    spec = importlib.util.spec_from_file_location("tiny_models", ROOT / "integrations/llama.cpp/test/tiny_models.py")
+    tiny_models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny_models)
+    tiny_models.deepseek2_lite(tmp_path / "m.gguf", bytes_too=True)
+    plan = tmp_path / "plan" / "p.tqkv"
+    plan.parent.mkdir()
+    # tokens are bytes: little text would not show them all, and the latent of layer 0 depends on nothing else
+    row, _, _ = calibrate(tqkv, tmp_path / "m.gguf", plan, "--tokens", "8192")
+    assert row["passes"] == 1 and 0 < row["kl_held_out"] < row["kl_limit"]
+    assert 3.1 < row["bits"] <= 3.2  # at most 230.4 bytes for 512 + 64 values
+    layers = json.loads(tqkv("inspect", "--json", plan).stdout)["layers"]
+    assert len(layers) == 2
+    for layer in layers:
+        assert layer["is_latent"] and layer["n_kv_heads"] == 1 and (layer["k_dim"], layer["v_dim"]) == (64, 512)
 
 
 def test_a_text_too_short_to_hold_some_back(tqkv, real_model, tmp_path):

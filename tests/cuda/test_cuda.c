@@ -740,35 +740,34 @@ static void test_merge(void **state)
 
 static void test_arguments(void **state)
 {
-    test_random random = {seed};
-    tqkv_plan_layer shape = test_shape(4, 2, 128, 128);
+    tqkv_plan_layer shape = test_shape(4, 2, 128, 128), latent = test_shape(4, 1, 128, 128);
     tqkv_plan *plan;
-    tqkv_cuda_layer *layer_or_null;
+    tqkv_cuda_layer *made;
     size_t n;
 
     (void)state;
-    (void)random;
     assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_F16, &shape, &plan), TQKV_OK);
-    assert_int_equal(tqkv_cuda_layer_create(plan, 0, NULL, NULL, &layer_or_null),
-                     TQKV_ERR_UNSUPPORTED);
-    assert_int_equal(tqkv_cuda_layer_create(plan, 1, NULL, NULL, &layer_or_null),
-                     TQKV_ERR_INVALID_ARG);
-    assert_int_equal(tqkv_cuda_layer_create(NULL, 0, NULL, NULL, &layer_or_null),
-                     TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_layer_create(plan, 0, NULL, NULL, &made), TQKV_ERR_UNSUPPORTED);
+    assert_int_equal(tqkv_cuda_layer_create(plan, 1, NULL, NULL, &made), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_layer_create(NULL, 0, NULL, NULL, &made), TQKV_ERR_INVALID_ARG);
+    tqkv_plan_destroy(plan);
+    latent.is_latent = 1;
+    assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_Q8, &latent, &plan), TQKV_OK);
+    assert_int_equal(tqkv_cuda_layer_create(plan, 0, NULL, NULL, &made), TQKV_ERR_UNSUPPORTED);
     tqkv_plan_destroy(plan);
     assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_Q8, &shape, &plan), TQKV_OK);
-    assert_int_equal(tqkv_cuda_layer_create(plan, 0, NULL, NULL, &layer_or_null), TQKV_OK);
-    assert_non_null(tqkv_cuda_layer_image(layer_or_null, &n));
+    assert_int_equal(tqkv_cuda_layer_create(plan, 0, NULL, NULL, &made), TQKV_OK);
+    assert_non_null(tqkv_cuda_layer_image(made, &n));
     assert_true(n > 0);
-    assert_int_equal(tqkv_cuda_page_bytes(layer_or_null, 0, 64), 4 * 2 * 2 * 16 * (1 + 128));
-    assert_int_equal(tqkv_cuda_page_bytes(layer_or_null, 1, 64), 0);
-    assert_int_equal(tqkv_cuda_page_bytes(layer_or_null, 0, 17), 0);
-    assert_int_equal(tqkv_cuda_decode(layer_or_null, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
-    assert_int_equal(tqkv_cuda_store(layer_or_null, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
-    assert_int_equal(tqkv_cuda_unpack(layer_or_null, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_page_bytes(made, 0, 64), 4 * 2 * 2 * 16 * (1 + 128));
+    assert_int_equal(tqkv_cuda_page_bytes(made, 1, 64), 0);
+    assert_int_equal(tqkv_cuda_page_bytes(made, 0, 17), 0);
+    assert_int_equal(tqkv_cuda_decode(made, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_store(made, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
+    assert_int_equal(tqkv_cuda_unpack(made, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
     assert_int_equal(tqkv_cuda_merge(NULL, NULL, NULL, NULL, 1, 64, TQKV_CUDA_F32, NULL),
                      TQKV_ERR_INVALID_ARG);
-    tqkv_cuda_layer_destroy(layer_or_null);
+    tqkv_cuda_layer_destroy(made);
     tqkv_cuda_layer_destroy(NULL);
     tqkv_plan_destroy(plan);
 }

@@ -70,6 +70,12 @@ def tiny_plan():
     return plan_writer.write_plan(plan)
 
 
+def latent(data):
+    """tiny_plan with a latent layer: bit 31 of v_dim."""
+    at = data.index(struct.pack("<4I", 1, 2, 16, 16), 96) + 12
+    return repaired(put(data, at, struct.pack("<I", 16 | 1 << 31)))
+
+
 def refused(data):
     """File name to content; data: of tiny_plan."""
     names = 96
@@ -136,6 +142,7 @@ def main():
         write(corpus / "plan" / name, content)
     write(folder / "tiny.tqkv", tiny)
     write(corpus / "plan" / "tiny", tiny)
+    write(corpus / "plan" / "latent", latent(tiny))
     for side, tier, n_bytes in ((0, 0, 16), (0, 1, 6), (1, 0, 12), (1, 1, 4)):
         write(corpus / "record" / f"tiny-{side}-{tier}", record(plan, side, tier, b"\x80" + bytes(range(n_bytes))))
 

@@ -402,6 +402,7 @@ class Layer:
     rope: Rope = None
     tier_tokens: list = field(default_factory=list)
     sides: list = field(default_factory=lambda: [[], []])
+    is_latent: int = 0
 
 
 @dataclass
@@ -483,12 +484,14 @@ def read_layer(r, ropes, n_tiers):
     if n_kv_heads == 0:
         return Layer()
     n_heads, k_dim, v_dim, window, rope = (r.number("I") for _ in range(5))
+    is_latent, v_dim = v_dim >> 31, v_dim & 0x7fffffff
+    need(not is_latent or n_kv_heads == 1, "latent layer of several KV heads")
     tier_tokens = [r.number("I") for _ in range(n_tiers)]
     need(n_heads % n_kv_heads == 0 and n_heads <= 4096, "n_heads")
     need(all(0 < dim <= 1024 and dim % UNIT == 0 for dim in (k_dim, v_dim)), "dims")
     need(rope < len(ropes) and ropes[rope].n_rot <= k_dim, "rope")
     need(tier_tokens[-1] == 0 and max(tier_tokens) <= 2 ** 24, "tier_tokens")
-    return Layer(n_heads, n_kv_heads, k_dim, v_dim, window, ropes[rope], tier_tokens)
+    return Layer(n_heads, n_kv_heads, k_dim, v_dim, window, ropes[rope], tier_tokens, is_latent=is_latent)
 
 
 def read_head(r, layouts, n_tiers, dim):

@@ -54,7 +54,7 @@ def random_widths(rng, n_units, kind):
     return [int(b) for b in rng.choice([0, 1, 2, 3, 4, 5, 6, 8], n_units)]
 
 
-def random_plan(seed, dims=(32, 48), n_layers=3, n_kv_heads=2, n_tiers=3):
+def random_plan(seed, dims=(32, 48), n_layers=3, n_kv_heads=2, n_tiers=3, is_latent=False):
     """A dictionary for write_plan. Layer 1 has no cache; head 0 of V of the last layer is plain."""
     rng = np.random.default_rng(seed)
     layers = []
@@ -74,8 +74,8 @@ def random_plan(seed, dims=(32, 48), n_layers=3, n_kv_heads=2, n_tiers=3):
         n_rot = dims[0] if index == 0 else dims[0] // 2
         style = [1, 2, 0][index % 3] if index else 1 + seed % 2
         inv_freq = (10000.0 ** -(np.arange(n_rot // 2) * 2.0 / n_rot)).astype(np.float32) if style else []
-        layers.append({"n_heads": 2 * n_kv_heads, "k_dim": dims[0], "v_dim": dims[1], "window": 64 * index,
-                       "rope": (style, n_rot if style else 0, inv_freq),
+        layers.append({"n_heads": 2 * n_kv_heads, "k_dim": dims[0], "v_dim": dims[1] | is_latent << 31,
+                       "window": 64 * index, "rope": (style, n_rot if style else 0, inv_freq),
                        "tier_tokens": [32 << t for t in range(n_tiers - 1)] + [0], "sides": sides})
     return {"names": ["model é", "arch", "test"], "n_tiers": n_tiers, "n_sinks": 4, "frame_tokens": 256,
             "context": 8192, "bits_total": 3.2, "layers": layers}

@@ -53,9 +53,10 @@ def random_rows(rng, n, dim):
     return rows
 
 
+@pytest.mark.parametrize("latent", [{}, {"n_kv_heads": 1, "is_latent": True}], ids=["ordinary", "latent"])
 @pytest.mark.parametrize("seed", range(SEED, SEED + 6))
-def test_plans_are_read_alike(lib, seed):
-    data = plan_writer.write_plan(plan_writer.random_plan(seed))
+def test_plans_are_read_alike(lib, seed, latent):
+    data = plan_writer.write_plan(plan_writer.random_plan(seed, **latent))
     plan = decoder.read_plan(data)
     with tqkv_lib.LibraryPlan(lib, data) as library:
         assert library.status == 0, library.texts
@@ -66,8 +67,8 @@ def test_plans_are_read_alike(lib, seed):
             (plan.n_tiers, plan.n_sinks, plan.frame_tokens, plan.context, plan.bits_total)
         for index, layer in enumerate(plan.layers):
             other = library.layer(index)
-            assert (other.n_heads, other.n_kv_heads, other.k_dim, other.v_dim, other.window) == \
-                (layer.n_heads, layer.n_kv_heads, layer.k_dim, layer.v_dim, layer.window)
+            assert (other.n_heads, other.n_kv_heads, other.k_dim, other.v_dim, other.is_latent, other.window) == \
+                (layer.n_heads, layer.n_kv_heads, layer.k_dim, layer.v_dim, layer.is_latent, layer.window)
             if layer.rope:
                 assert (other.rope.style, other.rope.n_rot) == (layer.rope.style, layer.rope.n_rot)
                 assert list(other.tier_tokens)[:plan.n_tiers] == layer.tier_tokens

@@ -40,7 +40,8 @@ class RopeStruct(ctypes.Structure):
 class LayerStruct(ctypes.Structure):
     _fields_ = [("n_heads", ctypes.c_uint32), ("n_kv_heads", ctypes.c_uint32), ("k_dim", ctypes.c_uint32),
                 ("v_dim", ctypes.c_uint32), ("window", ctypes.c_uint32), ("rope", RopeStruct),
-                ("tier_tokens", ctypes.c_uint32 * 4), ("token_bytes", ctypes.c_uint32 * 4)]
+                ("tier_tokens", ctypes.c_uint32 * 4), ("token_bytes", ctypes.c_uint32 * 4),
+                ("is_latent", ctypes.c_uint32)]
 
 
 class InfoStruct(ctypes.Structure):

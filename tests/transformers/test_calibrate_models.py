@@ -10,7 +10,9 @@ pytest.importorskip("transformers")
 
 import turboquant  # noqa: E402
 from turboquant_transformers import TurboQuantCache, held_out  # noqa: E402
+from turboquant_transformers.calibrate import _latent_query  # noqa: E402
 from turboquant_transformers.host_layers import describe  # noqa: E402
+from turboquant_transformers.observer import observe_piece  # noqa: E402
 from turboquant_transformers.pieces import Text, hold_back  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("built_library")
@@ -44,10 +46,33 @@ def test_plan_is_of_the_model_and_loses_less_than_none(calibrated, name):
     assert plan.bits_total <= BITS
     for index, layer in enumerate(describe(model)):
         mine = plan.layer(index)
-        assert (mine.n_kv_heads, mine.k_dim, mine.v_dim, mine.window) == \
-            (layer.n_kv_heads, layer.k_dim, layer.v_dim, layer.window)
+        assert (mine.n_kv_heads, mine.k_dim, mine.v_dim, mine.is_latent, mine.window) == \
+            (layer.n_kv_heads, layer.k_dim, layer.v_dim, name == "deepseek_v3", layer.window)
         np.testing.assert_array_equal(mine.rope.inv_freq, layer.inv_freq)
     assert 0 < result.kl < forgetful_kl(model) / 10
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_queries_for_latents_give_the_models_attention(build_model, name):
+    """Scores from what calibration sees, against the probabilities of the model itself."""
+    model = build_model(name, "eager")
+    tokens = torch.arange(40) * 37 % 253 + 3
+    with torch.no_grad():
+        wanted = model(input_ids=tokens[None], output_attentions=True).attentions
+    layers, seen = describe(model), {}
+
+    def on_layer(module, query, keys, values, scaling, softcap):
+        layer = layers[module.layer_idx]
+        latent_query = _latent_query(module, query[0], layer)
+        turned = query[0, ..., -layer.k_dim:] @ values[0].transpose(1, 2)
+        scores = (turned + latent_query @ keys[0].transpose(1, 2)) * scaling
+        seen[module.layer_idx] = scores.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).softmax(-1)
+
+    with torch.no_grad():
+        observe_piece(model, tokens, on_layer)
+    assert len(seen) == len(wanted)
+    for index, probabilities in seen.items():
+        torch.testing.assert_close(probabilities, wanted[index][0], rtol=1e-3, atol=1e-5)
 
 
 def forgetful_kl(model):

@@ -42,6 +42,7 @@ typedef struct attn_case {
     uint32_t n_q;
     bool mask, causal, slopes, sinks;
     float softcap;
+    bool is_latent;
 } attn_case;
 
 typedef struct attn_setup {
@@ -69,8 +70,9 @@ static void *get(size_t bytes)
 static void make_plan(attn_setup *s)
 {
     const attn_case *c = s->c;
-    const tqkv_plan_layer shape = test_shape(c->n_heads, c->n_kv_heads, c->k_dim, c->v_dim);
+    tqkv_plan_layer shape = test_shape(c->n_heads, c->n_kv_heads, c->k_dim, c->v_dim);
 
+    shape.is_latent = c->is_latent;
     if (c->n_tiers == 0)
         assert_int_equal(tqkv_plan_builtin(c->builtin, &shape, &s->plan), TQKV_OK);
     else
@@ -126,18 +128,24 @@ static void stage_batch(attn_setup *s)
     assert_int_equal(tqkv_batch_put(s->batch, TQKV_SIDE_V, s->rows[1], v_floats), TQKV_OK);
 }
 
+/* Floats of one query of one head. In a latent layer the part for V comes first. */
+static size_t query_floats(const attn_case *c)
+{
+    return c->k_dim + (c->is_latent ? c->v_dim : 0);
+}
+
 static void make_queries(attn_setup *s)
 {
     const attn_case *c = s->c;
     static const float values[] = {0, 0, 0, -1.5f, 2, -INFINITY, -INFINITY};
 
-    s->q = get((size_t)c->n_q * c->n_heads * c->k_dim * sizeof(float));
+    s->q = get((size_t)c->n_q * c->n_heads * query_floats(c) * sizeof(float));
     s->out = get((size_t)c->n_q * c->n_heads * (c->v_dim + 3) * sizeof(float));
     s->lse = get((size_t)c->n_q * c->n_heads * sizeof(float));
     s->slopes = get(c->n_heads * sizeof(float));
     s->sinks = get(c->n_heads * sizeof(float));
     s->mask = get((size_t)c->n_q * c->n_cells * sizeof(uint16_t));
-    test_fill_normal(&s->random, 1, s->q, (size_t)c->n_q * c->n_heads * c->k_dim);
+    test_fill_normal(&s->random, 1, s->q, (size_t)c->n_q * c->n_heads * query_floats(c));
     test_fill_normal(&s->random, 1, s->sinks, c->n_heads);
     for (uint32_t h = 0; h < c->n_heads; h++)
         s->slopes[h] = h == 0 ? 0.0f : 1.0f / (float)h;
@@ -189,9 +197,10 @@ static tqkv_attend_args make_args(attn_setup *s)
     tqkv_attend_args_init(&args);
     args.n_q = c->n_q;
     args.n_cells = c->n_cells - 1;
-    args.q = s->q;
-    args.q_head_stride = c->k_dim;
-    args.q_token_stride = (size_t)c->n_heads * c->k_dim;
+    args.q = c->is_latent ? s->q + c->v_dim : s->q;
+    args.q_latent = c->is_latent ? s->q : NULL;
+    args.q_head_stride = query_floats(c);
+    args.q_token_stride = c->n_heads * query_floats(c);
     args.out = s->out;
     args.out_head_stride = (size_t)c->n_q * (c->v_dim + 3); /* heads outermost, and a gap */
     args.out_token_stride = c->v_dim + 3;
@@ -200,7 +209,7 @@ static tqkv_attend_args make_args(attn_setup *s)
     args.mask_row_stride = c->n_cells;
     args.slopes = c->slopes ? s->slopes : NULL;
     args.sinks = c->sinks ? s->sinks : NULL;
-    args.scale = 1.0f / sqrtf((float)c->k_dim);
+    args.scale = 1.0f / sqrtf((float)query_floats(c));
     args.softcap = c->softcap;
     args.causal = c->causal;
     return args;
@@ -246,7 +255,7 @@ static bool has_few_rows(const attn_setup *s, uint32_t q, uint32_t h)
     const uint32_t block = tqkvi_attn_rows(&s->store->codec->layer->shape);
     const uint32_t first = (q * group + h % group) / block * block;
 
-    return (n - first < block ? n - first : block) <= TQKVI_CODE_ROWS_MAX;
+    return !c->is_latent && (n - first < block ? n - first : block) <= TQKVI_CODE_ROWS_MAX;
 }
 
 /* What rounding q' may do to the score of each cell of a query: [n_cells] out. */
@@ -343,6 +352,12 @@ static double oracle_score(const attn_setup *s, const tqkv_attend_args *args, co
         score += (double)query[d] * (double)k[d];
         terms += fabs((double)query[d]) * fabs((double)k[d]);
     }
+    for (uint32_t d = 0; d < c->v_dim && c->is_latent; d++) {
+        const double part = (double)args->q_latent[query - args->q + d] *
+                            (double)r->rows[1][(size_t)cell * c->v_dim + d];
+        score += part;
+        terms += fabs(part);
+    }
     score *= (double)args->scale;
     terms *= (double)args->scale;
     if (args->softcap > 0)
@@ -419,6 +434,15 @@ static const attn_case cases[] = {
     {"large heads", 2, 1, 256, 512, 3, 0, 120, 1, 100, 3, 40, .mask = true},
     {"many query heads", 71, 1, 16, 16, 3, 0, 120, 1, 100, 3, 2, .mask = true},
     {"no mask, not causal", 4, 2, 32, 32, 3, 0, 200, 2, 150, 7, 4, .sinks = true},
+    {"latent f16", 4, 1, 16, 64, 0, TQKV_BUILTIN_F16, 100, 1, 90, 3, 3, .mask = true,
+     .is_latent = true},
+    {"latent q8", 5, 1, 32, 48, 0, TQKV_BUILTIN_Q8, 150, 2, 77, 40, 40, .causal = true,
+     .is_latent = true},
+    {"latent decode", 16, 1, 64, 512, 4, 0, 300, 1, 290, 1, 1, .mask = true, .is_latent = true},
+    {"latent parts", 3, 1, 16, 32, 4, 0, 3200, 1, 3100, 1, 1, .causal = true, .sinks = true,
+     .is_latent = true},
+    {"latent prefill", 7, 1, 32, 64, 3, 0, 500, 1, 300, 150, 150, .mask = true, .sinks = true,
+     .slopes = true, .softcap = 20, .is_latent = true},
 };
 
 static void test_oracle(void **state)
@@ -482,20 +506,17 @@ static void test_workers_do_not_matter(void **state)
 }
 
 /* Scratch of exactly the size that was asked for, for every number of queries up to it. */
-static void test_scratch_is_enough(void **state)
+static void check_scratch(const attn_case *c)
 {
-    static const attn_case c = {"scratch",     4, 2, 32, 32, 4, 0, 2100, 1, 2000, 40, 40,
-                                .causal = true};
     attn_setup s;
 
-    (void)state;
-    setup(&s, &c, 5);
+    setup(&s, c, 5);
     tqkv_attend_args args = make_args(&s);
     const tqkv_parallel parallel = test_threads(3);
-    const size_t bytes = tqkv_store_scratch_bytes(s.store, c.n_q, 3);
+    const size_t bytes = tqkv_store_scratch_bytes(s.store, c->n_q, 3);
     uint8_t *memory = aligned_alloc(TQKV_ALIGN, bytes / 64 * 64 + 128);
     args.scratch = memory;
-    for (uint32_t n_q = 1; n_q <= c.n_q; n_q += 3) {
+    for (uint32_t n_q = 1; n_q <= c->n_q; n_q += 3) {
         memset(memory + bytes, 0x5a, 64);
         args.n_q = n_q;
         assert_int_equal(tqkv_store_attend(s.store, s.batch, &args, &parallel), TQKV_OK);
@@ -503,6 +524,35 @@ static void test_scratch_is_enough(void **state)
             assert_int_equal(memory[bytes + (size_t)i], 0x5a);
     }
     free(memory);
+    teardown(&s);
+}
+
+static void test_scratch_is_enough(void **state)
+{
+    static const attn_case both[] = {
+        {"scratch", 4, 2, 32, 32, 4, 0, 2100, 1, 2000, 40, 40, .causal = true},
+        {"latent", 4, 1, 32, 32, 4, 0, 2100, 1, 2000, 40, 40, .causal = true, .is_latent = true}};
+
+    (void)state;
+    check_scratch(&both[0]);
+    check_scratch(&both[1]);
+}
+
+static void test_latent_arguments(void **state)
+{
+    static const attn_case c = {"latent", 4, 1, 32, 32, 2,            0,
+                                100,      1, 50, 4, 4, .mask = true, .is_latent = true};
+    attn_setup s;
+
+    (void)state;
+    setup(&s, &c, 8);
+    tqkv_attend_args args = make_args(&s);
+    args.scratch =
+        aligned_alloc(TQKV_ALIGN, tqkv_store_scratch_bytes(s.store, c.n_q, 1) / 64 * 64 + 64);
+    assert_int_equal(tqkv_store_attend(s.store, s.batch, &args, NULL), TQKV_OK);
+    args.q_latent = NULL;
+    assert_int_equal(tqkv_store_attend(s.store, s.batch, &args, NULL), TQKV_ERR_INVALID_ARG);
+    free(args.scratch);
     teardown(&s);
 }
 
@@ -533,6 +583,7 @@ static void test_bad_arguments(void **state)
     REFUSED(bad.scratch = NULL);
     REFUSED(bad.scratch = (uint8_t *)good.scratch + 4);
     REFUSED(bad.mask_row_stride = c.n_cells - 2);
+    REFUSED(bad.q_latent = good.q); /* the layer is not latent */
     REFUSED(bad.scale = NAN);
     REFUSED(bad.softcap = -1);
     const tqkv_parallel broken = {.n_workers = 0};
@@ -551,6 +602,7 @@ int main(void)
         cmocka_unit_test(test_workers_do_not_matter),
         cmocka_unit_test(test_scratch_is_enough),
         cmocka_unit_test(test_bad_arguments),
+        cmocka_unit_test(test_latent_arguments),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -58,6 +58,33 @@ static void eigenvectors_reproduce_the_matrix(void **unused)
     }
 }
 
+/* Rows of 512 channels that only 9 directions make, sizes over eight decades: the rest is rounding. */
+static void eigenvectors_of_few_directions(void **unused)
+{
+    enum { N = 512, RANK = 9 };
+    double *s = calloc(N * N, sizeof(*s)), *a = malloc(N * N * sizeof(*a));
+    double x[N], values[N], work[N], trace = 0.0, sum = 0.0;
+
+    (void)unused;
+    for (int r = 0; r < RANK; r++) {
+        for (size_t i = 0; i < N; i++)
+            x[i] = (double)gauss() * pow(10.0, -r);
+        for (size_t i = 0; i < N; i++)
+            for (size_t j = 0; j < N; j++)
+                s[i * N + j] += x[i] * x[j];
+    }
+    memcpy(a, s, N * N * sizeof(*a));
+    assert_true(tqkvi_eigen_symmetric(a, N, values, work));
+    for (size_t i = 0; i < N; i++) {
+        trace += s[i * N + i];
+        sum += values[i];
+        assert_true(i < RANK || fabs(values[i]) < 1e-13 * values[0]);
+    }
+    assert_true(fabs(trace - sum) < 1e-12 * trace);
+    free(a);
+    free(s);
+}
+
 static void eigenvectors_refuse_nan(void **unused)
 {
     double a[4] = {1.0, NAN, NAN, 1.0}, values[2], work[2];
@@ -208,6 +235,118 @@ static void transform_whitens_rows_in_their_frame(void **unused)
     }
     tqkv_calib_destroy(calib);
     free(s);
+}
+
+/* A latent layer of one frame. */
+enum { LATENT_HEADS = 3, TURNED = 16, LATENT = 32, LATENT_TOKENS = 120, LATENT_QUERY = TURNED + LATENT };
+
+typedef struct latent_sample {
+    float q[LATENT_TOKENS * LATENT_HEADS * LATENT_QUERY], k[LATENT_TOKENS * TURNED], v[LATENT_TOKENS * LATENT];
+    float w_o[DIM * LATENT_HEADS * LATENT];
+    int32_t positions[LATENT_TOKENS];
+} latent_sample;
+
+/* |W_o x|^2 of a head. */
+static double seen_size(const float *w_o, size_t h, const double *x)
+{
+    double size = 0.0;
+
+    for (size_t r = 0; r < DIM; r++) {
+        double sum = 0.0;
+
+        for (size_t i = 0; i < LATENT; i++)
+            sum += (double)w_o[(r * LATENT_HEADS + h) * LATENT + i] * x[i];
+        size += sum * sum;
+    }
+    return size;
+}
+
+/* Adds what query `at` of head h reads of cold tokens to x' M x of both sides, straight from observe.h. */
+static void add_query_sizes(const latent_sample *s, size_t h, size_t at, double scale, const double *x, double *size_k,
+                            double *size_v)
+{
+    const float *q = s->q + (at * LATENT_HEADS + h) * LATENT_QUERY;
+    double p[LATENT_TOKENS], sum = 0.0, o[LATENT] = {0}, d[LATENT], q_x[2] = {0};
+
+    for (size_t t = 0; t <= at; t++) {
+        double score = 0.0;
+
+        for (size_t i = 0; i < LATENT_QUERY; i++)
+            score += (double)q[i] * (double)(i < TURNED ? s->k[t * TURNED + i] : s->v[t * LATENT + i - TURNED]);
+        p[t] = exp(scale * score);
+        sum += p[t];
+    }
+    for (size_t t = 0; t <= at; t++)
+        for (size_t i = 0; i < LATENT; i++)
+            o[i] += p[t] / sum * (double)s->v[t * LATENT + i];
+    for (size_t i = 0; i < LATENT; i++) {
+        q_x[0] += i < TURNED ? (double)q[i] * x[i] : 0.0;
+        q_x[1] += (double)q[TURNED + i] * x[i];
+    }
+    for (size_t t = 4; t + 64 < at; t++) {
+        const double p2 = p[t] / sum * (p[t] / sum);
+
+        for (size_t i = 0; i < LATENT; i++)
+            d[i] = (double)s->v[t * LATENT + i] - o[i];
+        *size_k += p2 * seen_size(s->w_o, h, d) * q_x[0] * q_x[0];
+        *size_v += p2 * (seen_size(s->w_o, h, x) + scale * scale * seen_size(s->w_o, h, d) * q_x[1] * q_x[1]);
+    }
+}
+
+static double form(const double *m, const double *x, size_t dim)
+{
+    double sum = 0.0;
+
+    for (size_t i = 0; i < dim; i++)
+        for (size_t j = 0; j < dim; j++)
+            sum += x[i] * m[i * dim + j] * x[j];
+    return sum;
+}
+
+static void latents_are_weighed_as_keys_and_values(void **unused)
+{
+    static latent_sample s;
+    const float inv_freq[TURNED / 2] = {1.0F, 0.5F}, scale = 0.2F;
+    const tqkv_plan_layer shape = {.n_heads = LATENT_HEADS,
+                                   .n_kv_heads = 1,
+                                   .k_dim = TURNED,
+                                   .v_dim = LATENT,
+                                   .rope = {TQKV_ROPE_PAIRS, TURNED, inv_freq},
+                                   .is_latent = 1};
+    const struct {
+        float *values;
+        size_t n;
+    } arrays[] = {{s.q, sizeof(s.q) / 4}, {s.k, sizeof(s.k) / 4}, {s.v, sizeof(s.v) / 4}, {s.w_o, sizeof(s.w_o) / 4}};
+    tqkv_calib_config config;
+    tqkv_calib *calib;
+
+    (void)unused;
+    state = 31;
+    for (size_t a = 0; a < 4; a++)
+        for (size_t i = 0; i < arrays[a].n; i++)
+            arrays[a].values[i] = gauss();
+    for (int32_t t = 0; t < LATENT_TOKENS; t++)
+        s.positions[t] = t;
+    tqkv_calib_config_init(&config);
+    config.n_layers = 1;
+    assert_int_equal(tqkv_calib_create(&config, &calib), TQKV_OK);
+    assert_int_equal(tqkv_calib_set_layer(calib, 0, &shape, s.w_o, DIM, 0, NULL), TQKV_OK);
+    assert_int_equal(tqkv_calib_observe(calib, 0, LATENT_TOKENS, s.q, s.k, s.v, s.positions, scale, 0.0F, NULL),
+                     TQKV_OK);
+    for (int round = 0; round < 5; round++) {
+        double x[LATENT], size[2] = {0};
+
+        for (size_t i = 0; i < LATENT; i++)
+            x[i] = (double)gauss();
+        for (size_t h = 0; h < LATENT_HEADS; h++)
+            for (size_t at = 64; at < LATENT_TOKENS; at += 8)
+                add_query_sizes(&s, h, at, (double)scale, x, &size[0], &size[1]);
+        for (int side = 0; side < 2; side++) {
+            const double got = form(calib->layers[0].heads[side][0].metric, x, side ? LATENT : TURNED);
+            assert_true(size[side] > 0.0 && fabs(got - size[side]) < 1e-4 * size[side]);
+        }
+    }
+    tqkv_calib_destroy(calib);
 }
 
 static void budget_is_kept_and_spent(void **unused)
@@ -508,6 +647,9 @@ static void arguments_are_checked(void **unused)
     s->shape.k_dim = 24;
     assert_int_equal(tqkv_calib_set_layer(calib, 0, &s->shape, NULL, 0, 0, NULL), TQKV_ERR_UNSUPPORTED);
     s->shape.k_dim = DIM;
+    s->shape.is_latent = 1; /* with two KV heads */
+    assert_int_equal(tqkv_calib_set_layer(calib, 0, &s->shape, NULL, 0, 0, NULL), TQKV_ERR_UNSUPPORTED);
+    s->shape.is_latent = 0;
     assert_int_equal(tqkv_calib_observe(calib, 0, N_TOKENS, s->q, s->k, s->v, s->positions, 1.0F, 0.0F, NULL),
                      TQKV_ERR_INVALID_ARG); /* layer not set */
     assert_int_equal(tqkv_calib_set_layer(calib, 0, &s->shape, NULL, 0, 0, NULL), TQKV_OK);
@@ -577,9 +719,11 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(eigenvectors_reproduce_the_matrix),
+        cmocka_unit_test(eigenvectors_of_few_directions),
         cmocka_unit_test(eigenvectors_refuse_nan),
         cmocka_unit_test(allocation_spends_the_budget_where_it_helps),
         cmocka_unit_test(transform_whitens_rows_in_their_frame),
+        cmocka_unit_test(latents_are_weighed_as_keys_and_values),
         cmocka_unit_test(budget_is_kept_and_spent),
         cmocka_unit_test(sensitive_layers_get_more_bits),
         cmocka_unit_test(bits_are_those_of_the_store),

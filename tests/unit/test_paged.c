@@ -275,6 +275,12 @@ static void test_bad_config(void **state)
     NO_OBJECT(config.block_tokens = 24, TQKV_ERR_INVALID_ARG);
     NO_OBJECT(config.n_blocks = 0, TQKV_ERR_INVALID_ARG);
     NO_OBJECT(config.n_blocks = 1u << 31, TQKV_ERR_INVALID_ARG);
+    tqkv_plan_layer latent = test_shape(4, 1, 32, 32);
+    tqkv_plan *plan;
+    latent.is_latent = 1;
+    assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_Q8, &latent, &plan), TQKV_OK);
+    NO_OBJECT(config.plan = plan, TQKV_ERR_UNSUPPORTED);
+    tqkv_plan_destroy(plan);
     assert_int_equal(tqkv_paged_create(NULL, &paged), TQKV_ERR_INVALID_ARG);
     assert_int_equal(tqkv_paged_bytes(NULL), 0);
     assert_int_equal(tqkv_paged_create(&config, NULL), TQKV_ERR_INVALID_ARG);

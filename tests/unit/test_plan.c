@@ -64,9 +64,9 @@ static void creation_refuses_bad_shapes(void **unused)
     (void)unused;
     static const float bad_freq[8] = {1, NAN, 1, 1, 1, 1, 1, 1}, fast[8] = {4.1f};
     const tqkv_plan_layer good = test_shape(4, 2, 32, 32);
-    tqkv_plan_layer bad[16];
+    tqkv_plan_layer bad[18];
     size_t n = 0;
-    for (size_t i = 0; i < 16; i++)
+    for (size_t i = 0; i < 18; i++)
         bad[i] = good;
     bad[n++].n_kv_heads = 3;
     bad[n++].n_kv_heads = 8;
@@ -76,6 +76,9 @@ static void creation_refuses_bad_shapes(void **unused)
     bad[n++].k_dim = 1040;
     bad[n++].v_dim = 8;
     bad[n++].v_dim = 0;
+    bad[n++].is_latent = 1; /* with two KV heads */
+    bad[n].n_kv_heads = 1;
+    bad[n++].is_latent = 2;
     bad[n++].rope.style = 3;
     bad[n++].rope.n_rot = 31;
     bad[n++].rope.n_rot = 0;

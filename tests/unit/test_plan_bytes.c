@@ -27,7 +27,7 @@ static const tqkv_logger logger = {.user = NULL, .write = keep_text};
 
 /*
  * The file of a small plan, and where its parts begin. Names are "a model é", "arch", "5x"; one
- * RoPE table of 8 frequencies; layer 0 has 1 KV head, layer 1 no cache, layer 2 1 KV head.
+ * RoPE table of 8 frequencies; layer 0 has 1 KV head, layer 1 no cache, layer 2 is latent.
  */
 typedef struct file {
     tqkv_plan *plan;
@@ -39,8 +39,9 @@ typedef struct file {
 static int set_up(void **state)
 {
     static file f;
-    const tqkv_plan_layer shapes[3] = {
+    tqkv_plan_layer shapes[3] = {
         test_shape(2, 1, 16, 32), {.n_kv_heads = 0}, test_shape(2, 1, 16, 32)};
+    shapes[2].is_latent = 1;
     if (test_plan_make(NULL, 7, shapes, 3, 2, &f.plan) != TQKV_OK ||
         tqkvi_plan_serialise(f.plan, &f.bytes, &f.n_bytes) != TQKV_OK)
         return -1;
@@ -108,6 +109,8 @@ static void what_is_written_comes_back(void **state)
     for (uint32_t i = 0; i < 3; i++) {
         const tqkvi_layer_plan *a = &plan->layers[i], *b = &f->plan->layers[i];
         assert_int_equal(a->shape.n_heads, b->shape.n_heads);
+        assert_int_equal(a->shape.is_latent, i == 2);
+        assert_int_equal(a->shape.v_dim, b->shape.v_dim);
         assert_int_equal(a->shape.rope.style, b->shape.rope.style);
         assert_memory_equal(a->shape.tier_tokens, b->shape.tier_tokens,
                             sizeof(a->shape.tier_tokens));

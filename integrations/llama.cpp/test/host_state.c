@@ -6,6 +6,7 @@
  *
  *     host_state [model.gguf] [plan.tqkv]
  *     host_state --compare model.gguf      only what needs no text: f16 and q8 against stock
+ *     host_state --tiers model.gguf        and with a plan
  *
  * Model: the argument, or the first of TQKV_TEST_MODELS; none: skipped (77). Plugin:
  * TQKV_TEST_PLUGIN, or the one that was built beside this program. With a second argument the plan
@@ -488,8 +489,7 @@ static void test_copies(void)
 /* --- what programs are told --- */
 
 typedef struct seen {
-    int n_events, last_layer, ok;
-    int n_expected;
+    int n_events, last_layer, ok, n_expected;
 } seen;
 
 static void look(void *user, const tqkv_plugin_event *event)
@@ -603,19 +603,22 @@ typedef struct calibration {
 static void observe_for_plan(void *user, const tqkv_plugin_event *event)
 {
     calibration *c = user;
-    const size_t n = event->n_tokens, heads = event->n_heads, dim = event->k_dim;
+    const size_t n = event->n_tokens, heads = event->n_heads, k_dim = event->k_dim;
+    const size_t dim = k_dim + (event->q_latent ? event->v_dim : 0);
     const tqkv_plan_layer shape = {.n_heads = event->n_heads,
                                    .n_kv_heads = event->n_kv_heads,
                                    .k_dim = event->k_dim,
                                    .v_dim = event->v_dim,
-                                   .rope = event->rope};
+                                   .rope = event->rope,
+                                   .is_latent = event->q_latent != NULL};
     float *q = malloc(n * heads * dim * sizeof(float));
 
-    for (size_t t = 0; t < n; t++)
-        for (size_t h = 0; h < heads; h++)
-            memcpy(q + (t * heads + h) * dim,
-                   event->q + t * event->q_token_stride + h * event->q_head_stride,
-                   dim * sizeof(float));
+    for (size_t i = 0; i < n * heads; i++) {
+        const size_t from = i / heads * event->q_token_stride + i % heads * event->q_head_stride;
+        memcpy(q + i * dim, event->q + from, k_dim * sizeof(float));
+        if (event->q_latent)
+            memcpy(q + i * dim + k_dim, event->q_latent + from, (dim - k_dim) * sizeof(float));
+    }
     if (!c->known[event->layer])
         c->failed |=
             tqkv_calib_set_layer(c->calib, event->layer, &shape, NULL, 0, 0, NULL) != TQKV_OK;
@@ -653,6 +656,16 @@ static void make_plan(void)
     check(plan && tqkv_plan_save(plan, plan_path, NULL) == TQKV_OK, "saving the plan");
     tqkv_plan_destroy(plan);
     tqkv_calib_destroy(c.calib);
+}
+
+/* Its tiers in a model without words: copies and states. */
+static void test_with_plan(void)
+{
+    make_plan();
+    check_below(compare("plan", (options){0}, 0), 0.5, "plan");
+    state_round_trip("plan", 0, 0);
+    state_round_trip("plan", 1, 0);
+    test_copies();
 }
 
 /* --- running --- */
@@ -757,8 +770,8 @@ int main(int argc, char **argv)
         {"rows", test_rows},
         {"bad_settings", test_bad_settings},
     };
-    static const test wordless[] = {{"compare", test_compare}};
-    const int only_compare = argc > 2 && strcmp(argv[1], "--compare") == 0;
+    static const test wordless[] = {{"compare", test_compare}, {"with_plan", test_with_plan}};
+    const int only_compare = argc > 2 && argv[1][0] == '-';
     const char *plan = argc > 2 && !only_compare ? argv[2] : NULL;
     const char *models = getenv("TQKV_TEST_MODELS");
     char model[512] = "";
@@ -774,7 +787,7 @@ int main(int argc, char **argv)
     if (!set_up(model, plan))
         return 1;
     if (only_compare)
-        run_tests(wordless, 1);
+        run_tests(wordless, strcmp(argv[1], "--tiers") == 0 ? 2 : 1);
     else
         run_tests(all, sizeof(all) / sizeof(all[0]));
     llama_model_free(stock_model);

@@ -118,10 +118,14 @@ LINES = {
     "llama_yarn": "active: 1.0x",
     "gemma2": "active: 1.0x",
     "mpt": "active: 1.0x",
-    "deepseek2": "not active: K and V share one tensor",
+    "deepseek2": "active: 1.0x",
+    "deepseek2_lite": "active: 1.0x",
     "lfm2": "active: 1.0x",
     "mamba": "not active: llama.cpp keeps the cache to itself",
 }
+
+
+WITH_TIERS = ("llama", "deepseek2", "deepseek2_lite")
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -132,9 +136,9 @@ def test_architectures(program, plugin, tmp_path, name):
     spec.loader.exec_module(tiny_models)
     assert set(LINES) == set(tiny_models.ALL)
     tiny_models.ALL[name](tmp_path / f"{name}.gguf")
-    done = subprocess.run([str(program), "--compare", str(tmp_path / f"{name}.gguf")], text=True, timeout=300,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=environment(TQKV_TEST_PLUGIN=str(plugin)))
+    done = subprocess.run([str(program), "--tiers" if name in WITH_TIERS else "--compare",
+                           str(tmp_path / f"{name}.gguf")], text=True, timeout=300, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=environment(TQKV_TEST_PLUGIN=str(plugin)))
     assert done.returncode == 0, done.stdout
     assert f"turboquant: {LINES[name]}" in done.stdout
 

@@ -4,7 +4,7 @@
     tiny_models.py FOLDER
 
 The weights mean nothing; stock llama.cpp and the plugin must still agree about them. They have no
-tokenizer, so they serve libllama programs only.
+tokenizer, so they serve libllama programs only; `bytes_too` gives one, of single bytes.
 """
 
 import math
@@ -15,7 +15,8 @@ import sys
 
 VOCAB, EMBD, FF, LAYERS = 96, 64, 96, 2
 
-UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
+UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9
+BYTES_VOCAB = 259
 ALIGNMENT = 32
 
 
@@ -31,13 +32,26 @@ def entry(key, value):
     if isinstance(value, float):
         return out + struct.pack("<If", FLOAT32, value)
     if isinstance(value, list):
-        return out + struct.pack("<IIQ", ARRAY, UINT32, len(value)) + struct.pack(f"<{len(value)}I", *value)
+        kind, data = (STRING, b"".join(map(text, value))) if isinstance(value[0], str) else \
+            (FLOAT32, struct.pack(f"<{len(value)}f", *value)) if isinstance(value[0], float) else \
+            (INT32, struct.pack(f"<{len(value)}i", *value))
+        return out + struct.pack("<IIQ", ARRAY, kind, len(value)) + data
     return out + struct.pack("<II", UINT32, value)
+
+
+def bytes_vocab():
+    """A vocabulary of three special tokens and every byte."""
+    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0] * BYTES_VOCAB,
+            "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)],
+            "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256, "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2}
 
 
 def write_gguf(path, arch, settings, tensors):
     """tensors: name -> (shape, fastest dimension first; list of floats)."""
-    keys = {"general.architecture": arch, "tokenizer.ggml.model": "no_vocab", f"{arch}.vocab_size": VOCAB,
+    n_vocab = tensors["token_embd.weight"][0][1]
+    vocab = bytes_vocab() if n_vocab == BYTES_VOCAB else {"tokenizer.ggml.model": "no_vocab"}
+    keys = {"general.architecture": arch, **vocab, f"{arch}.vocab_size": n_vocab,
             f"{arch}.context_length": 4096, f"{arch}.embedding_length": EMBD, f"{arch}.block_count": LAYERS,
             f"{arch}.feed_forward_length": FF}
     keys.update({f"{arch}.{key}": value for key, value in settings.items()})
@@ -66,9 +80,9 @@ class Weights(dict):
     def norm(self, name, n=EMBD):
         self.add(f"{name}.weight", n, scale=0.1, about=1.0)
 
-    def ends(self, norm="output_norm"):
-        self.add("token_embd.weight", EMBD, VOCAB, scale=1.0)
-        self.add("output.weight", EMBD, VOCAB, scale=0.3)
+    def ends(self, norm="output_norm", vocab=VOCAB):
+        self.add("token_embd.weight", EMBD, vocab, scale=1.0)
+        self.add("output.weight", EMBD, vocab, scale=0.3)
         self.norm(norm)
 
     def gated_ffn(self, i):
@@ -147,11 +161,10 @@ def mpt(path):
                              "attention.layer_norm_epsilon": 1e-5, "attention.max_alibi_bias": 8.0}, w)
 
 
-def deepseek2(path):
+def deepseek2(path, heads=4, rank=64, rope=16, nope=32, v=32, vocab=VOCAB):
     """Latent attention: one K tensor that is V as well."""
-    heads, rank, rope, nope, v = 4, 64, 16, 32, 32
     w = Weights(4)
-    w.ends()
+    w.ends(vocab=vocab)
     for i in range(LAYERS):
         w.norm(f"blk.{i}.attn_norm")
         w.norm(f"blk.{i}.attn_q_a_norm", 48)
@@ -169,6 +182,11 @@ def deepseek2(path):
         "attention.q_lora_rank": 48, "attention.kv_lora_rank": rank, "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.dimension_count": rope, "leading_dense_block_count": LAYERS, "expert_feed_forward_length": FF,
         "expert_shared_count": 1}, w)
+
+
+def deepseek2_lite(path, bytes_too=False):
+    """Latent attention with the heads of DeepSeek-V2, fewer of them."""
+    deepseek2(path, rank=512, rope=64, nope=128, v=128, vocab=BYTES_VOCAB if bytes_too else VOCAB)
 
 
 def lfm2(path):
@@ -209,7 +227,7 @@ def mamba(path):
                                "attention.head_count": 0, "feed_forward_length": 0}, w)
 
 
-ALL = {f.__name__: f for f in (llama, llama_odd, llama_yarn, gemma2, mpt, deepseek2, lfm2, mamba)}
+ALL = {f.__name__: f for f in (llama, llama_odd, llama_yarn, gemma2, mpt, deepseek2, deepseek2_lite, lfm2, mamba)}
 
 if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1])

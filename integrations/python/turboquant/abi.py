@@ -38,7 +38,7 @@ class PlanInfo(Structure):
 class PlanLayer(Structure):
     _fields_ = [("n_heads", c_uint32), ("n_kv_heads", c_uint32), ("k_dim", c_uint32), ("v_dim", c_uint32),
                 ("window", c_uint32), ("rope", Rope), ("tier_tokens", c_uint32 * TIERS_MAX),
-                ("token_bytes", c_uint32 * TIERS_MAX)]
+                ("token_bytes", c_uint32 * TIERS_MAX), ("is_latent", c_uint32)]
 
 
 class StoreConfig(Structure):
@@ -51,7 +51,8 @@ class AttendArgs(Structure):
                 ("q", c_void_p), ("q_token_stride", c_size_t), ("q_head_stride", c_size_t), ("out", c_void_p),
                 ("out_token_stride", c_size_t), ("out_head_stride", c_size_t), ("lse", c_void_p),
                 ("mask", c_void_p), ("mask_row_stride", c_size_t), ("slopes", c_void_p), ("sinks", c_void_p),
-                ("scale", c_float), ("softcap", c_float), ("causal", c_int), ("scratch", c_void_p)]
+                ("scale", c_float), ("softcap", c_float), ("causal", c_int), ("scratch", c_void_p),
+                ("q_latent", c_void_p)]
 
 
 class StoreStats(Structure):

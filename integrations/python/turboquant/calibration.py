@@ -27,7 +27,10 @@ class Calibration(Handle):
                                                 parallel(self._workers)), layer)
 
     def observe(self, layer, q, k, v, positions, scale, softcap=0.0):
-        """q: [n][n_heads][k_dim], k: [n][n_kv_heads][k_dim], v: [n][n_kv_heads][v_dim] f32. positions: [n] i32."""
+        """
+        q: [n][n_heads][k_dim], k: [n][n_kv_heads][k_dim], v: [n][n_kv_heads][v_dim] f32. positions: [n] i32.
+        In a latent layer q is [n][n_heads][k_dim + v_dim], its part for V last.
+        """
         self._check(load().tqkv_calib_observe(self, layer, len(q), address(q), address(k), address(v),
                                               address(positions), scale, softcap, parallel(self._workers)), layer)
 

@@ -45,12 +45,14 @@ class PlanLayer:
     rope: Rope = Rope()
     tier_tokens: tuple = (0,) * abi.TIERS_MAX
     token_bytes: tuple = (0,) * abi.TIERS_MAX
+    is_latent: bool = False  # plan.h: V serves as key as well
 
     def struct(self):
         """For the library, which ignores tiers. The result keeps inv_freq alive."""
         freqs = np.ascontiguousarray(self.rope.inv_freq, np.float32)
         rope = abi.Rope(self.rope.style, 2 * len(freqs), freqs.ctypes.data_as(ctypes.POINTER(ctypes.c_float)))
-        struct = abi.PlanLayer(self.n_heads, self.n_kv_heads, self.k_dim, self.v_dim, self.window, rope)
+        struct = abi.PlanLayer(self.n_heads, self.n_kv_heads, self.k_dim, self.v_dim, self.window, rope,
+                                is_latent=self.is_latent)
         struct.kept = freqs
         return struct
 
@@ -103,7 +105,8 @@ class Plan(Handle):
         n = got.rope.n_rot // 2
         freqs = np.array(got.rope.inv_freq[:n], np.float32)
         return PlanLayer(got.n_heads, got.n_kv_heads, got.k_dim, got.v_dim, got.window,
-                         Rope(RopeStyle(got.rope.style), freqs), tuple(got.tier_tokens), tuple(got.token_bytes))
+                         Rope(RopeStyle(got.rope.style), freqs), tuple(got.tier_tokens), tuple(got.token_bytes),
+                         bool(got.is_latent))
 
     def _units(self, layer, side):
         shape = self.layer(layer)

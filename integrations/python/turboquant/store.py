@@ -71,12 +71,13 @@ class Store(Handle):
         """What export gave. K of a cell before its V."""
         check(load().tqkv_store_import(self, cell, side, record, len(record)), "import")
 
-    def attend(self, batch, q, out, n_cells, *, stream=0, mask=None, causal=False, scale, softcap=0.0, lse=None,
-               workers=None):
+    def attend(self, batch, q, out, n_cells, *, q_latent=None, stream=0, mask=None, causal=False, scale, softcap=0.0,
+               lse=None, workers=None):
         """
         Attention of q over cells [0, n_cells) of a stream and the tokens of an open batch (or None).
 
         q: [n_q][n_heads][k_dim], out: [n_q][n_heads][v_dim] f32, contiguous in the last dimension.
+        q_latent: [n_q][n_heads][v_dim] f32 with the strides of q, in a latent layer.
         mask: [n_q][n_cells] f16, contiguous in n_cells, or None: see causal in store.h.
         lse: [n_q][n_heads] f32 out, or None.
         """
@@ -85,6 +86,10 @@ class Store(Handle):
         args.stream, args.n_q, args.n_cells = stream, len(q), n_cells
         args.q, args.q_token_stride, args.q_head_stride = address(q), q.strides[0] // 4, q.strides[1] // 4
         args.out, args.out_token_stride, args.out_head_stride = address(out), out.strides[0] // 4, out.strides[1] // 4
+        if q_latent is not None:
+            if q_latent.strides[:2] != q.strides[:2]:
+                raise ValueError("q and q_latent must be parts of one array")
+            args.q_latent = address(q_latent)
         args.lse, args.scale, args.softcap, args.causal = address(lse), scale, softcap, causal
         if mask is not None:
             args.mask, args.mask_row_stride = address(mask), mask.strides[0] // 2

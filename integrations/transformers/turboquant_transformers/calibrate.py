@@ -95,6 +95,8 @@ def _observe(model, calib, layers, maps, style, text, n_tokens, progress):
             calib.set_layer(index, plan_shape(layer, style), _output_projection(module, layer),
                             resident_tokens(layer.window) if layer.window else 0)
         q = rows_of.to_plan(Side.K, query[0, :, :, -layer.k_dim:])  # with latents the turned channels, which come last
+        if layer.is_latent:
+            q = np.concatenate([q, rows_of.to_plan(Side.V, _latent_query(module, query[0], layer))], -1)
         k, v = (rows_of.to_plan(side, states[0]) for side, states in zip(Side, rows_of.sides(keys, values)))
         calib.observe(index, q, k, v, positions, scaling, softcap)
 
@@ -108,6 +110,13 @@ def _evenly(text, n_pieces, n):
     """Pieces that do not overlap, evenly over the whole text."""
     n_free = len(text.tokens) - n_pieces * n
     return [text.piece(i * n + n_free * i // max(n_pieces - 1, 1), n) for i in range(n_pieces)]
+
+
+def _latent_query(module, query, layer):
+    """[n_heads][n][v_dim]: what the channels of a query that do not turn say to the latent, of which keys are made."""
+    plain = query[..., :-layer.k_dim].float()
+    to_heads = module.kv_b_proj.weight.detach().float().unflatten(0, (layer.n_heads, -1))
+    return torch.einsum("htn,hnl->htl", plain, to_heads[:, :plain.shape[2]])
 
 
 def _output_projection(module, layer):

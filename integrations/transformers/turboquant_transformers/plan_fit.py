@@ -39,11 +39,12 @@ def plans_for(layers, plan):
 def plan_shape(layer, style):
     """The PlanLayer that describes a HostLayer."""
     rope = Rope(style if len(layer.inv_freq) else RopeStyle.NONE, layer.inv_freq)
-    return PlanLayer(layer.n_heads, layer.n_kv_heads, layer.k_dim, layer.v_dim, layer.window, rope)
+    return PlanLayer(layer.n_heads, layer.n_kv_heads, layer.k_dim, layer.v_dim, layer.window, rope,
+                     is_latent=layer.is_latent)
 
 
 def _check(name, index, of_plan, layer):
-    for what in ("n_heads", "n_kv_heads", "k_dim", "v_dim", "window"):
+    for what in ("n_heads", "n_kv_heads", "k_dim", "v_dim", "is_latent", "window"):
         mine, theirs = getattr(of_plan, what), getattr(layer, what)
         if mine != theirs:
             raise ValueError(f"{name} is for another model: layer {index} has {what} {mine} in the plan and "

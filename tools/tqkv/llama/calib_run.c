@@ -63,9 +63,12 @@ static tqkv_status meet_layer(calib_run *run, const tqkv_plugin_event *e)
                                    .k_dim = e->k_dim,
                                    .v_dim = e->v_dim,
                                    .window = window,
-                                   .rope = e->rope};
-    float *w_o = model_weights_attention_output(run->weights, e->layer,
-                                                (size_t)e->n_heads * e->v_dim, &n_out);
+                                   .rope = e->rope,
+                                   .is_latent = e->q_latent != NULL};
+    float *w_o = e->q_latent ? model_weights_latent_output(run->weights, e->layer, e->n_heads,
+                                                           e->v_dim, &n_out)
+                             : model_weights_attention_output(
+                                   run->weights, e->layer, (size_t)e->n_heads * e->v_dim, &n_out);
     const uint32_t resident = window ? plan_view_resident(window, UINT32_MAX) : 0;
     const tqkv_status status =
         tqkv_calib_set_layer(run->calib, e->layer, &shape, w_o, n_out, resident, parallel_of(run));
@@ -77,20 +80,25 @@ static tqkv_status meet_layer(calib_run *run, const tqkv_plugin_event *e)
     return status;
 }
 
-/* Q of the event as [n][n_heads][k_dim] without gaps. */
+/* Q of the event as tqkv_calib_observe wants it. */
 static const float *contiguous_q(calib_run *run, const tqkv_plugin_event *e)
 {
-    const size_t token = (size_t)e->n_heads * e->k_dim, n = token * e->n_tokens;
-    if (e->q_head_stride == e->k_dim && e->q_token_stride == token)
+    const size_t n_latent = e->q_latent ? e->v_dim : 0, dim = e->k_dim + n_latent;
+    const size_t token = (size_t)e->n_heads * dim, n = token * e->n_tokens;
+    if (!e->q_latent && e->q_head_stride == dim && e->q_token_stride == token)
         return e->q;
     if (run->q_copy_floats < n) {
         run->q_copy = tool_grow(run->q_copy, n, sizeof(float));
         run->q_copy_floats = n;
     }
     for (uint32_t t = 0; t < e->n_tokens; t++) {
-        for (uint32_t h = 0; h < e->n_heads; h++)
-            memcpy(run->q_copy + t * token + (size_t)h * e->k_dim,
-                   e->q + t * e->q_token_stride + h * e->q_head_stride, e->k_dim * sizeof(float));
+        for (uint32_t h = 0; h < e->n_heads; h++) {
+            const size_t from = t * e->q_token_stride + h * e->q_head_stride;
+            float *to = run->q_copy + t * token + h * dim;
+            memcpy(to, e->q + from, e->k_dim * sizeof(float));
+            if (e->q_latent)
+                memcpy(to + e->k_dim, e->q_latent + from, n_latent * sizeof(float));
+        }
     }
     return run->q_copy;
 }

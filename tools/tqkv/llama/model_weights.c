@@ -42,13 +42,14 @@ void model_weights_close(model_weights *weights)
     free(weights);
 }
 
-float *model_weights_attention_output(model_weights *weights, uint32_t layer, size_t n_in,
-                                      size_t *n_out)
+/* A tensor of a layer as rows of n_in values, [n_rows][n_in] f32, given. NULL: there is none such. */
+static float *read_rows(model_weights *weights, const char *tensor, uint32_t layer, size_t n_in,
+                        size_t *n_rows_out)
 {
-    char *name = tool_format("blk.%u.attn_output.weight", layer);
+    char *name = tool_format("blk.%u.%s.weight", layer, tensor);
     const int64_t id = gguf_find_tensor(weights->gguf, name);
     free(name);
-    *n_out = 0;
+    *n_rows_out = 0;
     if (id < 0)
         return NULL;
     const enum ggml_type type = gguf_get_tensor_type(weights->gguf, id);
@@ -72,8 +73,39 @@ float *model_weights_attention_output(model_weights *weights, uint32_t layer, si
             else
                 traits->to_float(bytes + i * row_bytes, values + i * n_in, (int64_t)n_in);
         }
-        *n_out = n_rows;
+        *n_rows_out = n_rows;
     }
     free(bytes);
     return values;
+}
+
+float *model_weights_attention_output(model_weights *weights, uint32_t layer, size_t n_in,
+                                      size_t *n_out)
+{
+    return read_rows(weights, "attn_output", layer, n_in, n_out);
+}
+
+float *model_weights_latent_output(model_weights *weights, uint32_t layer, size_t n_heads,
+                                   size_t rank, size_t *n_out)
+{
+    size_t n_values; /* of all heads */
+    float *product = NULL, *w_o = NULL, *to_values;
+
+    *n_out = 0;
+    to_values = read_rows(weights, "attn_v_b", layer, rank, &n_values);
+    if (to_values && n_values % n_heads == 0)
+        w_o = read_rows(weights, "attn_output", layer, n_values, n_out);
+    if (w_o)
+        product = tool_alloc(*n_out * n_heads * rank, sizeof(*product));
+    for (size_t r = 0; w_o && r < *n_out; r++) {
+        for (size_t j = 0; j < n_values; j++) {
+            const float f = w_o[r * n_values + j];
+            float *to = product + (r * n_heads + j / (n_values / n_heads)) * rank;
+            for (size_t i = 0; i < rank; i++)
+                to[i] += f * to_values[j * rank + i];
+        }
+    }
+    free(w_o);
+    free(to_values);
+    return product;
 }

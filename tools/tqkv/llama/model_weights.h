@@ -19,4 +19,11 @@ void model_weights_close(model_weights *weights);
 float *model_weights_attention_output(model_weights *weights, uint32_t layer, size_t n_in,
                                       size_t *n_out);
 
+/*
+ * The same of a latent layer: head h makes its values of the weighted sum of latents by attn_v_b, then
+ * comes the projection. [n_out][n_heads * rank] f32, given, or NULL.
+ */
+float *model_weights_latent_output(model_weights *weights, uint32_t layer, size_t n_heads,
+                                   size_t rank, size_t *n_out);
+
 #endif /* TQKV_MODEL_WEIGHTS_H */

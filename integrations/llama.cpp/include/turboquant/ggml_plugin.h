@@ -52,6 +52,7 @@ typedef struct tqkv_plugin_event {
     tqkv_rope rope;           /* as the graph applies it */
     float scale;
     float softcap; /* 0: none */
+    const float *q_latent; /* [n_tokens][n_heads][v_dim], strides of q; NULL: the layer is not latent (plan.h) */
 } tqkv_plugin_event;
 
 typedef void tqkv_plugin_observer_fn(void *user, const tqkv_plugin_event *event);
