@@ -55,7 +55,8 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_calib_set_layer(tqkv_calib *calib, uint
 /*
  * One piece of text, causal from its first token.
  * q: [n][n_heads][k_dim], k: [n][n_kv_heads][k_dim], v: [n][n_kv_heads][v_dim] f32 contiguous,
- * RoPE applied, borrowed. In a latent layer q is [n][n_heads][k_dim + v_dim], its part for V last. positions: [n] ascending by one. scale, softcap: of the scores.
+ * RoPE applied, borrowed. In a latent layer q is [n][n_heads][k_dim + v_dim], its part for V last.
+ * positions: [n] ascending by one. scale, softcap: of the scores.
  */
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_calib_observe(tqkv_calib *calib, uint32_t layer, size_t n, const float *q,
                                                        const float *k, const float *v, const int32_t *positions,

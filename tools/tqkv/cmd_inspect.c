@@ -154,7 +154,8 @@ static json_t *layer_json(const tqkv_plan *plan, uint32_t i, uint32_t n_tiers)
     return json_pack("{s:i, s:i, s:i, s:i, s:i, s:b, s:i, s:o, s:o, s:o, s:o}", "layer", (int)i,
                      "n_heads", (int)layer.n_heads, "n_kv_heads", (int)layer.n_kv_heads, "k_dim",
                      (int)layer.k_dim, "v_dim", (int)layer.v_dim, "is_latent",
-                     (int)layer.is_latent, "window", (int)layer.window, "tier_tokens", tier_tokens, "token_bytes", token_bytes, "k_bits",
+                     (int)layer.is_latent, "window", (int)layer.window, "tier_tokens", tier_tokens,
+                     "token_bytes", token_bytes, "k_bits",
                      side_json(plan, i, layer.n_kv_heads, TQKV_SIDE_K, n_tiers), "v_bits",
                      side_json(plan, i, layer.n_kv_heads, TQKV_SIDE_V, n_tiers));
 }
