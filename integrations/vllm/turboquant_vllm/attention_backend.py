@@ -105,8 +105,7 @@ class TurboquantImpl(AttentionImpl[TurboquantMetadata]):
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None,
                 output_block_scale=None):
         """query: [tokens, heads, head_size], key and value: [tokens, KV heads, head_size]; output is written."""
-        if output_scale is not None or output_block_scale is not None:
-            raise Refusal("fused quantisation of attention's output is not supported by turboquant")
+        refuse_scales(output_scale, output_block_scale)
         if attn_metadata is None:  # profiling
             return output.zero_()
         if self.cache is None:
@@ -118,6 +117,11 @@ class TurboquantImpl(AttentionImpl[TurboquantMetadata]):
         if out.data_ptr() != output.data_ptr():
             output[:n] = out
         return output
+
+
+def refuse_scales(*of_output):
+    if any(scale is not None for scale in of_output):
+        raise Refusal("fused quantisation of attention's output is not supported by turboquant")
 
 
 def tokens_worth_finding(plan, blocks, n_tokens, block_size):

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from turboquant_vllm import gpu_pages, model_plan, vllm_adapter
-from turboquant_vllm.attention_backend import TurboquantBackend, TurboquantImpl
+from turboquant_vllm.attention_backend import TurboquantBackend, TurboquantImpl, refuse_scales
 from turboquant_vllm.gpu_pages import PAGE_TOKENS, Q_MAX
 from turboquant_vllm.model_plan import Refusal
 
@@ -260,8 +260,7 @@ class TurboquantGpuImpl(TurboquantImpl):
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None,
                 output_block_scale=None):
         """As TurboquantImpl.forward, on the current stream; with the log of the sums where vLLM asks for it."""
-        if output_scale is not None or output_block_scale is not None:
-            raise Refusal("fused quantisation of attention's output is not supported by turboquant")
+        refuse_scales(output_scale, output_block_scale)
         if attn_metadata is None:  # profiling
             return output.zero_()
         setup, batch = layer.turboquant, attn_metadata.batch

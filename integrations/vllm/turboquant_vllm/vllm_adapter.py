@@ -194,10 +194,11 @@ def refuse_config(vllm_config):
     if speculative and speculative.method not in DRAFTS_WITHOUT_A_MODEL:
         raise Refusal(f"speculative method {speculative.method} is not supported by turboquant, "
                       f"only {' and '.join(DRAFTS_WITHOUT_A_MODEL)}")
+    unit = 16
     if on_device():
         from turboquant_vllm import gpu_backend
         gpu_backend.Sizes(vllm_config)
-    unit = 64 if on_device() else 16
+        unit = gpu_backend.PAGE_TOKENS
     if cache.block_size % unit != 0:
         raise Refusal(f"--block-size {cache.block_size} is not a multiple of {unit}, which turboquant needs")
     for layer_name, layer in vllm_config.compilation_config.static_forward_context.items():
