@@ -1,19 +1,20 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measures a plan in vLLM's CPU backend against the stock engine: quality, prefix hits, room, throughput.
+"""Measures a plan in vLLM against the stock engine: quality, prefix hits, room, throughput.
 
     bench/serving.py PLAN --model smollm2 [--texts en,code,zh] [--context 2048] [--pieces 6] [--load 0] [--shared N]
-                     [--rounds 3]
+                     [--rounds 3] [--device cuda --python PYTHON]
 
-kl        mean KL of the second half of --context tokens of each text, read in chunks of 512
+kl        mean KL of the second half of --context tokens of each text, read in chunks of --chunk
 hit       mean KL of the 64 tokens behind a prefix of 1024, of --pieces places of each text: read in one go; after a
           prefix hit right behind the request that left it; after one when all the others have come in between
-room      tokens that fit, by vLLM's own count, as a multiple of a stock cache of 16 bits
+room      tokens that fit into --gib, by vLLM's own count, as a multiple of a stock cache of 16 bits
 load      seconds for --load requests at once, each of --context tokens: --shared that are those of all (all but 128),
           its own, and 64 that are generated; stock by ours, median of rounds and their spread
 
-Weights and the stock cache are f32, so nothing else rounds. The model is the GGUF file of scripts/fetch.py as a
-checkpoint, made once under build/; vLLM is that of scripts/vllm_env.py. Rows go into docs/results/vllm.json.
+On the CPU weights and the stock cache are f32, so nothing else rounds; vLLM is that of scripts/vllm_env.py. On a CUDA
+device both are f16, and the load runs with captured graphs. The model is the GGUF file of scripts/fetch.py as a
+checkpoint, made once under build/. Rows go into docs/results/vllm.json.
 """
 import argparse
 import copy
@@ -36,23 +37,29 @@ from kv_lab.lab_model import LabModel  # noqa: E402
 from turboquant_transformers.sensitivity import kl_of  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results" / "vllm.json"
-CHUNK, PREFIX, TAIL = 512, 1024, 64
+PREFIX, TAIL = 1024, 64
 ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 
 
 class Engines:
-    """Runs serving_engine.py, stock or with the plan, on one checkpoint."""
+    """Runs serving_engine.py, stock or with the plan, on one checkpoint. What prompts compute is listened to by hooks,
+    which a compiled model has not."""
 
-    def __init__(self, python, checkpoint, plan, options):
-        self.python, self.checkpoint, self.plan, self.options = python, checkpoint, plan, options
+    def __init__(self, python, checkpoint, plan, on_device, options):
+        self.python, self.checkpoint, self.plan, self.eager = python, checkpoint, plan, not on_device
+        self.options = {"dtype": "float32"} | options
+        if on_device:
+            self.options |= {"dtype": "float16", "gpu_memory_utilization": 0.1}  # the room is given
+        self.stock_bits = 16 if on_device else 32
 
     def run(self, has_plan, prompts=(), load=(), rounds=0, prefix_caching=True):
         print(f"serving: {'the plan' if has_plan else 'stock'}, {len(prompts)} prompts, a load of {len(load)}, "
               f"{'with' if prefix_caching else 'without'} prefix caching", file=sys.stderr)
         env = {name: value for name, value in os.environ.items() if name not in ("TQKV_PLAN", "PYTHONPATH")}
-        env = {"VLLM_CPU_KVCACHE_SPACE": "1"} | env | ENV | ({"TQKV_PLAN": str(self.plan)} if has_plan else {})
+        env = env | ENV | ({"TQKV_PLAN": str(self.plan)} if has_plan else {})
+        options = self.options | {"enable_prefix_caching": prefix_caching, "enforce_eager": self.eager or not load}
         job = {"model": str(self.checkpoint), "prompts": prompts, "load": load, "load_tokens": TAIL, "rounds": rounds,
-               "options": self.options | {"enable_prefix_caching": prefix_caching}}
+               "options": options}
         with tempfile.TemporaryDirectory() as folder:
             path, out = pathlib.Path(folder) / "job.json", pathlib.Path(folder) / "out.npz"
             path.write_text(json.dumps(job), encoding="utf-8")
@@ -92,7 +99,7 @@ def quality(engines, net, texts, context, base):
     by_text = {name: divergences(net, *(run[f"hidden{i}"][context // 2:] for run in (want, got)))
                for i, name in enumerate(texts)}
     by_text["all"] = np.concatenate(list(by_text.values()))
-    room = float(got["room_tokens"] / want["room_tokens"]) / 2  # stock is f32 here
+    room = float(got["room_tokens"] / want["room_tokens"]) * 16 / engines.stock_bits
     return [*(base | {"measure": "kl", "domain": name, "context": context} | numbers_of(kl)
               for name, kl in by_text.items()),
             base | {"measure": "room", "ratio_f16": room, "tokens": int(got["room_tokens"])}]
@@ -140,7 +147,7 @@ def load(engines, texts, n_requests, context, n_shared, n_rounds, base):
 def keep(rows):
     def key(row):
         return [row.get(field) for field in ("model", "profile", "measure", "domain", "case", "context", "requests",
-                                              "shared")]
+                                              "shared", "device", "gib")]
 
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     new = [key(row) for row in rows]
@@ -161,6 +168,9 @@ def parse():
     add("--load", type=int, default=0)
     add("--shared", type=int)
     add("--rounds", type=int, default=3)
+    add("--chunk", type=int, default=512, help="tokens of a step at most")
+    add("--gib", type=int, default=1, help="room for the cache, copies counted")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
     return parser.parse_args()
 
 
@@ -174,11 +184,15 @@ def main():
     n = max(n_shared + 2 * TAIL + arguments.load * (arguments.context - TAIL - n_shared),
             arguments.context, arguments.pieces * 2 * PREFIX)
     texts = {name: model.held_out(name, n).tolist() for name in arguments.texts.split(",")}
-    engines = Engines(arguments.python, checkpoint, arguments.plan.resolve(),
-                      {"max_num_batched_tokens": CHUNK, "max_model_len": max(arguments.context, PREFIX + TAIL) + 1,
-                       "max_num_seqs": max(arguments.load, 2)})
+    on_device = arguments.device == "cuda"
+    engines = Engines(arguments.python, checkpoint, arguments.plan.resolve(), on_device,
+                      {"max_num_batched_tokens": arguments.chunk, "max_num_seqs": max(arguments.load, 2),
+                       "max_model_len": max(arguments.context, PREFIX + TAIL) + 1,
+                       "kv_cache_memory_bytes": arguments.gib << 30})
     base = {"model": arguments.model, "profile": arguments.profile,
             "command": "bench/serving.py " + shlex.join(sys.argv[1:])}
+    if on_device:
+        base |= {"device": torch.cuda.get_device_name(), "gib": arguments.gib}
     if arguments.load:
         rows = load(engines, texts, arguments.load, arguments.context, n_shared, arguments.rounds, base)
     else:

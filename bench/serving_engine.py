@@ -32,7 +32,7 @@ def read_prompts(engine, prompts):
     def listen(model):
         return model.model.norm.register_forward_hook(
             lambda _module, _inputs, output: steps.append(
-                (output[0] if isinstance(output, tuple) else output).detach().float().clone()))
+                (output[0] if isinstance(output, tuple) else output).detach().to("cpu", torch.float32, copy=True)))
 
     hooks = engine.apply_model(listen)
     for i, prompt in enumerate(prompts):
@@ -55,7 +55,7 @@ def serve_load(engine, prompts, n_tokens, n_rounds):
 
 
 def main(job, out):
-    engine = LLM(job["model"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, **job["options"])
+    engine = LLM(job["model"], skip_tokenizer_init=True, **job["options"])
     found = read_prompts(engine, job["prompts"])
     if job["load"]:
         found["seconds"] = serve_load(engine, job["load"], job["load_tokens"], job["rounds"])

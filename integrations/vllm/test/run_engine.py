@@ -25,8 +25,8 @@ def generate(engine, prompts, max_tokens):
 
 
 def serve(job):
-    engine = LLM(job["model"], skip_tokenizer_init=True, dtype=job.get("dtype", "float32"), enforce_eager=True,
-                 disable_log_stats=False, **job["options"])
+    options = {"dtype": "float32", "enforce_eager": True} | job["options"]
+    engine = LLM(job["model"], skip_tokenizer_init=True, disable_log_stats=False, **options)
     config = engine.llm_engine.vllm_config.cache_config
     return {"n_blocks": config.num_gpu_blocks, "block_size": config.block_size,
             "rounds": [generate(engine, prompts, job["max_tokens"]) for prompts in job["rounds"]],

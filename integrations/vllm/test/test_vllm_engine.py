@@ -11,10 +11,10 @@ import re
 
 import pytest
 import tiny_plan
+from tiny_checkpoint import HEAD_SIZE, KV_HEADS, LAYERS
 
 F16_LOGPROB_MAX = 0.02
 OPTIONS = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "max_model_len": 1024}
-LAYERS, KV_HEADS, HEAD_SIZE = 3, 2, 32
 
 
 def random_tokens(rng, n):
@@ -184,7 +184,7 @@ def test_newest_tokens_of_a_hit_are_read_again_where_copies_are_gone(tiered):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(python, models, dtype):
     """Answers of the right kind; rounding of the model itself is larger than anything to compare with."""
-    job = {"model": models["llama"], "options": OPTIONS, "dtype": dtype} | repeating_prompts()
+    job = {"model": models["llama"], "options": OPTIONS | {"dtype": dtype}} | repeating_prompts()
     got = python.serve("q8", {"half": job})["half"]
     assert [len(output) for output in tokens(got)] == [60] * 4
 
@@ -238,5 +238,5 @@ def test_doctor(python, models, tmp_path):
     program = ["-c", "from turboquant_vllm.doctor import main; main()", "doctor", models["llama"], "--dtype", "float32"]
     text = python.run(program, path).stdout
     assert "adapter: packed state bytes" in text
-    assert re.search(r"\n1 +2 x 32 +512 +68 +132 100 68\n", text), text
+    assert re.search(r"\n1 +2 x 64 +1024 +132 +260 196 132\n", text), text
     assert "TQKV_PLAN is not set" in python.run(program).stderr

@@ -115,10 +115,10 @@ def channel_order(plan, ropes):
 
 def has_frequencies(rope, inv_freq):
     """Whether a token at position 1 is turned by these angles; a factor on all of them does not matter."""
-    table = rope.cos_sin_cache[1]  # [cosines, sines]
+    table = rope.cos_sin_cache[1].float().cpu()  # [cosines, sines]
     turned = torch.cat([inv_freq.cos(), inv_freq.sin()])
-    length = table.float().norm() / turned.norm()
-    return torch.allclose(table.float() / length, turned, atol=4 * torch.finfo(table.dtype).eps)
+    length = table.norm() / turned.norm()
+    return torch.allclose(table / length, turned, atol=4 * torch.finfo(rope.cos_sin_cache.dtype).eps)
 
 
 @dataclass

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin in a real vLLM on a CUDA device, in f16: what is the same on the CPU in every token is near here.
+
+TQKV_TEST_VLLM_CUDA names the Python of a vLLM with CUDA and both packages. Rounding of f16 decides between tokens that
+are about as probable, so runs are compared as far as they choose the same tokens, and by how far that is.
+"""
+import concurrent.futures
+import os
+
+import pytest
+import test_vllm_engine as on_cpu
+import tiny_plan
+from conftest import Python
+
+GIBIBYTE = 1 << 30
+OPTIONS = on_cpu.OPTIONS | {"dtype": "float16", "gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": GIBIBYTE // 4}
+GRAPHS = OPTIONS | {"enforce_eager": False}
+DRAFTS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    path = os.environ.get("TQKV_TEST_VLLM_CUDA")
+    if not path:
+        pytest.skip("needs vLLM on a CUDA device")
+    return Python(path)
+
+
+def processes(models, tiny):
+    """{name: (plan, jobs)}; the engines of a process follow each other."""
+    shared = {kind: {"model": models[kind], "options": OPTIONS} | on_cpu.shared_prompts() for kind in models}
+    growing = {"model": models["llama"], "options": OPTIONS} | on_cpu.growing_prompts()
+    few = {"options": OPTIONS | {"block_size": 64, "num_gpu_blocks_override": 10, "max_model_len": 512}}
+    repeating = {"model": models["llama"]} | on_cpu.repeating_prompts()
+    whole = {"max_num_batched_tokens": 1024}
+    returning = {"model": models["llama"], "options": OPTIONS} | on_cpu.returning_prompts()
+    return {
+        "stock": (None, shared | {"growing": growing}),
+        "q8": ("q8", shared | {"growing": growing, "preempted": growing | few,
+                               "graphs": shared["llama"] | {"options": GRAPHS}}),
+        "tiers": (tiny, {"plain": repeating | {"options": OPTIONS | whole}, "returning": returning,
+                         "graphs": repeating | {"options": GRAPHS | whole},
+                         "drafts": repeating | {"options": GRAPHS | whole | DRAFTS}}),
+    }
+
+
+@pytest.fixture(scope="module")
+def results(engine, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    models = {}
+    for kind in ("llama", "qwen2"):
+        program = "import pathlib, sys, tiny_checkpoint as t; t.make(pathlib.Path(sys.argv[1]), sys.argv[2])"
+        assert engine.run(["-c", program, folder / kind, kind]).returncode == 0
+        models[kind] = str(folder / kind)
+    tiny = tiny_plan.write(folder / "tiny.tqkv")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        runs = {name: pool.submit(engine.serve, plan, jobs) for name, (plan, jobs) in processes(models, tiny).items()}
+        return {name: run.result() for name, run in runs.items()}
+
+
+def assert_near(ours, theirs, agreement_min, logprob_max):
+    """agreement: generated tokens up to the first that differs, of all."""
+    for result in (ours, theirs):
+        assert "error" not in result, result["error"]
+    n_same = n_all = 0
+    furthest = 0.0
+    for one, other in zip(on_cpu.outputs(ours), on_cpu.outputs(theirs)):
+        pairs = list(zip(one["tokens"], other["tokens"]))
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        n_same, n_all = n_same + same, n_all + len(pairs)
+        furthest = max([furthest, *(abs(a - b) for a, b in zip(one["logprobs"][:same], other["logprobs"][:same]))])
+    print(f"{n_same} of {n_all} tokens, log probabilities within {furthest:.4f}")
+    assert n_same >= agreement_min * n_all and furthest <= logprob_max
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_8_bits_are_near_the_stock_engine(results, kind):
+    """Four requests at a time, chunked prefill, prefix hits in both rounds."""
+    assert_near(results["q8"][kind], results["stock"][kind], .4, .3)
+
+
+def test_prefix_hits(results):
+    """Of four whole blocks of 64 tokens the newest is read again: whether its copies are there only the device knows."""
+    cached = [output["cached"] for output in on_cpu.outputs(results["tiers"]["returning"])]
+    assert cached == [0, 192, 0, *[0] * 8, 192, 192]
+
+
+def test_preemption(results):
+    assert results["q8"]["preempted"]["metrics"]["vllm:num_preemptions"] > 0
+    assert_near(results["q8"]["preempted"], results["q8"]["growing"], .8, .3)
+
+
+@pytest.mark.parametrize("plan, eager", [("q8", "llama"), ("tiers", "plain")])
+def test_captured_graphs(results, plan, eager):
+    assert_near(results[plan]["graphs"], results[plan][eager], .4, .1)
+
+
+def test_ngram_drafts(results):
+    """Drafts of a sequence all see the tiers of the first of them, so a page that changes its tier in between shows."""
+    metrics = results["tiers"]["drafts"]["metrics"]
+    assert 0 < metrics["vllm:spec_decode_num_accepted_tokens"] < metrics["vllm:spec_decode_num_draft_tokens"]
+    assert_near(results["tiers"]["drafts"], results["tiers"]["plain"], .4, .1)
+
+
+def test_room_grows_as_counted(results):
+    stock_bytes = on_cpu.LAYERS * on_cpu.KV_HEADS * on_cpu.HEAD_SIZE * 2 * 2
+    stock, ours = (results[name]["llama"] for name in ("stock", "q8"))
+    n_stock, n_ours = (result["n_blocks"] * result["block_size"] for result in (stock, ours))
+    print(n_ours / n_stock, stock_bytes / (on_cpu.LAYERS * tiny_plan.token_bytes(8)))
+    assert n_ours > 1.5 * n_stock
