@@ -156,6 +156,8 @@ def test_room_grows_as_counted(stock, f16):
     stock_bytes, bytes_now = LAYERS * KV_HEADS * HEAD_SIZE * 2 * 4, LAYERS * tiny_plan.token_bytes(16)
     ratio = f16["shared"]["n_blocks"] / stock["shared"]["n_blocks"]
     assert ratio == pytest.approx(stock_bytes / bytes_now, rel=2e-3)
+    said = [int(n.replace(",", "")) for n in re.findall(r"KV cache size: ([\d,]+) tokens", f16["log"])]
+    assert said[0] == pytest.approx(f16["shared"]["n_blocks"] * f16["shared"]["block_size"], rel=2e-3)
 
 
 def test_copies_are_taken_off_the_room(tiered):
