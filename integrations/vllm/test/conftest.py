@@ -32,7 +32,8 @@ class Python:
         """What run_engine.py prints for jobs (by name), and the log of them all."""
         got = self.run(["run_engine.py", json.dumps(list(jobs.values()))], plan, n_ranks)
         assert got.returncode == 0, got.stdout[-2000:] + got.stderr[-4000:]
-        return dict(zip(jobs, json.loads(got.stdout.strip().splitlines()[-1]))) | {"log": got.stdout + got.stderr}
+        printed = [line for line in got.stdout.splitlines() if line.startswith("[{")]  # ranks may say more after it
+        return dict(zip(jobs, json.loads(printed[-1]))) | {"log": got.stdout + got.stderr}
 
 
 @pytest.fixture(scope="session")

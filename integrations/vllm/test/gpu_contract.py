@@ -23,14 +23,13 @@ import torch  # noqa: E402
 import tqkv_cuda  # noqa: E402
 import vllm.model_executor.layers.attention  # noqa: E402  (as on the CPU, before a check stands in for a device)
 import vllm.platforms  # noqa: E402
-from turboquant_vllm import gpu_backend, model_plan, vllm_adapter  # noqa: E402
+from turboquant_vllm import gpu_backend, model_plan, vllm_adapter, vllm_features  # noqa: E402
 from turboquant_vllm.model_plan import LayerPlan, Limits, Refusal  # noqa: E402
 from vllm.platforms.cuda import CudaPlatform  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from vllm.v1.attention import backend as contract  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
-from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
 N_BLOCKS, BLOCK, MAX_SEQS, MAX_LEN, MAX_TOKENS, N_DRAFTS = 24, 64, 4, 1024, 512, 3
 
@@ -102,7 +101,8 @@ def check_selection():
         assert AttentionBackendEnum.CUSTOM.get_class() is gpu_backend.TurboquantGpuBackend
         for options in ({"head_size": 80}, {"dtype": torch.float32}, {"has_sink": True}, {"has_sliding_window": True},
                         {"use_mla": True}, {"kv_cache_dtype": "fp8"}, {"block_size": 16}):
-            assert "CUSTOM" in refusal(choose, None, attn_selector_config=selector(**options), kind=ValueError)
+            if options.keys() <= set(AttentionSelectorConfig._fields):  # not all ask for sliding windows
+                assert "CUSTOM" in refusal(choose, None, attn_selector_config=selector(**options), kind=ValueError)
         assert "FLASH_ATTN" in refusal(choose, AttentionBackendEnum.FLASH_ATTN, attn_selector_config=selector())
         Device.capability = DeviceCapability(7, 5)
         assert "compute capability" in refusal(choose, None, attn_selector_config=selector(), kind=ValueError)
@@ -154,8 +154,8 @@ class Engine:
 
     @staticmethod
     def spec(layer):
-        return FullAttentionSpec(block_size=BLOCK, num_kv_heads=tiny.KV_HEADS, head_size=tiny.HEAD_SIZE,
-                                 dtype=torch.uint8, num_head_slots=1, state_content_bytes=layer.kv_cache.shape[-1])
+        shape = types.SimpleNamespace(num_kv_heads=tiny.KV_HEADS, head_size=tiny.HEAD_SIZE, head_size_v=tiny.HEAD_SIZE)
+        return vllm_features.byte_spec(BLOCK, layer.kv_cache.shape[-1], shape)
 
     def common(self, before, n_new, n_padding=0):
         starts = torch.tensor([0, *n_new]).cumsum(0).to(torch.int32)
@@ -265,9 +265,27 @@ def vllm_adapter_bytes(config, available):
 def check_memory_hook():
     """The worker of CUDA devices has the method that the plugin wraps, and the binding of blocks is where it looks."""
     from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.worker import utils
     from vllm.v1.worker.gpu_worker import Worker
     assert inspect.signature(Worker.determine_available_memory).parameters.keys() == {"self"}
-    assert "kv_cache" in inspect.signature(Attention.bind_kv_cache).parameters
+    if hasattr(Attention, "bind_kv_cache"):
+        assert "kv_cache" in inspect.signature(Attention.bind_kv_cache).parameters
+    else:
+        layer, blocks = types.SimpleNamespace(), torch.zeros(2, 1, 64, 8)
+        utils.bind_kv_cache({"model.layers.0": blocks}, {"model.layers.0": layer}, [])
+        assert layer.kv_cache is blocks
+
+
+def check_spec():
+    """What vLLM makes of a spec: the cache of every layer as the plugin reads it, and pages counted as they are."""
+    layer = types.SimpleNamespace(num_kv_heads=tiny.KV_HEADS, head_size=tiny.HEAD_SIZE, head_size_v=tiny.HEAD_SIZE)
+    narrow, wide = (vllm_features.byte_spec(BLOCK, n, layer) for n in (68, 100))
+    assert (narrow.page_size_bytes, wide.page_size_bytes) == (BLOCK * 68, BLOCK * 100)
+    merged = type(narrow).merge([narrow, dataclasses.replace(narrow)])
+    assert merged == narrow and narrow.copy_with_new_block_size(16).page_size_bytes == 16 * 68
+    if not vllm_features.spec_gives_shape():
+        assert gpu_backend.TurboquantGpuBackend.get_kv_cache_shape(
+            N_BLOCKS, BLOCK, wide.num_kv_heads, wide.head_size, "auto") == (N_BLOCKS, 1, BLOCK, 100)
 
 
 def check_refusals():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves checkpoints in this process, one job after another, and prints what they did as JSON on the last line.
+"""Serves checkpoints in this process, one job after another, and prints what they did as JSON on one line.
 
     python run_engine.py '[{"model": ..., "rounds": [[[token, ...], ...], ...], "max_tokens": 16, "options": {...}}]'
 

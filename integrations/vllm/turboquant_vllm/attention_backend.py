@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import turboquant
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType, MultipleOf
-from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from turboquant_vllm import model_plan, openmp
 from turboquant_vllm.model_plan import Refusal
@@ -39,8 +38,14 @@ class TurboquantBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec=None):
         return [MultipleOf(16)]
 
+    @staticmethod
+    def get_kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size, cache_dtype_str="auto"):
+        """Of the one head of bytes of vllm_features; asked for where no spec gives the shape."""
+        return num_blocks, num_kv_heads, block_size, head_size
+
     @classmethod
     def supported_kv_cache_layouts(cls):
+        from vllm.v1.kv_cache_interface import KVCacheLayout
         return (KVCacheLayout.LBHNC,)
 
     @classmethod

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ties the backend into vLLM, each part behind a test for the feature that it needs.
+"""What ties the backend into vLLM, each part behind a test for the feature that it needs; vllm_features has those that
+differ between generations of vLLM.
 
     register_backend(CPU_ATTN or CUSTOM)    whose attention runs
     CudaPlatform.get_attn_backend_cls       CUSTOM without being asked for
     Attention.get_kv_cache_spec             bytes of a token, layer by layer
     Worker.determine_available_memory       copies of young tokens are taken off the room for blocks
-    kv_cache_utils.resolve_none_hash_seed   prefix hashes of two plans differ
+    kv_cache_utils                          prefix hashes of two plans differ
     KVCacheManager.get_computed_blocks      the newest tokens of a prefix hit are read again if their copies are gone
 """
 import dataclasses
@@ -17,7 +18,7 @@ import torch
 import turboquant
 from vllm.logger import init_logger
 
-from turboquant_vllm import model_plan
+from turboquant_vllm import model_plan, vllm_features
 from turboquant_vllm.model_plan import LayerPlan, Limits, Refusal
 
 logger = init_logger("vllm.turboquant")
@@ -46,7 +47,7 @@ def name():
     missing = missing_features(on_device())
     if missing:
         raise Refusal("this vLLM has no " + ", no ".join(missing) + ", which turboquant needs")
-    return "packed state bytes in FullAttentionSpec"
+    return ("packed state bytes" if vllm_features.spec_gives_shape() else "one head of bytes") + " in FullAttentionSpec"
 
 
 def on_device():
@@ -59,16 +60,11 @@ def missing_features(on_device):
     from vllm.model_executor.layers import rotary_embedding
     from vllm.v1.attention.backends import registry
     from vllm.v1.attention import backend
-    from vllm.v1.core import kv_cache_utils
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-    fields = {field.name for field in dataclasses.fields(FullAttentionSpec)}
     features = {
         "register_backend": hasattr(registry, "register_backend"),
-        "state_content_bytes in FullAttentionSpec": {"num_head_slots", "state_content_bytes"} <= fields,
-        "resolve_none_hash_seed": hasattr(kv_cache_utils, "resolve_none_hash_seed"),
-        "truncate_computed_blocks in KVCacheManager": {"get_computed_blocks", "truncate_computed_blocks",
-                                                       "evict_blocks"} <= set(vars(KVCacheManager)),
+        "bytes of a token in FullAttentionSpec": vllm_features.counts_bytes(),
+        "seed of prefix hashes": vllm_features.tells_plans_apart(),
+        "prefix hits of KVCacheManager": vllm_features.shortens_hits(),
         "_ROPE_DICT": hasattr(rotary_embedding, "_ROPE_DICT"),
     }
     if on_device:
@@ -89,7 +85,6 @@ def install(plan):
     name()
     from vllm.model_executor.layers.attention import Attention, MLAAttention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-    from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     model_plan.load_plan(plan)
     if on_device():
@@ -100,7 +95,7 @@ def install(plan):
         register_backend(AttentionBackendEnum.CPU_ATTN, "turboquant_vllm.attention_backend.TurboquantBackend")
     Attention.get_kv_cache_spec = compressed_spec(Attention.get_kv_cache_spec, plan)
     MLAAttention.get_kv_cache_spec = refuse_mla
-    kv_cache_utils.resolve_none_hash_seed = seed_with_plan(kv_cache_utils.resolve_none_hash_seed, plan)
+    vllm_features.tell_plans_apart(model_plan.fingerprint(plan).hex())
     KVCacheManager.get_computed_blocks = worth_finding(KVCacheManager.get_computed_blocks, plan)
 
 
@@ -131,16 +126,9 @@ def worth_finding(get_computed_blocks, plan):
             if n_kept < n_tokens:
                 # What is read again takes the place of these blocks, so that the next request finds its copies.
                 self.evict_blocks(set(blocks.get_block_ids()[0][n_kept // block_size:]))
-                blocks, n_tokens = self.truncate_computed_blocks(blocks, n_kept), n_kept
+                blocks, n_tokens = vllm_features.first_blocks(self, blocks, n_kept, block_size), n_kept
         return blocks, n_tokens, *more
     return found
-
-
-def seed_with_plan(resolve_none_hash_seed, plan):
-    @functools.wraps(resolve_none_hash_seed)
-    def resolve(hash_fn):
-        return f"{resolve_none_hash_seed(hash_fn)}/turboquant:{model_plan.fingerprint(plan).hex()}"
-    return resolve
 
 
 def refuse_mla(self, vllm_config):
@@ -150,13 +138,10 @@ def refuse_mla(self, vllm_config):
 def compressed_spec(get_kv_cache_spec, plan):
     @functools.wraps(get_kv_cache_spec)
     def spec_of(self, vllm_config):
-        from vllm.v1.kv_cache_interface import FullAttentionSpec
         refuse_config(vllm_config)
         reserve_memory()
         self.turboquant = setup = set_up(self, vllm_config, plan)
-        return FullAttentionSpec(block_size=vllm_config.cache_config.block_size, num_kv_heads=self.num_kv_heads,
-                                 head_size=self.head_size, head_size_v=self.head_size_v, dtype=torch.uint8,
-                                 num_head_slots=1, state_content_bytes=setup.plan.token_bytes)
+        return vllm_features.byte_spec(vllm_config.cache_config.block_size, setup.plan.token_bytes, self)
     return spec_of
 
 
