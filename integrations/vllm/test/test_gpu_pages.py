@@ -203,6 +203,17 @@ def test_a_plan_without_young_tiers_reads_blocks():
     assert pages.slots[0, :70].equal(slots) and pages.positions[:70].equal(torch.arange(70, dtype=torch.int32))
 
 
+def test_sinks_of_ended_sequences_stay_longest():
+    """Copies for nine pages; each of four prompts takes three, its first page and its newest two, and ends."""
+    pages = Pages(Tiers((1,), (9,), 1), 20, 2, 4, 300, "cpu")
+    for prompt in range(4):
+        table = torch.arange(4, dtype=torch.int32).view(1, -1) + 4 * prompt
+        slots = torch.arange(200) + 4 * prompt * PAGE_TOKENS
+        pages.step(torch.tensor([0, 200], dtype=torch.int32), torch.tensor([200], dtype=torch.int32), table, slots, 200)
+        assert pages.tiers[0, :4].tolist() == [0, 1, 0, 0]
+    assert sorted(pages.page_of[0, :-1].tolist()) == [0, 4, 7, 8, 10, 11, 12, 14, 15]
+
+
 def test_a_replayed_step_changes_nothing():
     """vLLM may build the metadata of a step more than once."""
     engine = Engine(random.Random(1), 64, (6, 0, 6))

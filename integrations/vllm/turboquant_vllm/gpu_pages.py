@@ -2,7 +2,8 @@
 """Which pages of 64 tokens have copies in the younger tiers, and what the kernels of a step are told. Needs torch only.
 
 The engine's blocks hold every token at the last tier's widths. Beside them lie copies of pages at the widths of the
-younger tiers, found by page and replaced by least recent use. One object serves all layers of a model: it decides once
+younger tiers, found by page and replaced by least recent use, those of sinks after all others that no sequence has read
+in the last step: a later prefix hit reads them, and the newest pages again. One object serves all layers of a model: it decides once
 a step, with tensor operations on the device that wait for nothing, so a decode never stops for it.
 
     page of the query - page of a token <= reach of a tier     its copy there is read, the youngest that is valid
@@ -20,7 +21,8 @@ import torch
 
 PAGE_TOKENS = 64  # tokens that share a tier, as in the kernels
 Q_MAX = 8  # tokens of a sequence in one decode
-NEVER = torch.iinfo(torch.int64).max
+NEVER = 1 << 60  # step of a use that does not come
+LATER = 1 << 40  # steps; more than there will be
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Pages:
         self.used = torch.full((n_young, n_most + 1), NEVER, device=device)  # step of the last use
         for tier, n in enumerate(tiers.n_copies):
             self.used[tier, :n] = 0
+        self.is_sink = torch.zeros(n_most + 1, dtype=torch.bool, device=device)  # copies of the youngest tier
         self.now = torch.zeros((), dtype=torch.int64, device=device)  # number of the step
         self.range = torch.arange(max(max_tokens, max_pages), dtype=torch.int32, device=device)
         self.positions = torch.zeros(max_tokens, dtype=torch.int32, device=device)
@@ -128,11 +131,13 @@ class Pages:
         page = page.where(slots >= 0, self.n_pages).expand(len(self.reach), -1)
         is_first = (slots >= 0) & ((cell == 0) | (position == first))  # new token of its page
         wanted = next_query // PAGE_TOKENS - position // PAGE_TOKENS <= self.reach
-        wanted[0] |= position < self.tiers_young.n_sink_pages * PAGE_TOKENS
+        is_sink = position < self.tiers_young.n_sink_pages * PAGE_TOKENS
+        wanted[0] |= is_sink
         copy = self.copy_of.gather(1, page)
         keeps = is_first & (wanted | (cell > 0)) & (self.page_of.gather(1, copy) == page)
         self.use(copy.where(keeps, self.no_copy))
         copy = self.take(is_first & wanted & ~keeps & (cell == 0), page)
+        self.is_sink.scatter_(0, copy[0], is_sink & (copy[0] < self.no_copy))
         self.copy_of.scatter_(1, page.where(is_first & ~keeps, self.n_pages), copy)
         copy = self.copy_of.gather(1, page)
         self.slots[:-1, :len(slots)] = (copy * PAGE_TOKENS + cell).where(self.page_of.gather(1, copy) == page, -1)
@@ -145,7 +150,9 @@ class Pages:
         used = self.used[:, :-1]
         rank = takes.cumsum(1) - 1
         takes = takes & (rank < (used < self.now).sum(1, keepdim=True))
-        copy = used.argsort(1).gather(1, rank.clamp(0, self.no_copy - 1)).where(takes, self.no_copy)
+        order = used + 2 * LATER * ((used >= self.now - 1).long() + (used >= self.now).long())
+        order[0] += LATER * self.is_sink[:-1]
+        copy = order.argsort(1).gather(1, rank.clamp(0, self.no_copy - 1)).where(takes, self.no_copy)
         self.page_of.scatter_(1, copy, page.where(takes, -1))
         self.use(copy)
         return copy
