@@ -184,6 +184,9 @@ def main():
     n = max(n_shared + 2 * TAIL + arguments.load * (arguments.context - TAIL - n_shared),
             arguments.context, arguments.pieces * 2 * PREFIX)
     texts = {name: model.held_out(name, n).tolist() for name in arguments.texts.split(",")}
+    for name, tokens in texts.items():
+        if len(tokens) < n:
+            sys.exit(f"serving: {name} has {len(tokens)} tokens, {n} are needed: fewer requests, or a shorter context")
     on_device = arguments.device == "cuda"
     engines = Engines(arguments.python, checkpoint, arguments.plan.resolve(), on_device,
                       {"max_num_batched_tokens": arguments.chunk, "max_num_seqs": max(arguments.load, 2),

@@ -3,8 +3,9 @@
 
 The engine's blocks hold every token at the last tier's widths. Beside them lie copies of pages at the widths of the
 younger tiers, found by page and replaced by least recent use, those of sinks after all others that no sequence has read
-in the last step: a later prefix hit reads them, and the newest pages again. One object serves all layers of a model: it decides once
-a step, with tensor operations on the device that wait for nothing, so a decode never stops for it.
+in the last step: a later prefix hit reads them, and reads the tokens of its newest page again. One object serves all
+layers of a model: it decides once a step, with tensor operations on the device that wait for nothing, so a decode never
+stops for it.
 
     page of the query - page of a token <= reach of a tier     its copy there is read, the youngest that is valid
     first pages (sinks)                                        as tier 0, always
@@ -150,6 +151,7 @@ class Pages:
         used = self.used[:, :-1]
         rank = takes.cumsum(1) - 1
         takes = takes & (rank < (used < self.now).sum(1, keepdim=True))
+        # Those of this step last, before them those of the last step; within each sinks after the others.
         order = used + 2 * LATER * ((used >= self.now - 1).long() + (used >= self.now).long())
         order[0] += LATER * self.is_sink[:-1]
         copy = order.argsort(1).gather(1, rank.clamp(0, self.no_copy - 1)).where(takes, self.no_copy)
