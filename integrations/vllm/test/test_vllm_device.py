@@ -80,7 +80,7 @@ def test_8_bits_are_near_the_stock_engine(results, kind):
 
 
 def test_prefix_hits(results):
-    """Of four whole blocks of 64 tokens the newest is read again: whether its copies are there only the device knows."""
+    """Of four blocks of 64 tokens the newest is read again: whether its copies are there only the device knows."""
     cached = [output["cached"] for output in on_cpu.outputs(results["tiers"]["returning"])]
     assert cached == [0, 192, 0, *[0] * 8, 192, 192]
 
