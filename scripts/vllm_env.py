@@ -6,7 +6,7 @@
 
 Prints its Python. 2.5 GB and two minutes, done once; the plugin and the binding it stands on are installed anew each
 time. Only `make test-full` asks for it, for the version in vllm-requirements.txt; each other VERSION has its own
-environment, with what vllm-versions.txt says of it (5.5 GB where that is a torch with CUDA).
+environment, with what vllm-versions.txt says of it (5.4 GB where that is a torch with CUDA).
 """
 
 import argparse

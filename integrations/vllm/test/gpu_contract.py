@@ -27,9 +27,11 @@ from turboquant_vllm import gpu_backend, model_plan, vllm_adapter, vllm_features
 from turboquant_vllm.model_plan import LayerPlan, Limits, Refusal  # noqa: E402
 from vllm.platforms.cuda import CudaPlatform  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
+from vllm.utils.hashing import sha256  # noqa: E402
 from vllm.v1.attention import backend as contract  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
+from vllm.v1.core import kv_cache_utils  # noqa: E402
 
 N_BLOCKS, BLOCK, MAX_SEQS, MAX_LEN, MAX_TOKENS, N_DRAFTS = 24, 64, 4, 1024, 512, 3
 
@@ -286,6 +288,29 @@ def check_spec():
     if not vllm_features.spec_gives_shape():
         assert gpu_backend.TurboquantGpuBackend.get_kv_cache_shape(
             N_BLOCKS, BLOCK, wide.num_kv_heads, wide.head_size, "auto") == (N_BLOCKS, 1, BLOCK, 100)
+
+
+def check_generations():
+    """What vllm_features does where vLLM lacks something that the installed one may have, with stand-ins."""
+    manager = types.SimpleNamespace(create_kv_cache_blocks=lambda blocks: types.SimpleNamespace(blocks=blocks))
+    hit = types.SimpleNamespace(blocks=([5, 7, 9],))
+    for n, kept in ((0, []), (2, [5, 7]), (3, [5, 7, 9])):
+        assert vllm_features.first_blocks(manager, hit, n * BLOCK, BLOCK).blocks == (kept,)
+
+    kv_cache_utils.NONE_HASH, stock = b"none", kv_cache_utils.hash_block_tokens
+    of_a, again, of_b = (vllm_features.first_parent_with(stock, plan) for plan in "aab")
+    firsts = [hashed(sha256, None, (1, 2), ("salt",)) for hashed in (of_a, again, of_b, stock)]
+    assert firsts[0] == firsts[1] and len(set(firsts)) == 3
+    assert of_a(sha256, firsts[0], (3, 4)) == stock(sha256, firsts[0], (3, 4))
+
+    there = vars(contract.AttentionBackend).get("get_kv_cache_shape")
+    contract.AttentionBackend.get_kv_cache_shape = there or gpu_backend.TurboquantGpuBackend.get_kv_cache_shape
+    try:
+        assert vllm_features.counts_bytes() and not vllm_features.spec_gives_shape()
+        check_spec()
+    finally:
+        if there is None:
+            del contract.AttentionBackend.get_kv_cache_shape
 
 
 def check_refusals():

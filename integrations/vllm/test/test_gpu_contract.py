@@ -2,7 +2,8 @@
 """The CUDA backend against the sources of a real vLLM, without a device: see gpu_contract.py."""
 import pytest
 
-CHECKS = ("classes", "features", "selection", "steps", "graphs", "room", "memory_hook", "spec", "refusals", "plain_math")
+CHECKS = ("classes", "features", "selection", "steps", "graphs", "room", "memory_hook", "spec", "generations", "refusals",
+          "plain_math")
 
 
 @pytest.fixture(scope="module")
