@@ -23,8 +23,8 @@ class Net:
 class Engines:
     """Hidden states that are off by what `errors` says of a case; which tokens were cached."""
 
-    def __init__(self, errors, cached=serving.PREFIX):
-        self.errors, self.cached = errors, cached
+    def __init__(self, errors, cached=serving.PREFIX, stock_bits=32):
+        self.errors, self.cached, self.stock_bits = errors, cached, stock_bits
 
     def run(self, has_plan, prompts=(), prefix_caching=True):
         error = self.errors[prefix_caching] if has_plan else 0
@@ -48,12 +48,13 @@ def test_divergence_is_that_of_two_distributions():
     assert kl == pytest.approx([0, kl_of(.5)], abs=1e-9)
 
 
-def test_quality_scores_the_second_half_and_counts_room_in_halves():
-    rows = serving.quality(Engines({False: .5}), Net, texts(100), 64, {"model": "m"})
+@pytest.mark.parametrize("stock_bits, room", [(32, 5), (16, 10)])
+def test_quality_scores_the_second_half_and_counts_room_in_16_bits(stock_bits, room):
+    rows = serving.quality(Engines({False: .5}, stock_bits=stock_bits), Net, texts(100), 64, {"model": "m"})
     assert [row.get("domain") for row in rows] == ["en", "zh", "all", None]
     assert [row["tokens"] for row in rows[:3]] == [32, 32, 64]
     assert rows[2]["kl_mean"] == pytest.approx(kl_of(.5), rel=1e-6)
-    assert rows[3]["ratio_f16"] == 5
+    assert rows[3]["ratio_f16"] == room
 
 
 def test_prefix_hits_are_compared_behind_the_prefix():
