@@ -23,7 +23,7 @@ import torch  # noqa: E402
 import tqkv_cuda  # noqa: E402
 import vllm.model_executor.layers.attention  # noqa: E402  (as on the CPU, before a check stands in for a device)
 import vllm.platforms  # noqa: E402
-from turboquant_vllm import gpu_backend, model_plan, vllm_adapter, vllm_features  # noqa: E402
+from turboquant_vllm import doctor, gpu_backend, model_plan, vllm_adapter, vllm_features  # noqa: E402
 from turboquant_vllm.model_plan import LayerPlan, Limits, Refusal  # noqa: E402
 from vllm.platforms.cuda import CudaPlatform  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
@@ -318,7 +318,7 @@ def check_refusals():
     assert "soft cap" in refusal(gpu_backend.TurboquantGpuImpl, *impl, logits_soft_cap=30.0)
     assert "sinks" in refusal(gpu_backend.TurboquantGpuImpl, *impl, sinks=torch.zeros(4))
     assert "ALiBi" in refusal(gpu_backend.TurboquantGpuImpl, *impl, alibi_slopes=[1.0])
-    assert "speculative" in refusal(gpu_backend.Sizes, make_config(n_drafts=8))
+    assert "speculative" in refusal(gpu_backend.Sizes.of, make_config(n_drafts=8))
     plan = plans()[0]
     tqkv_cuda.find = lambda: None
     assert "cmake --preset cuda" in refusal(gpu_backend.cuda_layer, plan)
@@ -337,6 +337,18 @@ def check_plain_math():
     out, lse = fake_cuda.attention(q, rows, .3)
     scores = q @ rows[:, 0, 0].t() * .3
     assert torch.allclose(out, scores.softmax(1) @ rows[:, 1, 0], atol=1e-5) and math.isfinite(float(lse.sum()))
+
+
+def check_doctor():
+    """Counts what the adapter takes off the room."""
+    vllm_adapter.on_device, gpu_backend.cuda_layer = lambda: True, lambda plan: plan.cuda
+    engine = Engine()
+    engine.config.scheduler_config.max_num_batched_tokens = doctor.BATCH_TOKENS
+    engine.config.speculative_config = None
+    arguments = types.SimpleNamespace(max_num_seqs=MAX_SEQS, block_size=BLOCK, max_model_len=MAX_LEN)
+    for available in (4 << 20, 64 << 20):
+        beside = doctor.bytes_beside_blocks(plans(), arguments, available)
+        assert 0 < beside == vllm_adapter.bytes_beside_blocks(engine.config, available)
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}

@@ -3,7 +3,7 @@
 import pytest
 
 CHECKS = ("classes", "features", "selection", "steps", "graphs", "room", "memory_hook", "spec", "generations", "refusals",
-          "plain_math")
+          "plain_math", "doctor")
 
 
 @pytest.fixture(scope="module")

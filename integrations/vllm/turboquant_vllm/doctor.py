@@ -43,11 +43,26 @@ def print_layers(plans, dtype_bytes):
         first = index
 
 
-def print_room(plans, dtype_bytes, gib, max_num_seqs, block_size):
+def bytes_beside_blocks(plans, arguments, available):
+    """As the engine takes them off its room."""
+    from turboquant_vllm import vllm_adapter
+    fixed, bytes_beside = 0, model_plan.bytes_beside
+    if vllm_adapter.on_device():
+        from turboquant_vllm import gpu_backend
+        for plan in plans:
+            plan.cuda = gpu_backend.cuda_layer(plan)
+        sizes = gpu_backend.Sizes(arguments.max_num_seqs, BATCH_TOKENS, arguments.max_model_len)
+        fixed, bytes_beside = sizes.fixed_bytes(plans), gpu_backend.bytes_beside
+    limits = Limits(arguments.max_num_seqs, BATCH_TOKENS, num_drafts=0)
+    return fixed + model_plan.room_for(plans, limits, arguments.block_size, available - fixed, bytes_beside)[1]
+
+
+def print_room(plans, arguments):
+    gib, dtype_bytes = arguments.gib, DTYPE_BYTES[arguments.dtype]
     available = int(gib * 2**30)
     stock_bytes = sum(plan.shape.n_kv_heads * (plan.shape.k_dim + plan.shape.v_dim) * dtype_bytes for plan in plans)
     token_bytes = sum(plan.token_bytes for plan in plans)
-    _, beside = model_plan.room_for(plans, Limits(max_num_seqs, BATCH_TOKENS, num_drafts=0), block_size, available)
+    beside = bytes_beside_blocks(plans, arguments, available)
     stock, now = available // stock_bytes, max(0, available - beside) // token_bytes
     print(f"tokens in {gib:g} GiB: {stock:,} in vLLM as it is, {now:,} compressed: {now / stock:.2f}x, with "
           f"{beside / available:.0%} for copies of young tokens counted")
@@ -71,7 +86,8 @@ def doctor(arguments):
     config = AutoConfig.from_pretrained(arguments.model).get_text_config()
     plans = layer_plans(plan, config)
     print_layers(plans, DTYPE_BYTES[arguments.dtype])
-    print_room(plans, DTYPE_BYTES[arguments.dtype], arguments.gib, arguments.max_num_seqs, arguments.block_size)
+    arguments.max_model_len = arguments.max_model_len or config.max_position_embeddings
+    print_room(plans, arguments)
 
 
 def main():
@@ -84,6 +100,7 @@ def main():
     command.add_argument("--dtype", choices=sorted(DTYPE_BYTES), default="bfloat16", help="of vLLM's own cache")
     command.add_argument("--max-num-seqs", type=int, default=256)
     command.add_argument("--block-size", type=int, default=128)
+    command.add_argument("--max-model-len", type=int, help="the model's own, if not given")
     try:
         doctor(parser.parse_args())
     except (Refusal, turboquant.TurboQuantError) as error:

@@ -96,18 +96,24 @@ def cuda_layer(layer_plan):
     return layer
 
 
+@dataclass(frozen=True)
 class Sizes:
     """What the scheduler and the model ask for."""
+    max_seqs: int
+    max_tokens: int
+    max_seq_len: int
+    q_len: int = 1
 
-    def __init__(self, vllm_config):
-        self.max_seqs = vllm_config.scheduler_config.max_num_seqs
-        self.max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens,
-                              vllm_config.compilation_config.max_cudagraph_capture_size or 0)
-        self.max_seq_len = vllm_config.model_config.max_model_len
+    @classmethod
+    def of(cls, vllm_config):
         speculative = vllm_config.speculative_config
-        self.q_len = 1 + (speculative.num_speculative_tokens if speculative else 0)
-        if self.q_len > Q_MAX:
+        q_len = 1 + (speculative.num_speculative_tokens if speculative else 0)
+        if q_len > Q_MAX:
             raise Refusal(f"more than {Q_MAX - 1} speculative tokens have no CUDA kernels in turboquant")
+        return cls(vllm_config.scheduler_config.max_num_seqs,
+                   max(vllm_config.scheduler_config.max_num_batched_tokens,
+                       vllm_config.compilation_config.max_cudagraph_capture_size or 0),
+                   vllm_config.model_config.max_model_len, q_len)
 
     def workspace_bytes(self, plans):
         from turboquant_vllm import gpu_layer
@@ -152,7 +158,7 @@ class Shared:
     def __init__(self, vllm_config, device, n_blocks, block_size):
         from turboquant_vllm import gpu_layer
         setups = vllm_adapter.setups(vllm_config)
-        plans, sizes = [setup.plan for setup in setups], Sizes(vllm_config)
+        plans, sizes = [setup.plan for setup in setups], Sizes.of(vllm_config)
         self.block_size, self.max_seq_len = block_size, sizes.max_seq_len
         # While vLLM measures memory no copies have been counted, and there are none.
         counted = min(n_blocks, setups[0].n_blocks_counted)

@@ -182,7 +182,7 @@ def refuse_config(vllm_config):
     unit = 16
     if on_device():
         from turboquant_vllm import gpu_backend
-        gpu_backend.Sizes(vllm_config)
+        gpu_backend.Sizes.of(vllm_config)
         unit = gpu_backend.PAGE_TOKENS
     if cache.block_size % unit != 0:
         raise Refusal(f"--block-size {cache.block_size} is not a multiple of {unit}, which turboquant needs")
@@ -217,7 +217,7 @@ def bytes_beside_blocks(vllm_config, available):
     fixed, bytes_beside = 0, model_plan.bytes_beside
     if on_device():
         from turboquant_vllm import gpu_backend
-        fixed, bytes_beside = gpu_backend.Sizes(vllm_config).fixed_bytes(plans), gpu_backend.bytes_beside
+        fixed, bytes_beside = gpu_backend.Sizes.of(vllm_config).fixed_bytes(plans), gpu_backend.bytes_beside
     n_blocks, beside = model_plan.room_for(plans, of_layers[0].limits, vllm_config.cache_config.block_size,
                                            available - fixed, bytes_beside)
     for setup in of_layers:
