@@ -119,7 +119,7 @@ static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan,
                               uint32_t max_tokens)
 {
     const uint32_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
-    const uint32_t slots = n_sm * plan->n_blocks,
+    const uint32_t slots = n_sm > 0 ? n_sm * plan->n_blocks : 1, /* sizes are asked without a device too */
                    n = n_seqs * shape->n_kv_heads * plan->n_row_tiles;
     const uint32_t n_tiles = tqkvi_div_up(max_tokens, TQKV_CUDA_TILE_TOKENS);
     const uint32_t by_tiles = tqkvi_div_up(n_tiles, TQKVC_WARPS); /* a tile for each warp */
@@ -201,9 +201,8 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
     plan->tile_bytes = choose_tile_bytes(shape, plan->rows_per_tile, shape->n_tiers - 1);
     plan->n_blocks = choose_blocks(shape, plan);
     plan->n_splits = choose_splits(shape, plan, n_seqs, max_tokens);
+    widen_tiles(shape, plan);
     choose_cluster(shape, n_seqs * shape->n_kv_heads * plan->n_row_tiles, plan);
-    if (!plan->is_cluster) /* whose memory is for a matrix and the next launch */
-        widen_tiles(shape, plan);
 
     const size_t tiles = (size_t)n_seqs * shape->n_kv_heads * plan->n_row_tiles;
     const size_t rows = tiles * plan->n_frames * plan->rows_per_tile;
