@@ -52,20 +52,26 @@ def widths_for(widths, dim):
     return [widths[i * 8 // (dim // 16)] for i in range(dim // 16)]
 
 
-def make_plan(shape, profile, frame_tokens):
-    """A plan of one layer and one tier with random rotations as transforms."""
+def make_plan(shape, name, widths_of_tiers, tier_tokens, n_sinks, frame_tokens):
+    """A plan of one layer with random rotations as transforms; a tier's widths are those of K and of V."""
     n_heads, n_kv_heads, dim = shape[:3]
     rng = np.random.default_rng(1)
     sides = []
-    for widths in PROFILES[profile]:
-        sides.append([{"layouts": [widths_for(widths, dim)], "mean": (0.1 * rng.standard_normal(dim)).astype(np.float32),
+    for side in range(2):
+        layouts = [widths_for(widths[side], dim) for widths in widths_of_tiers]
+        sides.append([{"layouts": layouts, "mean": (0.1 * rng.standard_normal(dim)).astype(np.float32),
                        "weight": np.ones(dim // 16, np.float32), "matrix": np.linalg.qr(rng.standard_normal((dim, dim)))[0]}
                       for _ in range(n_kv_heads)])
     inv_freq = (1e4 ** -(np.arange(dim // 2) * 2.0 / dim)).astype(np.float32)
-    layer = {"n_heads": n_heads, "k_dim": dim, "v_dim": dim, "window": 0, "rope": (1, dim, inv_freq), "tier_tokens": [0],
-             "sides": sides}
-    return plan_writer.write_plan({"names": ["bench", "", profile], "n_tiers": 1, "n_sinks": 0, "frame_tokens": frame_tokens,
-                                   "context": shape[4], "bits_total": 0.0, "layers": [layer]})
+    layer = {"n_heads": n_heads, "k_dim": dim, "v_dim": dim, "window": 0, "rope": (1, dim, inv_freq),
+             "tier_tokens": tier_tokens, "sides": sides}
+    return plan_writer.write_plan({"names": ["bench", "", name], "n_tiers": len(tier_tokens), "n_sinks": n_sinks,
+                                   "frame_tokens": frame_tokens, "context": shape[4], "bits_total": 0.0, "layers": [layer]})
+
+
+def make_profile(shape, profile, frame_tokens):
+    """A plan of one tier."""
+    return make_plan(shape, profile, [PROFILES[profile]], [0], 0, frame_tokens)
 
 
 def aligned_bytes(n):
@@ -73,8 +79,23 @@ def aligned_bytes(n):
     return memory[-memory.data_ptr() % 256:][:n]
 
 
-def time_launches(launches):
-    """Median, fastest and slowest microseconds of one of the launches, captured and replayed as one graph."""
+def fill_pool(pool, shape, widths, block_bytes):
+    """Random codes, about 2^30 at a time; scales near 1. widths: those of K and of V."""
+    for part in pool.split(1 << 30):
+        part.random_(0, 256)
+        if widths[0][0] == 8:
+            part.bitwise_or_(0x11)  # code 0 is never written
+    blocks = pool.view(-1, block_bytes)
+    at = 0
+    for _ in range(shape[1]):
+        for side in widths:
+            blocks[:, at:at + 16].random_(112, 132)
+            at += 16 * (1 + 2 * sum(widths_for(side, shape[2])))
+    assert at == block_bytes
+
+
+def capture(launches):
+    """The launches as one graph that has run a few times."""
     for launch in launches[:2]:
         launch()
     torch.cuda.synchronize()
@@ -84,55 +105,57 @@ def time_launches(launches):
             launch()
     for _ in range(5):
         graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(launches))
+    return graph
+
+
+def time_replay(graph, n_launches):
+    """Microseconds of one of the launches of a graph."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / n_launches
+
+
+def time_launches(launches):
+    """Median, fastest and slowest microseconds of one of the launches, captured and replayed as one graph."""
+    graph = capture(launches)
+    times = [time_replay(graph, len(launches)) for _ in range(REPLAYS)]
     return statistics.median(times), min(times), max(times)
+
+
+def load_layer(library, plan_bytes):
+    """The layer of a plan, its image on the device, which must be kept."""
+    plan = library.read_plan(plan_bytes)
+    layer = tqkv_cuda.Layer(library, plan)
+    library.destroy_plan(plan)
+    image = aligned_bytes(len(layer.image))
+    image.copy_(torch.frombuffer(bytearray(layer.image), dtype=torch.uint8))
+    layer.device_image = image.data_ptr()
+    return layer, image
 
 
 class Compressed:
     """Pages of random codes for enough launches of one shape and profile, and what decode needs."""
 
     def __init__(self, library, shape, profile, frame_tokens):
-        n_heads, n_kv_heads, dim, n_seqs, tokens = shape
-        plan = library.read_plan(make_plan(shape, profile, frame_tokens))
-        self.shape, self.layer = shape, tqkv_cuda.Layer(library, plan)
-        library.destroy_plan(plan)
-        self.image = aligned_bytes(len(self.layer.image))
-        self.image.copy_(torch.frombuffer(bytearray(self.layer.image), dtype=torch.uint8))
-        self.layer.device_image = self.image.data_ptr()
+        n_heads, _, dim, n_seqs, tokens = shape
+        self.shape = shape
+        self.layer, self.image = load_layer(library, make_profile(shape, profile, frame_tokens))
         page_bytes = self.layer.page_bytes(0, PAGE_TOKENS)
         self.pages_of_seq = -(-tokens // PAGE_TOKENS)
         n_pages = self.pages_of_seq * n_seqs
         self.kv_bytes = n_seqs * tokens * page_bytes // PAGE_TOKENS
         self.n_sets = max(2, -(-CYCLE_BYTES // self.kv_bytes))
         self.pool = aligned_bytes(n_pages * self.n_sets * page_bytes)
-        self.fill_pool(profile, page_bytes // (PAGE_TOKENS // 16))
+        fill_pool(self.pool, shape, PROFILES[profile], page_bytes // (PAGE_TOKENS // 16))
         self.tables = torch.randperm(n_pages * self.n_sets, device="cuda").to(torch.int32).view(self.n_sets, n_seqs, -1)
         self.lengths = torch.full((n_seqs,), tokens, dtype=torch.int32, device="cuda")
         self.q = torch.randn(n_seqs, 1, n_heads, dim, device="cuda").mul_(2.0).half()
         self.out, self.lse = torch.empty_like(self.q), torch.empty(n_seqs, n_heads, device="cuda")
         self.workspace = aligned_bytes(self.layer.decode_bytes(n_seqs, 1, tokens)).zero_()
         self.scale = dim ** -0.5
-
-    def fill_pool(self, profile, block_bytes):
-        """Random codes, about 2^30 at a time; scales near 1."""
-        for part in self.pool.split(1 << 30):
-            part.random_(0, 256)
-            if profile == "8 bits":
-                part.bitwise_or_(0x11)  # code 0 is never written
-        blocks = self.pool.view(-1, block_bytes)
-        at = 0
-        for _ in range(self.shape[1]):
-            for widths in PROFILES[profile]:
-                blocks[:, at:at + 16].random_(112, 132)
-                at += 16 * (1 + 2 * sum(widths_for(widths, self.shape[2])))
-        assert at == block_bytes
 
     def pages(self, index):
         return tqkv_cuda.Pages([self.pool.data_ptr()], self.tables[index].data_ptr(), PAGE_TOKENS, self.pages_of_seq)
@@ -217,12 +240,7 @@ def ceilings():
 def time_store(library, n_tokens):
     """Microseconds of storing tokens of 32/8/128 at 4 bits, bytes read and written."""
     shape = (32, 8, 128, 1, 64)
-    plan = library.read_plan(make_plan(shape, "4 bits", 256))
-    layer = tqkv_cuda.Layer(library, plan)
-    library.destroy_plan(plan)
-    image = aligned_bytes(len(layer.image))
-    image.copy_(torch.frombuffer(bytearray(layer.image), dtype=torch.uint8))
-    layer.device_image = image.data_ptr()
+    layer, image = load_layer(library, make_profile(shape, "4 bits", 256))
     k, v = (torch.randn(n_tokens, 8 * 128, device="cuda").bfloat16() for _ in range(2))
     page_bytes = layer.page_bytes(0, PAGE_TOKENS)
     pool = aligned_bytes((n_tokens + PAGE_TOKENS) // PAGE_TOKENS * page_bytes)

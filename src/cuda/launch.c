@@ -61,10 +61,12 @@ static uint32_t device_attribute(enum cudaDeviceAttr attribute)
 }
 
 /*
- * A tile of the last tier, or as many of its blocks as leave room for the rest; at least one block of
- * any tier. Tiers that have no room for four blocks take two or one at a time.
+ * Memory of a warp for codes: of each tier from first_whole on it holds four blocks (two or one, where four
+ * of the last tier leave no room for the rest of what a block of threads needs), of each other tier at
+ * least one. Tiers that have no room for four blocks are read two or one at a time.
  */
-static uint32_t choose_tile_bytes(const tqkvc_shape *shape, uint32_t rows_per_tile)
+static uint32_t choose_tile_bytes(const tqkvc_shape *shape, uint32_t rows_per_tile,
+                                  uint32_t first_whole)
 {
     const size_t fixed = tqkvc_decode_shared_bytes(shape->dim, rows_per_tile, 0, false);
     const uint32_t room = (uint32_t)(SHARED_BYTES_MAX - fixed) / TQKVC_WARPS;
@@ -74,30 +76,50 @@ static uint32_t choose_tile_bytes(const tqkvc_shape *shape, uint32_t rows_per_ti
     while (n_blocks > 1 && n_blocks * shape->section_bytes_max[shape->n_tiers - 1] > room)
         n_blocks /= 2;
     for (uint32_t tier = 0; tier < shape->n_tiers; tier++) {
-        const uint32_t n = tier == shape->n_tiers - 1 ? n_blocks : 1;
+        const uint32_t n = tier >= first_whole ? n_blocks : 1;
         const uint32_t tile = n * shape->section_bytes_max[tier];
         bytes = tile > bytes ? tile : bytes;
     }
     return bytes;
 }
 
+/* Blocks of threads that a multiprocessor has shared memory for: 0 where it has too little for one. */
+static uint32_t blocks_in_memory(const tqkvc_shape *shape, uint32_t rows_per_tile,
+                                 uint32_t tile_bytes)
+{
+    const uint32_t sm_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    const size_t bytes = tqkvc_decode_shared_bytes(shape->dim, rows_per_tile, tile_bytes, false);
+
+    return bytes > SHARED_BYTES_MAX ? 0 : (uint32_t)(sm_bytes / (bytes + SHARED_BYTES_RESERVED));
+}
+
 /* Blocks that a multiprocessor holds, by shared memory and registers. */
 static uint32_t choose_blocks(const tqkvc_shape *shape, const decode_plan *plan)
 {
-    const uint32_t sm_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    const size_t bytes =
-        tqkvc_decode_shared_bytes(shape->dim, plan->rows_per_tile, plan->tile_bytes, false) +
-        SHARED_BYTES_RESERVED;
-    const uint32_t n = (uint32_t)(sm_bytes / bytes);
+    const uint32_t n = blocks_in_memory(shape, plan->rows_per_tile, plan->tile_bytes);
 
     return n < 1 ? 1 : n > TQKVC_BLOCKS_MAX ? TQKVC_BLOCKS_MAX : n;
+}
+
+/*
+ * Room for four blocks of younger tiers too, from the oldest of them on, as far as it costs a multiprocessor
+ * no block of threads: n_blocks, and the splits that follow from it, stay as they are.
+ */
+static void widen_tiles(const tqkvc_shape *shape, decode_plan *plan)
+{
+    for (uint32_t first_whole = shape->n_tiers - 1; first_whole-- > 0;) {
+        const uint32_t bytes = choose_tile_bytes(shape, plan->rows_per_tile, first_whole);
+        if (blocks_in_memory(shape, plan->rows_per_tile, bytes) < plan->n_blocks)
+            return;
+        plan->tile_bytes = bytes;
+    }
 }
 
 static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan, uint32_t n_seqs,
                               uint32_t max_tokens)
 {
     const uint32_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
-    const uint32_t slots = n_sm * plan->n_blocks,
+    const uint32_t slots = n_sm > 0 ? n_sm * plan->n_blocks : 1, /* sizes are asked without a device too */
                    n = n_seqs * shape->n_kv_heads * plan->n_row_tiles;
     const uint32_t n_tiles = tqkvi_div_up(max_tokens, TQKV_CUDA_TILE_TOKENS);
     const uint32_t by_tiles = tqkvi_div_up(n_tiles, TQKVC_WARPS); /* a tile for each warp */
@@ -176,9 +198,10 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
     /* Without RoPE every base is the same. */
     plan->frame_tokens = shape->n_rot == 0 ? 1u << 30 : shape->frame_tokens;
     plan->n_frames = tqkvi_div_up(max_tokens, plan->frame_tokens);
-    plan->tile_bytes = choose_tile_bytes(shape, plan->rows_per_tile);
+    plan->tile_bytes = choose_tile_bytes(shape, plan->rows_per_tile, shape->n_tiers - 1);
     plan->n_blocks = choose_blocks(shape, plan);
     plan->n_splits = choose_splits(shape, plan, n_seqs, max_tokens);
+    widen_tiles(shape, plan);
     choose_cluster(shape, n_seqs * shape->n_kv_heads * plan->n_row_tiles, plan);
 
     const size_t tiles = (size_t)n_seqs * shape->n_kv_heads * plan->n_row_tiles;

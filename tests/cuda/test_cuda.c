@@ -757,11 +757,12 @@ static void test_arguments(void **state)
     tqkv_plan_destroy(plan);
     assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_Q8, &shape, &plan), TQKV_OK);
     assert_int_equal(tqkv_cuda_layer_create(plan, 0, NULL, NULL, &made), TQKV_OK);
-    assert_non_null(tqkv_cuda_layer_image(made, &n));
-    assert_true(n > 0);
+    assert_true(tqkv_cuda_layer_image(made, &n) && n > 0);
     assert_int_equal(tqkv_cuda_page_bytes(made, 0, 64), 4 * 2 * 2 * 16 * (1 + 128));
     assert_int_equal(tqkv_cuda_page_bytes(made, 1, 64), 0);
     assert_int_equal(tqkv_cuda_page_bytes(made, 0, 17), 0);
+    assert_true(tqkv_cuda_decode_bytes(made, 2, 1, 4096) > tqkv_cuda_decode_bytes(made, 1, 1, 4096));
+    assert_int_equal(tqkv_cuda_decode_bytes(made, 0, 1, 4096), 0);
     assert_int_equal(tqkv_cuda_decode(made, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
     assert_int_equal(tqkv_cuda_store(made, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
     assert_int_equal(tqkv_cuda_unpack(made, NULL, NULL, NULL), TQKV_ERR_INVALID_ARG);
