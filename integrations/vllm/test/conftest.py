@@ -37,6 +37,11 @@ class Python:
 
 
 @pytest.fixture(scope="session")
+def interpreter():
+    return Python
+
+
+@pytest.fixture(scope="session")
 def python():
     path = os.environ.get("TQKV_TEST_VLLM")
     if not path:

@@ -10,7 +10,6 @@ import os
 import pytest
 import test_vllm_engine as on_cpu
 import tiny_plan
-from conftest import Python
 
 GIBIBYTE = 1 << 30
 OPTIONS = on_cpu.OPTIONS | {"dtype": "float16", "gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": GIBIBYTE // 4}
@@ -19,11 +18,11 @@ DRAFTS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4,
 
 
 @pytest.fixture(scope="module")
-def engine():
+def engine(interpreter):
     path = os.environ.get("TQKV_TEST_VLLM_CUDA")
     if not path:
         pytest.skip("needs vLLM on a CUDA device")
-    return Python(path)
+    return interpreter(path)
 
 
 def processes(models, tiny):
