@@ -52,10 +52,10 @@ def test_tiers_get_copies_from_the_youngest_on(plans):
     def copies(n_tokens, max_num_seqs):
         return model_plan.copies_for(plans, limits(max_num_seqs), BLOCK, n_tokens // BLOCK)
 
-    few, some, many = (copies(1 << 18, most) for most in (1, 32, 64))
+    few, some, many = (copies(1 << 18, most) for most in (1, 40, 80))
     assert few[0] == few[1] > 1
-    assert some[0] == 32 > some[1] > 0
-    assert many == [64, 0]
+    assert some[0] == 40 > some[1] > 0
+    assert many == [80, 0]
     assert copies(1024, 64) == [8, 0]
 
 
