@@ -35,6 +35,14 @@ class Python:
         printed = [line for line in got.stdout.splitlines() if line.startswith("[{")]  # ranks may say more after it
         return dict(zip(jobs, json.loads(printed[-1]))) | {"log": got.stdout + got.stderr}
 
+    def make_checkpoint(self, folder, kind, window=None):
+        """Here, as this environment has torch; that of the tests may not."""
+        got = self.run(["-c", "import pathlib, sys, tiny_checkpoint as t; "
+                              "t.make(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) or None)",
+                        folder, kind, window or 0])
+        assert got.returncode == 0, got.stderr
+        return str(folder)
+
 
 @pytest.fixture(scope="session")
 def interpreter():
@@ -51,12 +59,6 @@ def python():
 
 @pytest.fixture(scope="session")
 def checkpoint(python, tmp_path_factory):
-    """Makes a tiny checkpoint in that environment, which has torch; this one may not."""
     def make(kind, window=None):
-        folder = tmp_path_factory.mktemp(kind)
-        got = python.run(["-c", "import pathlib, sys, tiny_checkpoint as t; "
-                                "t.make(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) or None)",
-                          folder, kind, window or 0])
-        assert got.returncode == 0, got.stderr
-        return str(folder)
+        return python.make_checkpoint(tmp_path_factory.mktemp(kind), kind, window)
     return make

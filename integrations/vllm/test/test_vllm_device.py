@@ -11,8 +11,7 @@ import pytest
 import test_vllm_engine as on_cpu
 import tiny_plan
 
-GIBIBYTE = 1 << 30
-OPTIONS = on_cpu.OPTIONS | {"dtype": "float16", "gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": GIBIBYTE // 4}
+OPTIONS = on_cpu.OPTIONS | {"dtype": "float16", "gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
 GRAPHS = OPTIONS | {"enforce_eager": False}
 DRAFTS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}}
 
@@ -46,11 +45,7 @@ def processes(models, tiny):
 @pytest.fixture(scope="module")
 def results(engine, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    models = {}
-    for kind in ("llama", "qwen2"):
-        program = "import pathlib, sys, tiny_checkpoint as t; t.make(pathlib.Path(sys.argv[1]), sys.argv[2])"
-        assert engine.run(["-c", program, folder / kind, kind]).returncode == 0
-        models[kind] = str(folder / kind)
+    models = {kind: engine.make_checkpoint(folder / kind, kind) for kind in ("llama", "qwen2")}
     tiny = tiny_plan.write(folder / "tiny.tqkv")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         runs = {name: pool.submit(engine.serve, plan, jobs) for name, (plan, jobs) in processes(models, tiny).items()}
@@ -105,5 +100,5 @@ def test_room_grows_as_counted(results):
     stock_bytes = on_cpu.LAYERS * on_cpu.KV_HEADS * on_cpu.HEAD_SIZE * 2 * 2
     stock, ours = (results[name]["llama"] for name in ("stock", "q8"))
     n_stock, n_ours = (result["n_blocks"] * result["block_size"] for result in (stock, ours))
-    print(n_ours / n_stock, stock_bytes / (on_cpu.LAYERS * tiny_plan.token_bytes(8)))
-    assert n_ours > 1.5 * n_stock
+    ratio = stock_bytes / (on_cpu.LAYERS * tiny_plan.token_bytes(8))
+    assert n_ours / n_stock == pytest.approx(ratio, rel=.03)  # less what lies beside blocks

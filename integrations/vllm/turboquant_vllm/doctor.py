@@ -46,15 +46,14 @@ def print_layers(plans, dtype_bytes):
 def bytes_beside_blocks(plans, arguments, available):
     """As the engine takes them off its room."""
     from turboquant_vllm import vllm_adapter
-    fixed, bytes_beside = 0, model_plan.bytes_beside
+    sizes = None
     if vllm_adapter.on_device():
         from turboquant_vllm import gpu_backend
         for plan in plans:
             plan.cuda = gpu_backend.cuda_layer(plan)
         sizes = gpu_backend.Sizes(arguments.max_num_seqs, BATCH_TOKENS, arguments.max_model_len)
-        fixed, bytes_beside = sizes.fixed_bytes(plans), gpu_backend.bytes_beside
     limits = Limits(arguments.max_num_seqs, BATCH_TOKENS, num_drafts=0)
-    return fixed + model_plan.room_for(plans, limits, arguments.block_size, available - fixed, bytes_beside)[1]
+    return vllm_adapter.room_for(plans, limits, arguments.block_size, available, sizes)[1]
 
 
 def print_room(plans, arguments):

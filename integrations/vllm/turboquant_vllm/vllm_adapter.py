@@ -213,13 +213,21 @@ def memory_for_blocks(determine_available_memory):
 def bytes_beside_blocks(vllm_config, available):
     """What the layers' objects take at most."""
     of_layers = setups(vllm_config)
-    plans = [setup.plan for setup in of_layers]
-    fixed, bytes_beside = 0, model_plan.bytes_beside
+    plans, sizes = [setup.plan for setup in of_layers], None
     if on_device():
         from turboquant_vllm import gpu_backend
-        fixed, bytes_beside = gpu_backend.Sizes.of(vllm_config).fixed_bytes(plans), gpu_backend.bytes_beside
-    n_blocks, beside = model_plan.room_for(plans, of_layers[0].limits, vllm_config.cache_config.block_size,
-                                           available - fixed, bytes_beside)
+        sizes = gpu_backend.Sizes.of(vllm_config)
+    n_blocks, beside = room_for(plans, of_layers[0].limits, vllm_config.cache_config.block_size, available, sizes)
     for setup in of_layers:
         setup.plans, setup.n_blocks_counted = plans, n_blocks
-    return beside + fixed
+    return beside
+
+
+def room_for(plans, limits, block_size, available, sizes):
+    """model_plan.room_for, with all that lies beside blocks on a device. sizes: gpu_backend.Sizes; None: on the CPU."""
+    if sizes is None:
+        return model_plan.room_for(plans, limits, block_size, available)
+    from turboquant_vllm import gpu_backend
+    fixed = sizes.fixed_bytes(plans)
+    n_blocks, beside = model_plan.room_for(plans, limits, block_size, available - fixed, gpu_backend.bytes_beside)
+    return n_blocks, beside + fixed
