@@ -10,6 +10,7 @@
 #include "attn/attn_codes.h"
 
 #define ARRAYS 14
+#define TO_L2 2 /* of __builtin_prefetch; into L1 was slower, where there is less room to wait */
 
 static size_t round_floats(size_t n)
 {
@@ -329,6 +330,29 @@ static void step_row(tqkvi_attn_work *work, uint32_t r, size_t n, int space)
     work->pending[!space][r] *= f;
 }
 
+/*
+ * Starts to load what this head has in the block a tile after the tile's block p. Sections of
+ * other heads lie in between, so that the processor does not do it by itself; and it can wait for
+ * so many lines only, so that a block at a time is asked for. Inlined, or GCC takes a function that
+ * only prefetches for one without effect.
+ */
+static inline __attribute__((always_inline)) void load_ahead(const tqkvi_attn_work *work,
+                                                             uint32_t p)
+{
+    const tqkvi_span *span = work->tile.span;
+    const uint32_t block = work->tile.block[p] + TQKVI_TILE_BLOCKS;
+
+    if (!span->layout || p >= work->tile.n_blocks || block >= work->tile.end)
+        return;
+    const tqkvi_head_plan *head = &work->attention->layer->heads[TQKV_SIDE_V][work->g];
+    const uint8_t *line = tqkvi_span_section(span, block, TQKV_SIDE_K, work->g);
+    const uint8_t *end = tqkvi_span_section(span, block, TQKV_SIDE_V, work->g) +
+                         (size_t)TQKVI_BLOCK_TOKENS * (1 + head->layout[span->tier].row_bytes);
+
+    for (; line < end; line += TQKV_ALIGN)
+        __builtin_prefetch(line, 0, TO_L2);
+}
+
 static void flush(tqkvi_attn_work *work)
 {
     const tqkv_plan_layer *shape = &work->attention->layer->shape;
@@ -338,7 +362,9 @@ static void flush(tqkvi_attn_work *work)
         return;
     const bool codes = reads_codes(work, TQKV_SIDE_V);
     const int space = is_coded(work, TQKV_SIDE_V) ? SPACE_Y : SPACE_X;
+    load_ahead(work, 0);
     score_tile(work, n);
+    load_ahead(work, 1);
     load_bias(work);
     if (space == SPACE_Y)
         load_scales(work, TQKV_SIDE_V);
@@ -346,8 +372,10 @@ static void flush(tqkvi_attn_work *work)
         load_rows(work, TQKV_SIDE_V, work->v);
     if (shape->is_latent)
         score_latents(work, n);
+    load_ahead(work, 2);
     for (uint32_t r = 0; r < work->n_rows; r++)
         step_row(work, r, n, space);
+    load_ahead(work, 3);
     if (codes)
         tqkvi_codes_weigh(work);
     else
@@ -394,6 +422,7 @@ void tqkvi_attn_walk(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t fir
     const bool turns = coded_k && work->attention->turn;
 
     work->tile.span = span;
+    work->tile.end = end;
     if (turns && span->slot_bases) {
         walk_by_base(work, span, first, end);
     } else {

@@ -24,6 +24,7 @@ enum { SPACE_Y = 0, SPACE_X = 1 };
 
 typedef struct tqkvi_attn_tile {
     const tqkvi_span *span;
+    uint32_t end; /* of the blocks of the span that are walked */
     uint32_t n_blocks;
     int32_t base;
     uint32_t block[TQKVI_TILE_BLOCKS];
@@ -68,16 +69,21 @@ typedef struct tqkvi_attn_work {
     uint16_t *w;          /* [code rows][TQKVI_TILE_TOKENS] */
 } tqkvi_attn_work;
 
+/* Section of KV head g in a coded block of a span. */
+static inline const uint8_t *tqkvi_span_section(const tqkvi_span *span, uint32_t block,
+                                                tqkv_side side, uint32_t g)
+{
+    const uint8_t *start = span->block_at
+                               ? span->block_at[block]
+                               : span->blocks + (size_t)block * span->layout->block_bytes;
+    return start + span->layout->section[side][g];
+}
+
 /* Section of the tile's block p. */
 static inline const uint8_t *tqkvi_attn_section(const tqkvi_attn_work *work, tqkv_side side,
                                                 uint32_t p)
 {
-    const tqkvi_span *span = work->tile.span;
-    const uint32_t block = work->tile.block[p];
-    const uint8_t *start = span->block_at
-                               ? span->block_at[block]
-                               : span->blocks + (size_t)block * span->layout->block_bytes;
-    return start + span->layout->section[side][work->g];
+    return tqkvi_span_section(work->tile.span, work->tile.block[p], side, work->g);
 }
 
 /* Layout of the rows of the tile. */
