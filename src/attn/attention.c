@@ -16,8 +16,10 @@
 #include "base/alloc.h"
 #include "base/parallel.h"
 
-/* Enough to keep many threads busy, few enough that merging stays small. */
-#define TASKS_WANTED 64
+/* Enough to keep many threads busy, few enough that merging and making q' stay small. */
+#define TASKS_MAX 64
+#define TASKS_MIN 32
+#define PART_BLOCKS_WANTED 128 /* or there are TASKS_MIN only: a part makes q' of its bases anew */
 /* A part has at least that many blocks, so that making q' stays small beside reading the rows. */
 #define PART_BLOCKS_MIN 16
 /* q' of a latent takes as many products as the scores and the sums of v_dim / 2 tokens. */
@@ -52,11 +54,24 @@ static uint32_t part_blocks_min(const tqkv_plan_layer *shape)
     return shape->is_latent ? LATENT_PART_BLOCKS_MIN : PART_BLOCKS_MIN;
 }
 
-static uint32_t parts_wanted(uint32_t n_kv_heads, uint32_t n_row_blocks)
+static uint32_t parts_for(uint32_t n_tasks, uint32_t n_kv_heads, uint32_t n_row_blocks)
 {
     const uint64_t n = (uint64_t)n_kv_heads * n_row_blocks;
 
-    return n >= TASKS_WANTED ? 1 : tqkvi_div_up(TASKS_WANTED, (uint32_t)n);
+    return n >= n_tasks ? 1 : tqkvi_div_up(n_tasks, (uint32_t)n);
+}
+
+/* Parts that n_blocks of a KV head are cut into; at most parts_for(TASKS_MAX, ...). */
+static uint32_t count_parts(const tqkv_plan_layer *shape, uint32_t n_row_blocks, uint32_t n_blocks)
+{
+    const uint32_t blocks_min = part_blocks_min(shape);
+    uint32_t n_parts = parts_for(TASKS_MAX, shape->n_kv_heads, n_row_blocks);
+
+    if (n_blocks / n_parts < PART_BLOCKS_WANTED)
+        n_parts = parts_for(TASKS_MIN, shape->n_kv_heads, n_row_blocks);
+    if (n_parts > n_blocks / blocks_min)
+        n_parts = n_blocks / blocks_min;
+    return n_parts > 1 ? n_parts : 1;
 }
 
 size_t tqkvi_attention_scratch_bytes(const tqkv_plan_layer *shape, uint32_t n_q, size_t n_workers)
@@ -67,7 +82,7 @@ size_t tqkvi_attention_scratch_bytes(const tqkv_plan_layer *shape, uint32_t n_q,
 
     /* Fewer row blocks mean more parts: the worst number of row blocks up to n_q's counts. */
     for (uint64_t n = 1; n <= n_rows / rows + 1; n++) {
-        const uint32_t n_parts = parts_wanted(shape->n_kv_heads, (uint32_t)n);
+        const uint32_t n_parts = parts_for(TASKS_MAX, shape->n_kv_heads, (uint32_t)n);
         if (n_parts == 1)
             break;
         const size_t held = (size_t)shape->n_kv_heads * n * n_parts *
@@ -197,14 +212,11 @@ void tqkvi_attend(const tqkvi_attention *attention, const tqkv_parallel *paralle
         call.n_blocks += tqkvi_span_blocks(&attention->spans[i], attention->args);
     call.n_row_blocks = tqkvi_div_up(call.n_rows, call.rows_per_block);
 
-    uint32_t n_parts = parts_wanted(shape->n_kv_heads, call.n_row_blocks);
-    if (n_parts > call.n_blocks / blocks_min)
-        n_parts = call.n_blocks / blocks_min;
+    const uint32_t n_parts = count_parts(shape, call.n_row_blocks, call.n_blocks);
     call.part_blocks =
-        n_parts <= 1
-            ? call.n_blocks
-            : tqkvi_div_up(tqkvi_div_up(call.n_blocks, n_parts), blocks_min) * blocks_min;
-    call.n_parts = n_parts <= 1 ? 1 : tqkvi_div_up(call.n_blocks, call.part_blocks);
+        n_parts == 1 ? call.n_blocks
+                     : tqkvi_div_up(tqkvi_div_up(call.n_blocks, n_parts), blocks_min) * blocks_min;
+    call.n_parts = n_parts == 1 ? 1 : tqkvi_div_up(call.n_blocks, call.part_blocks);
     call.parts = call.work + n_workers * call.work_bytes;
     call.part_bytes =
         part_bytes(shape, call.n_rows < call.rows_per_block ? call.n_rows : call.rows_per_block);

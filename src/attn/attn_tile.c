@@ -213,8 +213,9 @@ static void load_rows(tqkvi_attn_work *work, tqkv_side side, float *out)
 static void load_scales(tqkvi_attn_work *work, tqkv_side side)
 {
     for (uint32_t p = 0; p < work->tile.n_blocks; p++)
-        tqkvk_scale_values_of(tqkvi_attn_section(work, side, p), TQKVI_BLOCK_TOKENS,
-                              work->scale[side] + (size_t)p * TQKVI_BLOCK_TOKENS);
+        work->attention->kernels->scale_values(tqkvi_attn_section(work, side, p),
+                                               TQKVI_BLOCK_TOKENS,
+                                               work->scale[side] + (size_t)p * TQKVI_BLOCK_TOKENS);
 }
 
 static void load_bias(tqkvi_attn_work *work)

@@ -27,6 +27,7 @@
         .dot_tile = tqkvk_dot_tile_f32_##wide, .softmax_step = tqkvk_softmax_step_f32_##wide,    \
         .accumulate_tile = tqkvk_accumulate_tile_f32_##wide,                                     \
         .round_query = tqkvk_round_query_i8_##isa, .score_blocks = tqkvk_score_blocks_i8_##dots, \
+        .scale_values = tqkvk_scale_values_##isa,                                                \
         .scale_scores = tqkvk_scale_scores_f32_##wide,                                           \
         .scale_weights = tqkvk_scale_weights_f32_##wide,                                         \
         .round_weights = tqkvk_round_weights_i16_##isa,                                          \

@@ -96,7 +96,7 @@ typedef void tqkvk_accumulate_tile_fn(const float *p, size_t p_stride, size_t n_
                                       size_t n_k, size_t dim, const float *f, float *o);
 
 /*
- * The next five are attention over the codes of blocks. Queries are rounded to 7 bits and weights
+ * The next six are attention over the codes of blocks. Queries are rounded to 7 bits and weights
  * to 14, so that sums of products with levels are integers. Where a query needs more, a second part
  * of 1 / TQKVK_LOW_PARTS the size follows in a second call.
  */
@@ -124,7 +124,7 @@ typedef void tqkvk_round_query_fn(const float *y, size_t n_units, tqkvk_query_un
                                   tqkvk_query_unit *low);
 
 /*
- * Scores of blocks of K. codes: [n_blocks], each what follows the scales of a section, any
+ * Scores of blocks of K. codes: [n_blocks], 1..4, each what follows the scales of a section, any
  * alignment. q: [n_q][n_units], n_q any.
  * s[a * s_stride + 16 * p + t] += sum over units of factor * step of the unit * (sum over its
  * channels of q * level of token t of block p). The inner sum is exact: at most 16 * 63 * 255,
@@ -134,6 +134,9 @@ typedef void tqkvk_round_query_fn(const float *y, size_t n_units, tqkvk_query_un
 typedef void tqkvk_score_blocks_fn(const tqkvi_layout *layout, const uint8_t *const *codes,
                                    size_t n_blocks, const tqkvk_query_unit *q, size_t n_q, float *s,
                                    size_t s_stride);
+
+/* Values of scale bytes, as tqkvk_scale_value. n a multiple of 16; any alignment. Exact. */
+typedef void tqkvk_scale_values_fn(const uint8_t *scales, size_t n, float *out);
 
 /*
  * s[b] = s[b] * scale[b] + q_mean, or 0 where scale[b] is 0: such a row is the zero vector. n a
@@ -182,6 +185,7 @@ typedef struct tqkvk_table {
     tqkvk_accumulate_tile_fn *accumulate_tile;
     tqkvk_round_query_fn *round_query;
     tqkvk_score_blocks_fn *score_blocks;
+    tqkvk_scale_values_fn *scale_values;
     tqkvk_scale_scores_fn *scale_scores;
     tqkvk_scale_weights_fn *scale_weights;
     tqkvk_round_weights_fn *round_weights;
@@ -198,8 +202,6 @@ const tqkvk_table *const *tqkvk_all(size_t *n);
 
 /* Value of a scale byte, 1..255: 2 ^ ((scale - 128) / 16); 0 for 0. */
 float tqkvk_scale_value(uint8_t scale);
-/* The same of n scale bytes. */
-void tqkvk_scale_values_of(const uint8_t *scales, size_t n, float *out);
 /* Step and levels of a width: y is about level * step * scale. levels: [1 << bits]. */
 float tqkvk_step(uint32_t bits);
 const int8_t *tqkvk_levels(uint32_t bits);

@@ -15,12 +15,6 @@ float tqkvk_scale_value(uint8_t scale)
     return tqkvk_scale_values[scale];
 }
 
-void tqkvk_scale_values_of(const uint8_t *scales, size_t n, float *out)
-{
-    for (size_t i = 0; i < n; i++)
-        out[i] = tqkvk_scale_values[scales[i]];
-}
-
 float tqkvk_step(uint32_t bits)
 {
     return find(bits)->step;

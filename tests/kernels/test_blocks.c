@@ -400,6 +400,27 @@ static void test_weigh_blocks(void **state)
         check_weigh(&random, i);
 }
 
+static void test_scale_values(void **state)
+{
+    (void)state;
+    size_t n;
+    const tqkvk_table *const *all = tqkvk_all(&n);
+    uint8_t bytes[256];
+    for (size_t t = 0; t < n; t++) {
+        for (size_t count = 16; count <= 256; count += 16) {
+            const size_t first = 256 - count;
+            test_guarded out;
+            test_guarded_init(&out, count * sizeof(float), 4 * (count % 3));
+            for (size_t b = 0; b < count; b++)
+                bytes[first + b] = (uint8_t)(first + b);
+            all[t]->scale_values(bytes + first, count, test_guarded_floats(&out));
+            for (size_t b = 0; b < count; b++)
+                assert_true(test_guarded_floats(&out)[b] == tqkvk_scale_value(bytes[first + b]));
+            test_guarded_deinit(&out);
+        }
+    }
+}
+
 static void test_scale_scores(void **state)
 {
     (void)state;
@@ -643,8 +664,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_round_trip),   cmocka_unit_test(test_places),
         cmocka_unit_test(test_unpack_block), cmocka_unit_test(test_round_query),
         cmocka_unit_test(test_score_blocks), cmocka_unit_test(test_weigh_blocks),
-        cmocka_unit_test(test_scale_scores), cmocka_unit_test(test_scale_weights),
-        cmocka_unit_test(test_round_weights),
+        cmocka_unit_test(test_scale_values), cmocka_unit_test(test_scale_scores),
+        cmocka_unit_test(test_scale_weights), cmocka_unit_test(test_round_weights),
     };
     const int n_failed = cmocka_run_group_tests(tests, NULL, NULL);
     if (with_bench) {

@@ -111,7 +111,7 @@ static void test_dispatch(void **state)
         assert_true(t->transform && t->hadamard && t->largest_bits && t->encode_rows &&
                     t->unpack_rows && t->unpack_block && t->half_to_float && t->float_to_half &&
                     t->dot_tile && t->softmax_step && t->accumulate_tile && t->round_query &&
-                    t->score_blocks && t->scale_scores && t->scale_weights && t->round_weights &&
+                    t->score_blocks && t->scale_values && t->scale_scores && t->scale_weights && t->round_weights &&
                     t->weigh_blocks);
         if (isa && strcmp(isa, t->name) == 0)
             want = t;
