@@ -17,7 +17,6 @@
 #define SEQUENCES_MAX 65535u /* of a grid's third dimension */
 #define COUNTERS 16384u /* of arrivals: one place in the workspace for all sizes, so that no call writes there */
 #define PREFILL_ROWS_MAX (1u << 30)    /* tokens times heads */
-#define PREFILL_BLOCKS 2               /* of a multiprocessor */
 #define PREFILL_SPLITS_MAX 32
 #define TILES_OF_PREFILL_BLOCK 8.0f /* tiles that take as long as the rest of what a block does */
 
@@ -303,7 +302,7 @@ static uint32_t choose_prefill_splits(const tqkvc_shape *shape, uint32_t n_seqs,
 {
     const uint32_t group = shape->n_heads / shape->n_kv_heads,
                    rows = tqkvc_prefill_rows_of_block(shape->dim);
-    const uint32_t slots = device_attribute(cudaDevAttrMultiProcessorCount) * PREFILL_BLOCKS,
+    const uint32_t slots = device_attribute(cudaDevAttrMultiProcessorCount),
                    by_longest = n_seqs * tqkvi_div_up(max_q * group, rows),
                    by_all = n_tokens * group / rows + n_seqs,
                    n = (by_longest < by_all ? by_longest : by_all) * shape->n_kv_heads;
@@ -356,6 +355,7 @@ tqkv_status tqkv_cuda_prefill(const tqkv_cuda_layer *layer, const void *image,
                                   .frame_tokens = shape->n_rot == 0 ? 1u << 30 : shape->frame_tokens,
                                   .type = args->type},
                        .args = *args,
+                       .shared_bytes_max = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                        .scale_log2 = args->scale * LOG2_E};
     p.n_splits = choose_prefill_splits(shape, args->n_seqs, args->n_tokens, args->max_q,
                                        args->max_context, args->workspace_bytes);

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Codes in shared memory to levels as f16, which hold them exactly: one unit (of 16 channels) of a block (16
- * tokens) by one warp. A byte x below a byte of 0x64 is 1024 + x as f16; so a level is the difference of two
- * such numbers, made of the bytes that lookup.cuh finds, or of one and 1152.
+ * Codes in shared memory to levels that lie there too: one unit (of 16 channels) of a block (16 tokens) by one warp.
+ * Levels of K are bytes, those of V f16, which hold them exactly: a byte x below a byte of 0x64 is 1024 + x, so a level
+ * is the difference of such a number and 1152, or of two, where lookup.cuh makes it of two bytes.
  *
- *     K   lane = 16 h + token: channels 4h, 4h + 8, 4h + 1, 4h + 9, .. 4h + 11 of the token: 16 bytes
+ *     K   lane = 16 a + 8 h + b: channels 4h, 4h + 8, 4h + 1, 4h + 9, .. 4h + 11 of token 8 a + b: 8 bytes
  *     V   lane = 8 t + i: tokens 4t .. 4t + 3 of channels i and i + 8: 8 bytes each
  *
  * So K keeps channels i and i + 8 of a unit side by side, as do queries; V lies with tokens side by side.
@@ -35,16 +35,12 @@ static __device__ __forceinline__ uint32_t level_pair(uint32_t first, uint32_t s
     return *reinterpret_cast<const uint32_t *>(&x);
 }
 
-/* The table of a width, which gives level + 128 where a level is one byte. */
+/* The table of a width. */
 template <int BITS> static __device__ __forceinline__ auto load_level_table(tqkvc_rows tables)
 {
     tqkvc_table<BITS, TQKV_SIDE_V> table;
 
     table.load(tables.row(BITS));
-    if constexpr (BITS >= 1 && BITS <= 3)
-#pragma unroll
-        for (int i = 0; i < table.n_words; i++)
-            table.words[i] ^= TQKVC_BIASED;
     return table;
 }
 
@@ -60,36 +56,41 @@ static __device__ __forceinline__ uint32_t k_row_plane(int w, const uint8_t *pla
     return permute(x, x >> 1, 0x5410u) & 0x11111111u;
 }
 
+/* Four levels as bytes, of what lookup.cuh makes for V: no byte of second - first + 128 borrows from the next. */
+template <int BITS>
+static __device__ __forceinline__ uint32_t level_bytes(uint32_t first, uint32_t second)
+{
+    return tqkvc_has_second(BITS) && BITS == 4
+               ? ((second | TQKVC_BIASED) - first) ^ TQKVC_BIASED
+           : tqkvc_has_second(BITS) ? second + (first & 0x01010101u) /* first is 0 or 255 */
+                                    : first;
+}
+
 /* Levels of a lane's eight channels of K of a unit, in the order above. */
 template <int BITS>
-static __device__ __forceinline__ uint4 k_row_levels(const uint8_t *unit, uint32_t lane,
+static __device__ __forceinline__ uint2 k_row_levels(const uint8_t *unit, uint32_t token, uint32_t h,
                                                      const tqkvc_table<BITS, TQKV_SIDE_V> &table)
 {
     constexpr int LOW = tqkvc_low_bits(BITS);
-    constexpr bool TWO = tqkvc_has_second(BITS);
-    const uint32_t token = lane % 16, h = lane / 16;
     tqkvc_levels levels = {};
 
     if constexpr (BITS == 0)
-        return make_uint4(0, 0, 0, 0);
+        return make_uint2(0, 0);
     const uint32_t low = k_row_plane(LOW, unit, token, h);
     const uint32_t high = BITS > LOW ? k_row_plane(BITS - LOW, unit + 32 * LOW, token, h) : 0;
     if constexpr (BITS == 8) {
         const uint32_t lower = (low & 0x0f0f0f0fu) | (high << 4 & 0xf0f0f0f0u),
                        upper = (low >> 4 & 0x0f0f0f0fu) | (high & 0xf0f0f0f0u);
-        levels.first[0] = permute(lower, upper, 0x5140u);
-        levels.first[1] = permute(lower, upper, 0x7362u);
-    } else {
-        tqkvc_codes c = {};
-        c.low = BITS == 3 ? low | high << 2 : low;
-        if constexpr (BITS == 5 || BITS == 6)
-            put_high<BITS>(high, c);
-        table.find(c, levels);
+        return make_uint2(permute(lower, upper, 0x5140u) ^ TQKVC_BIASED,
+                          permute(lower, upper, 0x7362u) ^ TQKVC_BIASED);
     }
-    return make_uint4(level_pair<TWO>(levels.first[0], levels.second[0], 0x4140u),
-                      level_pair<TWO>(levels.first[0], levels.second[0], 0x4342u),
-                      level_pair<TWO>(levels.first[1], levels.second[1], 0x4140u),
-                      level_pair<TWO>(levels.first[1], levels.second[1], 0x4342u));
+    tqkvc_codes c = {};
+    c.low = BITS == 3 ? low | high << 2 : low;
+    if constexpr (BITS == 5 || BITS == 6)
+        put_high<BITS>(high, c);
+    table.find(c, levels);
+    return make_uint2(level_bytes<BITS>(levels.first[0], levels.second[0]),
+                      level_bytes<BITS>(levels.first[1], levels.second[1]));
 }
 
 /* Levels of V of a unit: tokens 4t .. 4t + 3 of channel i in x and y, of channel i + 8 in z and w. */
@@ -110,6 +111,10 @@ static __device__ __forceinline__ uint4 v_row_levels(const uint8_t *unit, uint32
         const uint32_t lower = levels.first[0] ^ TQKVC_BIASED, upper = levels.first[1] ^ TQKVC_BIASED;
         return make_uint4(level_pair<false>(lower, 0, 0x4140u), level_pair<false>(lower, 0, 0x4342u),
                           level_pair<false>(upper, 0, 0x4140u), level_pair<false>(upper, 0, 0x4342u));
+    }
+    if constexpr (!TWO) {
+        levels.first[0] ^= TQKVC_BIASED;
+        levels.first[1] ^= TQKVC_BIASED;
     }
     return make_uint4(level_pair<TWO>(levels.first[0], levels.second[0], 0x4240u),
                       level_pair<TWO>(levels.first[1], levels.second[1], 0x4240u),

@@ -2,21 +2,21 @@
 /*
  * Prefill: attention of chunks of new tokens of several sequences over what is stored of them.
  *
- *     block    KV head x 128 query rows (64 of heads of 256 channels) x part of the tokens of one sequence
- *     tile     64 tokens (32): codes come by bulk copies, become levels in shared memory once for all rows
- *     frame    queries are made anew, as in decode, but by each warp for its own rows
- *     finish   sums of V times the inverse of the transform, mean, output
+ *     block       KV head x 128 query rows (64 of heads of 256 channels) x part of the tokens of one sequence
+ *     expanders   four warps: codes of a tile of 64 tokens (32) become levels in shared memory, once for all rows
+ *     readers     four warps for 64 rows: scores, probabilities, sums; queries of each frame; at the end the inverse
+ *                 of the transform, mean, output
  *
- * The copy of a tile runs while the one before is multiplied; two blocks of a multiprocessor fill each other's
- * gaps. Where blocks are too few for the device, the tokens are split too: parts go to the workspace, finished,
- * and a second kernel merges them. docs/GPU.md has times.
+ * Codes come by bulk copies, two tiles ahead; levels of a tile are made while those of the one before are read. Where
+ * blocks are too few for the device, the tokens are split too: parts go to the workspace, finished, and a second kernel
+ * merges them. docs/GPU.md has times.
  */
 #include "cuda/prefill_queries.cuh"
 
 namespace
 {
 
-constexpr uint32_t THREADS = 32 * TQKVC_PREFILL_WARPS;
+template <int D> constexpr uint32_t THREADS = 128 * (1 + tqkvc_prefill_shape<D>::READERS);
 constexpr uint32_t NONE = 0xffffffffu;
 
 /* Rows and tokens of a block. */
@@ -61,11 +61,13 @@ template <int D> __device__ bool find_range(const tqkvc_prefill &p, block_range 
     return true;
 }
 
-/* Tiles of a block on their way, by its first warp. A lane below the blocks of a tile has one of them. */
+/* Tiles of codes on their way, by the first warp. A lane below the blocks of a tile has one of them. */
 template <int D> struct tile_source {
     using shape = tqkvc_prefill_shape<D>;
     const tqkvc_prefill &p;
     const block_range &b;
+    tqkvc_prefill_memory<D> &shared;
+    uint8_t *codes; /* of the tiles that are there */
     uint32_t g, lane;
     int32_t page = 0; /* of the next tile, read one ahead */
     uint32_t tier = 0;
@@ -77,62 +79,136 @@ template <int D> struct tile_source {
         if (tile >= b.end_tile)
             return;
         if (lane < shape::BLOCKS && token < b.context)
-            page = __ldg(pages.block_table + (size_t)b.seq * pages.table_stride +
-                         token / pages.page_tokens);
-        tier = pages.tiers ? __ldg(pages.tiers + (size_t)b.seq * pages.tiers_stride +
-                                   tile * shape::TOKENS / TQKV_CUDA_TILE_TOKENS)
+            page = __ldg(pages.block_table + (size_t)b.seq * pages.table_stride + token / pages.page_tokens);
+        tier = tier_of(p, b, tile * shape::TOKENS);
+    }
+
+    static __device__ __forceinline__ uint32_t tier_of(const tqkvc_prefill &p, const block_range &b, uint32_t token)
+    {
+        const tqkv_cuda_pages &pages = p.args.pages;
+        return pages.tiers ? __ldg(pages.tiers + (size_t)b.seq * pages.tiers_stride + token / TQKV_CUDA_TILE_TOKENS)
                            : p.frames.shape.n_tiers - 1;
     }
 
+    static __device__ __forceinline__ const tqkvc_layout &layout_of(const tqkvc_prefill &p, uint32_t tier, uint32_t g)
+    {
+        return reinterpret_cast<const tqkvc_layout *>(
+            p.frames.image + p.frames.shape.parts.layouts)[tier * p.frames.shape.n_kv_heads + g];
+    }
+
     /* Copies the tile that was looked for, if there is one. */
-    __device__ __forceinline__ void copy(uint32_t tile, uint8_t *codes, tqkvc_prefill_memory<D> &shared)
+    __device__ __forceinline__ void copy(uint32_t tile)
     {
         if (tile >= b.end_tile)
             return;
-        const tqkvc_layout &layout = reinterpret_cast<const tqkvc_layout *>(
-            p.frames.image + p.frames.shape.parts.layouts)[tier * p.frames.shape.n_kv_heads + g];
-        const uint32_t n_bytes = layout.bytes[0] + layout.bytes[1],
-                       first = tile * shape::BLOCKS, in_page = p.args.pages.page_tokens / TQKVC_BLOCK_TOKENS;
+        const tqkvc_layout &layout = layout_of(p, tier, g);
+        const uint32_t n_bytes = layout.bytes[0] + layout.bytes[1], first = tile * shape::BLOCKS,
+                       place = (tile - b.first_tile) % p.n_staged,
+                       in_page = p.args.pages.page_tokens / TQKVC_BLOCK_TOKENS;
         const uint8_t *source = static_cast<const uint8_t *>(p.args.pages.pool[tier]) +
                                 (size_t)page * p.page_bytes[tier] +
                                 (size_t)((first + lane) % in_page) * p.frames.shape.block_bytes[tier] +
                                 layout.offset;
-        if (lane == 0)
-            shared.tier = tier;
-        ring_copy(&shared.barrier, codes + lane * n_bytes, source, n_bytes,
-                  min((b.context + TQKVC_BLOCK_TOKENS - 1) / TQKVC_BLOCK_TOKENS - first,
-                      (uint32_t)shape::BLOCKS),
+        ring_copy(&shared.staged[place], codes + place * p.staged_bytes + lane * n_bytes, source, n_bytes,
+                  min((b.context + TQKVC_BLOCK_TOKENS - 1) / TQKVC_BLOCK_TOKENS - first, (uint32_t)shape::BLOCKS),
                   lane);
         look(tile + 1);
     }
 };
 
-/* Tables, places and limits of rows. */
+/* Memory of a block behind the fixed part. */
+template <int D> struct block_memory {
+    tqkvc_prefill_memory<D> &shared;
+    tqkvc_prefill_stage<D> *stages;
+    uint8_t *low, *codes;
+};
+
+template <int D> __device__ block_memory<D> find_memory(const tqkvc_prefill &p, uint8_t *base)
+{
+    using shape = tqkvc_prefill_shape<D>;
+    uint8_t *stages = base + sizeof(tqkvc_prefill_memory<D>),
+            *low = stages + p.n_stages * sizeof(tqkvc_prefill_stage<D>);
+
+    return {*reinterpret_cast<tqkvc_prefill_memory<D> *>(base),
+            reinterpret_cast<tqkvc_prefill_stage<D> *>(stages), p.has_low ? low : NULL,
+            low + (p.has_low ? shape::ROWS * D * 2 : 0)};
+}
+
+/* Barriers, tables, places and limits of rows. */
 template <int D>
 __device__ void set_up(const tqkvc_prefill &p, const block_range &b, uint32_t n_queries, uint32_t g,
-                       tqkvc_prefill_memory<D> &shared)
+                       const block_memory<D> &memory)
 {
     using shape = tqkvc_prefill_shape<D>;
     const uint32_t group = p.frames.shape.n_heads / p.frames.shape.n_kv_heads;
     const tqkvc_width *widths = reinterpret_cast<const tqkvc_tables *>(p.frames.image)->widths;
+    tqkvc_prefill_memory<D> &shared = memory.shared;
 
-    if (threadIdx.x < 32) {
-        if (threadIdx.x == 0)
-            ring_barrier_init(&shared.barrier);
-        __syncwarp();
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 0; i < p.n_staged; i++)
+            ring_barrier_init(&shared.staged[i]);
+        for (uint32_t i = 0; i < p.n_stages; i++) {
+            init_barrier(&memory.stages[i].full, 4);
+            init_barrier(&memory.stages[i].empty, 4 * shape::READERS);
+        }
     }
-    for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * (TQKVC_WORDS + 1); i += THREADS)
+    for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * (TQKVC_WORDS + 1); i += THREADS<D>)
         shared.tables[0][i] = __ldg(widths[i / (TQKVC_WORDS + 1)].words + i % (TQKVC_WORDS + 1));
-    for (uint32_t i = threadIdx.x; i < shape::ROWS; i += THREADS) {
+    for (uint32_t i = threadIdx.x; i < shape::ROWS; i += THREADS<D>) {
         const uint32_t row = b.first_row + min(i, b.n_rows - 1);
-        shared.places[i] =
-            (b.q_start + row / group) * p.frames.shape.n_heads + g * group + row % group;
+        shared.places[i] = (b.q_start + row / group) * p.frames.shape.n_heads + g * group + row % group;
         shared.limits[i] = min(find_limit(p, b, n_queries, row), b.context);
         shared.means[i] = 0;
     }
-    for (uint32_t i = threadIdx.x; i < TQKVC_PREFILL_WARPS * shape::UNITS; i += THREADS)
+    for (uint32_t i = threadIdx.x; i < 4 * shape::READERS * shape::UNITS; i += THREADS<D>)
         shared.v_steps[0][i] = 1.0f;
     __syncthreads();
+}
+
+/* Codes to levels, tile by tile, by the first four warps. */
+template <int D>
+__device__ void expand_tiles(const tqkvc_prefill &p, const block_range &b, uint32_t g, const block_memory<D> &memory)
+{
+    using shape = tqkvc_prefill_shape<D>;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const tqkvc_rows tables = {shared_address(memory.shared.tables)};
+    tile_source<D> source = {p, b, memory.shared, memory.codes, g, lane};
+    tqkvc_tile_codes codes;
+    uint32_t tier = NONE;
+
+    if (warp == 0) {
+        source.look(b.first_tile);
+        for (uint32_t i = 0; i < p.n_staged; i++)
+            source.copy(b.first_tile + i);
+    }
+#pragma unroll 1
+    for (uint32_t i = 0; b.first_tile + i < b.end_tile; i++) {
+        const uint32_t tile = b.first_tile + i, place = i % p.n_staged,
+                       now = tile_source<D>::tier_of(p, b, tile * shape::TOKENS);
+        tqkvc_prefill_stage<D> &stage = memory.stages[i % p.n_stages];
+        if (now != tier) {
+            const tqkvc_layout &layout = tile_source<D>::layout_of(p, now, g);
+            for (int side = 0; side < 2; side++) {
+                codes.bytes[side] = layout.bytes[side];
+                codes.widths[side] = layout.widths[side];
+            }
+            tier = now;
+        }
+        codes.first = memory.codes + place * p.staged_bytes;
+        ring_wait(&memory.shared.staged[place], i / p.n_staged & 1u);
+        if (i >= p.n_stages)
+            ring_wait(&stage.empty, (i / p.n_stages - 1) & 1u);
+        expand_tile(codes, tables, warp, lane, stage);
+        if (threadIdx.x == 0)
+            stage.tier = tier;
+        publish_operands();
+        __syncwarp();
+        if (lane == 0)
+            arrive_at(&stage.full);
+        sync_four_warps(1); /* codes were read */
+        if (warp == 0)
+            source.copy(tile + p.n_staged);
+    }
 }
 
 /* Sums go on with the steps of another tier. */
@@ -151,112 +227,88 @@ __device__ void change_steps(const tqkvc_prefill_task<D> &t, uint64_t widths, tq
         if (t.lane == 0)
             steps[u] = now;
 #pragma unroll
-        for (int i = 0; i < 8 * shape::M; i++)
-            rows.sums[i / 8][2 * u + i / 4 % 2][i % 4] *= factor;
+        for (int i = 0; i < 8; i++)
+            rows.sums[2 * u + i / 4][i % 4] *= factor;
     }
     __syncwarp();
 }
 
-/* Queries for another frame or tier; tops go on from there. Returns the factor of products. */
+/* Queries for another frame or tier; tops go on from there. By the four warps of the rows. */
 template <int D>
-__device__ float change_frame(const tqkvc_prefill_task<D> &t, uint32_t base, uint64_t widths, float size,
-                              tqkvc_prefill_rows<D> &rows)
+__device__ void change_frame(const tqkvc_prefill_task<D> &t, uint32_t base, uint64_t widths, tqkvc_prefill_rows<D> &rows)
 {
-    using shape = tqkvc_prefill_shape<D>;
-
 #pragma unroll
-    for (int i = 0; i < 2 * shape::M; i++)
-        rows.top[i / 2][i % 2] += t.shared.means[t.row(8 * i + t.lane / 4)];
-    __syncwarp();
-    const float factor = make_prefill_queries(t, base, widths, size);
+    for (int h = 0; h < 2; h++)
+        rows.top[h] += t.shared.means[t.row(8 * h + t.lane / 4)];
+    sync_four_warps(2 + t.warp / 4);
+    make_prefill_queries(t, base, widths);
 #pragma unroll
-    for (int i = 0; i < 2 * shape::M; i++)
-        rows.top[i / 2][i % 2] -= t.shared.means[t.row(8 * i + t.lane / 4)];
-    return factor;
+    for (int h = 0; h < 2; h++) {
+        rows.top[h] -= t.shared.means[t.row(8 * h + t.lane / 4)];
+        rows.factor[h] = t.shared.factors[t.row(8 * h + t.lane / 4)];
+    }
+    publish_operands();
+    sync_four_warps(2 + t.warp / 4);
 }
 
 template <int D>
-__device__ void run_tiles(const tqkvc_prefill &p, const block_range &b, const tqkvc_prefill_task<D> &t,
-                          uint8_t *staged, tqkvc_prefill_rows<D> &rows)
+__device__ void read_tiles(const tqkvc_prefill &p, const block_range &b, const tqkvc_prefill_task<D> &t,
+                           const block_memory<D> &memory, tqkvc_prefill_rows<D> &rows)
 {
     using shape = tqkvc_prefill_shape<D>;
-    tile_source<D> source = {p, b, t.g, t.lane};
-    tqkvc_tile_codes codes = {.first = staged};
     uint32_t tier = NONE, frame = NONE;
-    float factor = 0;
 
-    if (t.warp == 0) {
-        source.look(b.first_tile);
-        source.copy(b.first_tile, staged, t.shared);
-    }
-    const float size = measure_rows(t);
+    if (b.first_tile < b.end_tile)
+        measure_rows(t);
 #pragma unroll 1
-    for (uint32_t tile = b.first_tile; tile < b.end_tile; tile++) {
-        const uint32_t first = tile * shape::TOKENS, this_frame = first / p.frames.frame_tokens;
-        ring_wait(&t.shared.barrier, (tile - b.first_tile) & 1u);
-        __syncthreads(); /* keys and values are free */
-        if (t.shared.tier != tier || this_frame != frame) {
-            const tqkvc_layout &layout = reinterpret_cast<const tqkvc_layout *>(
-                p.frames.image +
-                p.frames.shape.parts.layouts)[t.shared.tier * p.frames.shape.n_kv_heads + t.g];
-            for (int side = 0; side < 2; side++) {
-                codes.bytes[side] = layout.bytes[side];
-                codes.widths[side] = layout.widths[side];
-            }
-            factor = change_frame(t, this_frame * p.frames.frame_tokens, codes.widths[0], size, rows);
-            if (t.shared.tier != tier)
-                change_steps(t, codes.widths[1], rows);
-            tier = t.shared.tier;
+    for (uint32_t i = 0; b.first_tile + i < b.end_tile; i++) {
+        tqkvc_prefill_stage<D> &stage = memory.stages[i % p.n_stages];
+        const uint32_t first = (b.first_tile + i) * shape::TOKENS, this_frame = first / p.frames.frame_tokens;
+        ring_wait(&stage.full, i / p.n_stages & 1u);
+        if (stage.tier != tier || this_frame != frame) {
+            const tqkvc_layout &layout = tile_source<D>::layout_of(p, stage.tier, t.g);
+            change_frame(t, this_frame * p.frames.frame_tokens, layout.widths[0], rows);
+            if (stage.tier != tier)
+                change_steps(t, layout.widths[1], rows);
+            tier = stage.tier;
             frame = this_frame;
-            __syncthreads();
         }
-        const bool zeros = __syncthreads_or(expand_tile(codes, t.tables, t.warp, t.lane, t.shared));
-        if (t.warp == 0)
-            source.copy(tile + 1, staged, t.shared);
-        tqkvc_scores<D> s;
-        score_tile(t.shared, t.warp, t.lane, s);
-        if (zeros || first + shape::TOKENS > b.all_see) {
-            scale_scores<D, true>(t.shared, factor, first, t.warp, t.lane, s);
-            weigh_scores<D, true>(t.shared, t.lane, rows, s);
-        } else {
-            scale_scores<D, false>(t.shared, factor, first, t.warp, t.lane, s);
-            weigh_scores<D, false>(t.shared, t.lane, rows, s);
-        }
-        add_values(t.shared, t.lane, s, rows);
+        read_tile(t.shared, stage, first, b.all_see, t.row(0), t.lane, rows);
+        __syncwarp();
+        if (t.lane == 0)
+            arrive_at(&stage.empty);
     }
 }
 
 template <int D>
-__global__ void __launch_bounds__(THREADS, 2) prefill_kernel(const __grid_constant__ tqkvc_prefill p)
+__global__ void __launch_bounds__(THREADS<D>, 1) prefill_kernel(const __grid_constant__ tqkvc_prefill p)
 {
-    using shape = tqkvc_prefill_shape<D>;
     extern __shared__ __align__(1024) uint8_t dynamic[];
-    tqkvc_prefill_memory<D> &shared = *reinterpret_cast<tqkvc_prefill_memory<D> *>(dynamic);
-    uint8_t *staged = dynamic + sizeof(tqkvc_prefill_memory<D>);
+    const block_memory<D> memory = find_memory<D>(p, dynamic);
+    const uint32_t warp = threadIdx.x / 32, g = blockIdx.y;
     block_range b;
     uint32_t n_queries;
 
     if (!find_range<D>(p, b, n_queries))
         return;
-    const tqkvc_prefill_task<D> t = {
-        p.frames, shared, {shared_address(shared.tables)}, blockIdx.y, threadIdx.x / 32, threadIdx.x % 32,
-        p.scale_log2};
-    set_up(p, b, n_queries, t.g, shared);
-
+    set_up(p, b, n_queries, g, memory);
+    if (warp < 4) {
+        expand_tiles(p, b, g, memory);
+        return;
+    }
+    const tqkvc_prefill_task<D> t = {p.frames, memory.shared, memory.low, {shared_address(memory.shared.tables)},
+                                     g, warp - 4, threadIdx.x % 32, p.scale_log2};
     tqkvc_prefill_rows<D> rows;
 #pragma unroll
-    for (int m = 0; m < shape::M; m++) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            rows.top[m][h] = TQKVC_LOWEST_TOP;
-            rows.sum[m][h] = rows.zero[m][h] = 0;
-        }
-#pragma unroll
-        for (int i = 0; i < D / 2; i++)
-            rows.sums[m][i / 4][i % 4] = 0;
+    for (int h = 0; h < 2; h++) {
+        rows.top[h] = TQKVC_LOWEST_TOP;
+        rows.sum[h] = rows.zero[h] = rows.factor[h] = 0;
     }
-    run_tiles(p, b, t, staged, rows);
-    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < D / 2; i++)
+        rows.sums[i / 4][i % 4] = 0;
+    read_tiles(p, b, t, memory, rows);
+    sync_four_warps(2 + t.warp / 4);
 
     tqkvc_prefill_output to = {p.args.out, p.args.lse, p.args.type, 0, b.n_rows};
     if (p.n_splits > 1) {
@@ -297,21 +349,35 @@ template <int D> __global__ void merge_parts(const __grid_constant__ tqkvc_prefi
         p.args.lse[first + row] = total > 0 ? top + __logf(total) : -INFINITY;
 }
 
-template <int D> tqkv_status launch(const tqkvc_prefill &p, cudaStream_t stream)
+/* With as much of what helps as shared memory takes: low parts first, then second tiles. 0: there is too little. */
+template <int D> size_t choose_memory(tqkvc_prefill &p, size_t most)
+{
+    for (uint32_t choice = 0; choice < 4; choice++) {
+        p.has_low = choice < 2;
+        p.n_stages = p.n_staged = choice % 2 == 0 ? 2 : 1;
+        const size_t bytes = sizeof(tqkvc_prefill_memory<D>) + p.n_stages * sizeof(tqkvc_prefill_stage<D>) +
+                             (p.has_low ? tqkvc_prefill_shape<D>::ROWS * D * 2 : 0) + p.n_staged * p.staged_bytes;
+        if (bytes <= most)
+            return bytes;
+    }
+    return 0;
+}
+
+template <int D> tqkv_status launch(tqkvc_prefill p, cudaStream_t stream)
 {
     constexpr uint32_t MERGE_ROWS = 8;
     const uint32_t group = p.frames.shape.n_heads / p.frames.shape.n_kv_heads;
     const uint32_t n_row_tiles =
         (p.args.max_q * group + tqkvc_prefill_shape<D>::ROWS - 1) / tqkvc_prefill_shape<D>::ROWS;
-    const size_t bytes = sizeof(tqkvc_prefill_memory<D>) + p.staged_bytes;
+    const size_t bytes = choose_memory<D>(p, p.shared_bytes_max);
 
-    if (cudaFuncSetAttribute(prefill_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) !=
-        cudaSuccess) {
+    if (bytes == 0 || cudaFuncSetAttribute(prefill_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           (int)bytes) != cudaSuccess) {
         (void)cudaGetLastError();
         return TQKV_ERR_UNSUPPORTED;
     }
-    prefill_kernel<D><<<dim3(n_row_tiles * p.n_splits, p.frames.shape.n_kv_heads, p.args.n_seqs), THREADS,
-                        bytes, stream>>>(p);
+    prefill_kernel<D><<<dim3(n_row_tiles * p.n_splits, p.frames.shape.n_kv_heads, p.args.n_seqs), THREADS<D>, bytes,
+                        stream>>>(p);
     if (p.n_splits > 1)
         merge_parts<D><<<(p.args.n_tokens * p.frames.shape.n_heads + MERGE_ROWS - 1) / MERGE_ROWS,
                          32 * MERGE_ROWS, 0, stream>>>(p);
@@ -322,9 +388,7 @@ template <int D> tqkv_status launch(const tqkvc_prefill &p, cudaStream_t stream)
 
 extern "C" uint32_t tqkvc_prefill_rows_of_block(uint32_t dim)
 {
-    return dim == 64    ? tqkvc_prefill_shape<64>::ROWS
-           : dim == 128 ? tqkvc_prefill_shape<128>::ROWS
-                        : tqkvc_prefill_shape<256>::ROWS;
+    return dim == 256 ? tqkvc_prefill_shape<256>::ROWS : tqkvc_prefill_shape<128>::ROWS;
 }
 
 extern "C" uint32_t tqkvc_prefill_blocks_of_tile(uint32_t dim)

@@ -63,6 +63,6 @@ sequences make_sequences(test_random *random, const layer *l, const int32_t *len
 void free_sequences(sequences *s);
 void decode_rows(const layer *l, const sequences *s, uint32_t seq, uint32_t g, float *rows[2]);
 double row_error(const layer *l, float *const rows[2], uint32_t n, const float *q, double scale,
-                 const float *out, float lse);
+                 double rounding, const float *out, float lse);
 
 #endif /* CUDA_CASE_H */

@@ -191,7 +191,7 @@ static double check_head(const layer *l, const sequences *s, uint32_t seq, uint3
             const size_t at = (size_t)(seq * q_len + i) * l->n_heads + h;
             const int64_t seen = (int64_t)s->lengths[seq] - q_len + i + 1;
             const double error = row_error(l, rows, seen > 0 ? (uint32_t)seen : 0, q + at * l->dim,
-                                           scale, out + at * l->dim, lse[at]);
+                                           scale, 0, out + at * l->dim, lse[at]);
             worst = !(error <= worst) ? error : worst;
         }
     }
