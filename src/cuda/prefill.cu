@@ -11,6 +11,7 @@
  * blocks are too few for the device, the tokens are split too: parts go to the workspace, finished, and a second kernel
  * merges them. docs/GPU.md has times.
  */
+#include "cuda/copies.cuh"
 #include "cuda/prefill_queries.cuh"
 
 namespace
@@ -103,7 +104,7 @@ template <int D> struct tile_source {
             return;
         const tqkvc_layout &layout = layout_of(p, tier, g);
         const uint32_t n_bytes = layout.bytes[0] + layout.bytes[1], first = tile * shape::BLOCKS,
-                       place = (tile - b.first_tile) % p.n_staged,
+                       place = (tile - b.first_tile) & (p.n_staged - 1),
                        in_page = p.args.pages.page_tokens / TQKVC_BLOCK_TOKENS;
         const uint8_t *source = static_cast<const uint8_t *>(p.args.pages.pool[tier]) +
                                 (size_t)page * p.page_bytes[tier] +
@@ -120,18 +121,18 @@ template <int D> struct tile_source {
 template <int D> struct block_memory {
     tqkvc_prefill_memory<D> &shared;
     tqkvc_prefill_stage<D> *stages;
-    uint8_t *low, *codes;
+    uint8_t *low, *matrix, *codes; /* low parts of rows and the matrix of K, or NULL */
 };
 
 template <int D> __device__ block_memory<D> find_memory(const tqkvc_prefill &p, uint8_t *base)
 {
     using shape = tqkvc_prefill_shape<D>;
     uint8_t *stages = base + sizeof(tqkvc_prefill_memory<D>),
-            *low = stages + p.n_stages * sizeof(tqkvc_prefill_stage<D>);
+            *low = stages + p.n_stages * sizeof(tqkvc_prefill_stage<D>),
+            *matrix = low + (p.has_low ? shape::ROWS * D * 2 : 0);
 
-    return {*reinterpret_cast<tqkvc_prefill_memory<D> *>(base),
-            reinterpret_cast<tqkvc_prefill_stage<D> *>(stages), p.has_low ? low : NULL,
-            low + (p.has_low ? shape::ROWS * D * 2 : 0)};
+    return {*reinterpret_cast<tqkvc_prefill_memory<D> *>(base), reinterpret_cast<tqkvc_prefill_stage<D> *>(stages),
+            p.has_low ? low : NULL, p.has_matrix ? matrix : NULL, matrix + (p.has_matrix ? D * D * 4 : 0)};
 }
 
 /* Barriers, tables, places and limits of rows. */
@@ -174,8 +175,10 @@ __device__ void expand_tiles(const tqkvc_prefill &p, const block_range &b, uint3
     const tqkvc_rows tables = {shared_address(memory.shared.tables)};
     tile_source<D> source = {p, b, memory.shared, memory.codes, g, lane};
     tqkvc_tile_codes codes;
-    uint32_t tier = NONE;
+    uint32_t tier = NONE, next = NONE; /* next: tier of the next tile */
 
+    if (b.first_tile < b.end_tile)
+        next = tile_source<D>::tier_of(p, b, b.first_tile * shape::TOKENS);
     if (warp == 0) {
         source.look(b.first_tile);
         for (uint32_t i = 0; i < p.n_staged; i++)
@@ -183,9 +186,10 @@ __device__ void expand_tiles(const tqkvc_prefill &p, const block_range &b, uint3
     }
 #pragma unroll 1
     for (uint32_t i = 0; b.first_tile + i < b.end_tile; i++) {
-        const uint32_t tile = b.first_tile + i, place = i % p.n_staged,
-                       now = tile_source<D>::tier_of(p, b, tile * shape::TOKENS);
-        tqkvc_prefill_stage<D> &stage = memory.stages[i % p.n_stages];
+        const uint32_t tile = b.first_tile + i, place = i & (p.n_staged - 1), now = next;
+        tqkvc_prefill_stage<D> &stage = memory.stages[i & (p.n_stages - 1)];
+        if (tile + 1 < b.end_tile)
+            next = tile_source<D>::tier_of(p, b, (tile + 1) * shape::TOKENS);
         if (now != tier) {
             const tqkvc_layout &layout = tile_source<D>::layout_of(p, now, g);
             for (int side = 0; side < 2; side++) {
@@ -195,9 +199,9 @@ __device__ void expand_tiles(const tqkvc_prefill &p, const block_range &b, uint3
             tier = now;
         }
         codes.first = memory.codes + place * p.staged_bytes;
-        ring_wait(&memory.shared.staged[place], i / p.n_staged & 1u);
+        ring_wait(&memory.shared.staged[place], i >> (p.n_staged - 1) & 1u);
         if (i >= p.n_stages)
-            ring_wait(&stage.empty, (i / p.n_stages - 1) & 1u);
+            ring_wait(&stage.empty, ((i >> (p.n_stages - 1)) - 1) & 1u);
         expand_tile(codes, tables, warp, lane, stage);
         if (threadIdx.x == 0)
             stage.tier = tier;
@@ -251,6 +255,21 @@ __device__ void change_frame(const tqkvc_prefill_task<D> &t, uint32_t base, uint
     sync_four_warps(2 + t.warp / 4);
 }
 
+/* The matrix of K on its way to shared memory, by all readers. */
+template <int D> __device__ void fetch_matrix(const tqkvc_prefill_task<D> &t, const block_memory<D> &memory)
+{
+    const uint4 *from = t.matrix(0);
+
+    for (uint32_t i = 32 * t.warp + t.lane; memory.matrix && i < D * D / 4; i += THREADS<D> - 128)
+        copy_16(memory.matrix + 16 * i, from + i);
+    copy_commit();
+}
+
+template <int D> __device__ __forceinline__ void sync_readers()
+{
+    asm volatile("bar.sync 4, %0;" ::"n"(128 * tqkvc_prefill_shape<D>::READERS) : "memory");
+}
+
 template <int D>
 __device__ void read_tiles(const tqkvc_prefill &p, const block_range &b, const tqkvc_prefill_task<D> &t,
                            const block_memory<D> &memory, tqkvc_prefill_rows<D> &rows)
@@ -258,13 +277,17 @@ __device__ void read_tiles(const tqkvc_prefill &p, const block_range &b, const t
     using shape = tqkvc_prefill_shape<D>;
     uint32_t tier = NONE, frame = NONE;
 
-    if (b.first_tile < b.end_tile)
+    if (b.first_tile < b.end_tile) {
+        fetch_matrix(t, memory);
         measure_rows(t);
+        copy_wait<0>();
+        sync_readers<D>();
+    }
 #pragma unroll 1
     for (uint32_t i = 0; b.first_tile + i < b.end_tile; i++) {
-        tqkvc_prefill_stage<D> &stage = memory.stages[i % p.n_stages];
+        tqkvc_prefill_stage<D> &stage = memory.stages[i & (p.n_stages - 1)];
         const uint32_t first = (b.first_tile + i) * shape::TOKENS, this_frame = first / p.frames.frame_tokens;
-        ring_wait(&stage.full, i / p.n_stages & 1u);
+        ring_wait(&stage.full, i >> (p.n_stages - 1) & 1u);
         if (stage.tier != tier || this_frame != frame) {
             const tqkvc_layout &layout = tile_source<D>::layout_of(p, stage.tier, t.g);
             change_frame(t, this_frame * p.frames.frame_tokens, layout.widths[0], rows);
@@ -296,8 +319,10 @@ __global__ void __launch_bounds__(THREADS<D>, 1) prefill_kernel(const __grid_con
         expand_tiles(p, b, g, memory);
         return;
     }
-    const tqkvc_prefill_task<D> t = {p.frames, memory.shared, memory.low, {shared_address(memory.shared.tables)},
-                                     g, warp - 4, threadIdx.x % 32, p.scale_log2};
+    tqkvc_prefill_task<D> t = {p.frames, memory.shared, memory.low, reinterpret_cast<const uint4 *>(memory.matrix),
+                               {shared_address(memory.shared.tables)}, g, warp - 4, threadIdx.x % 32, p.scale_log2};
+    if (!memory.matrix)
+        t.key_matrix = t.matrix(0);
     tqkvc_prefill_rows<D> rows;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -349,14 +374,21 @@ template <int D> __global__ void merge_parts(const __grid_constant__ tqkvc_prefi
         p.args.lse[first + row] = total > 0 ? top + __logf(total) : -INFINITY;
 }
 
-/* With as much of what helps as shared memory takes: low parts first, then second tiles. 0: there is too little. */
+/* With as much of what helps as shared memory takes. 0: there is too little for anything. */
 template <int D> size_t choose_memory(tqkvc_prefill &p, size_t most)
 {
-    for (uint32_t choice = 0; choice < 4; choice++) {
-        p.has_low = choice < 2;
-        p.n_stages = p.n_staged = choice % 2 == 0 ? 2 : 1;
+    static constexpr struct {
+        bool has_low, has_matrix;
+        uint32_t n_tiles;
+    } CHOICES[] = {{true, true, 2}, {true, false, 2}, {true, false, 1}, {false, false, 2}, {false, false, 1}};
+
+    for (const auto &choice : CHOICES) {
+        p.has_low = choice.has_low;
+        p.has_matrix = choice.has_matrix;
+        p.n_stages = p.n_staged = choice.n_tiles;
         const size_t bytes = sizeof(tqkvc_prefill_memory<D>) + p.n_stages * sizeof(tqkvc_prefill_stage<D>) +
-                             (p.has_low ? tqkvc_prefill_shape<D>::ROWS * D * 2 : 0) + p.n_staged * p.staged_bytes;
+                             (p.has_low ? tqkvc_prefill_shape<D>::ROWS * D * 2 : 0) + (p.has_matrix ? D * D * 4 : 0) +
+                             p.n_staged * p.staged_bytes;
         if (bytes <= most)
             return bytes;
     }

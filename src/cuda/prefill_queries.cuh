@@ -14,7 +14,8 @@
 template <int D> struct tqkvc_prefill_task {
     const tqkvc_frames &f;
     tqkvc_prefill_memory<D> &shared;
-    uint8_t *low; /* low parts of rows, or NULL */
+    uint8_t *low;           /* low parts of rows, or NULL */
+    const uint4 *key_matrix; /* in shared memory where there is room */
     tqkvc_rows tables;
     uint32_t g, warp, lane;
     float scale_log2;
@@ -50,16 +51,18 @@ static __device__ __forceinline__ __half split_half(float x, __half &low)
     return high;
 }
 
-/* Four rows from i on, of the rows of a warp, as a lane has them. */
+constexpr int TQKVC_LOADED_ROWS = 8; /* at once: their latency is what a frame waits for */
+
+/* Rows from i on, of the rows of a warp, as a lane has them. */
 template <int D>
 static __device__ __forceinline__ void
 load_query_rows(const tqkvc_prefill_task<D> &t, uint32_t i, const tqkvc_turn<D> &turn,
-                float (&q)[4][2 * tqkvc_turn<D>::N])
+                float (&q)[TQKVC_LOADED_ROWS][2 * tqkvc_turn<D>::N])
 {
-    size_t at[4];
+    size_t at[TQKVC_LOADED_ROWS];
 
 #pragma unroll
-    for (int k = 0; k < 4; k++)
+    for (int k = 0; k < TQKVC_LOADED_ROWS; k++)
         at[k] = (size_t)t.shared.places[t.row(i + k)] * D;
     load_rows(t.f.q, at, turn.at, t.f.type, q);
 }
@@ -72,11 +75,11 @@ template <int D> static __device__ void measure_rows(const tqkvc_prefill_task<D>
 
     turn.load(t.f, t.g, t.lane);
 #pragma unroll 1
-    for (uint32_t i = 0; i < 16; i += 4) {
-        float q[4][N];
+    for (uint32_t i = 0; i < 16; i += TQKVC_LOADED_ROWS) {
+        float q[TQKVC_LOADED_ROWS][N];
         load_query_rows(t, i, turn, q);
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
+        for (int k = 0; k < TQKVC_LOADED_ROWS; k++) {
             float size = 1e-30f;
 #pragma unroll
             for (int n = 0; n < N; n++)
@@ -99,11 +102,11 @@ static __device__ void turn_rows(const tqkvc_prefill_task<D> &t, uint32_t base)
     turn.load(t.f, t.g, t.lane);
     turn.find_angles(base);
 #pragma unroll 1
-    for (uint32_t i = 0; i < 16; i += 4) {
-        float q[4][2 * N];
+    for (uint32_t i = 0; i < 16; i += TQKVC_LOADED_ROWS) {
+        float q[TQKVC_LOADED_ROWS][2 * N];
         load_query_rows(t, i, turn, q);
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
+        for (int k = 0; k < TQKVC_LOADED_ROWS; k++) {
             const uint32_t row = t.row(i + k);
             const float inverse = __fdividef(1.0f, t.shared.sizes[row]);
             float dot = 0;
@@ -142,7 +145,7 @@ static __device__ __forceinline__ void multiply_rows(const tqkvc_prefill_task<D>
 #pragma unroll 4
     for (uint32_t k = 0; k < D / 16; k++) {
         const uint4 *operand = matrix + (size_t)(m * (D / 16) + k) * 64 + t.lane;
-        const uint4 a = __ldg(operand), a_low = __ldg(operand + 32);
+        const uint4 a = operand[0], a_low = operand[32];
         uint32_t b[4];
         load_columns_operand<shape::ROWS>(b, high, t.row(0), k, t.lane);
         multiply_f16(c[0], a, b[0], b[1]);
@@ -178,7 +181,7 @@ static __device__ void make_prefill_queries(const tqkvc_prefill_task<D> &t, uint
     for (uint32_t m = 0; m < shape::UNITS; m++) {
         const float step = t.tables.step((int)unit_width(widths, m));
         const float scale[2] = {__ldg(row_scale + m * 16 + g) * step, __ldg(row_scale + m * 16 + g + 8) * step};
-        multiply_rows(t, t.matrix(0), m, c[m]);
+        multiply_rows(t, t.key_matrix, m, c[m]);
 #pragma unroll
         for (int i = 0; i < 8; i++)
             c[m][i / 4][i % 4] *= scale[i % 4 / 2];
