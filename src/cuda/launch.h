@@ -58,7 +58,7 @@ typedef struct tqkvc_prefill {
     uint32_t page_bytes[TQKV_TIERS_MAX];
     float *parts, *part_lse; /* [n_splits][n_tokens][n_heads][dim], [n_splits][n_tokens][n_heads] */
     uint32_t n_splits, staged_bytes, shared_bytes_max; /* staged_bytes: codes of a tile */
-    uint32_t n_stages, n_staged; /* tiles of levels and of codes, 1 or 2; these and the next the launch chooses */
+    uint32_t n_stages, staged_log; /* tiles of levels, 1 or 2; log2 of tiles of codes: the launch chooses these */
     bool has_low, has_matrix;    /* rows have low parts; the matrix of K is in shared memory */
     float scale_log2;
 } tqkvc_prefill;

@@ -3,21 +3,30 @@
  * Prefill: attention of chunks of new tokens of several sequences over what is stored of them.
  *
  *     block       KV head x 128 query rows (64 of heads of 256 channels) x part of the tokens of one sequence
- *     expanders   four warps: codes of a tile of 64 tokens (32) become levels in shared memory, once for all rows
+ *     expanders   four warps, or eight: codes of a tile of 64 tokens (32) become levels in shared memory, for all rows
  *     readers     four warps for 64 rows: scores, probabilities, sums; queries of each frame; at the end the inverse
  *                 of the transform, mean, output
  *
- * Codes come by bulk copies, two tiles ahead; levels of a tile are made while those of the one before are read. Where
+ * Codes come by bulk copies, up to four tiles ahead; levels of a tile are made while those of the one before are read. Where
  * blocks are too few for the device, the tokens are split too: parts go to the workspace, finished, and a second kernel
  * merges them. docs/GPU.md has times.
  */
 #include "cuda/copies.cuh"
 #include "cuda/prefill_queries.cuh"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#define TQKVC_IS_90 1
+#else
+#define TQKVC_IS_90 0
+#endif
+
 namespace
 {
 
-template <int D> constexpr uint32_t THREADS = 128 * (1 + tqkvc_prefill_shape<D>::READERS);
+/* EXPANDERS: fours of warps. Two are faster where a warpgroup can leave registers to others, on sm_90a. */
+template <int D, int EXPANDERS>
+constexpr uint32_t THREADS = 128 * (EXPANDERS + tqkvc_prefill_shape<D>::READERS);
+
 constexpr uint32_t NONE = 0xffffffffu;
 
 /* Rows and tokens of a block. */
@@ -25,6 +34,7 @@ struct block_range {
     uint32_t seq, q_start, n_rows, first_row, context;
     uint32_t all_see, some_see; /* tokens that every row sees; that any row does */
     uint32_t first_tile, end_tile;
+    uint32_t n_readers; /* fours of warps that have rows */
 };
 
 /* Tokens that a row sees. */
@@ -52,6 +62,7 @@ template <int D> __device__ bool find_range(const tqkvc_prefill &p, block_range 
     if (b.first_row >= n_queries * group)
         return false;
     b.n_rows = min(n_queries * group - b.first_row, (uint32_t)shape::ROWS);
+    b.n_readers = (b.n_rows + 63) / 64;
     b.context = min((uint32_t)max(p.args.context_lens[b.seq], 0), p.args.max_context);
     b.all_see = find_limit(p, b, n_queries, b.first_row);
     b.some_see = find_limit(p, b, n_queries, b.first_row + b.n_rows - 1);
@@ -104,7 +115,7 @@ template <int D> struct tile_source {
             return;
         const tqkvc_layout &layout = layout_of(p, tier, g);
         const uint32_t n_bytes = layout.bytes[0] + layout.bytes[1], first = tile * shape::BLOCKS,
-                       place = (tile - b.first_tile) & (p.n_staged - 1),
+                       place = (tile - b.first_tile) % (1u << p.staged_log),
                        in_page = p.args.pages.page_tokens / TQKVC_BLOCK_TOKENS;
         const uint8_t *source = static_cast<const uint8_t *>(p.args.pages.pool[tier]) +
                                 (size_t)page * p.page_bytes[tier] +
@@ -136,7 +147,7 @@ template <int D> __device__ block_memory<D> find_memory(const tqkvc_prefill &p, 
 }
 
 /* Barriers, tables, places and limits of rows. */
-template <int D>
+template <int D, int EXPANDERS>
 __device__ void set_up(const tqkvc_prefill &p, const block_range &b, uint32_t n_queries, uint32_t g,
                        const block_memory<D> &memory)
 {
@@ -146,32 +157,33 @@ __device__ void set_up(const tqkvc_prefill &p, const block_range &b, uint32_t n_
     tqkvc_prefill_memory<D> &shared = memory.shared;
 
     if (threadIdx.x == 0) {
-        for (uint32_t i = 0; i < p.n_staged; i++)
+        for (uint32_t i = 0; i < 1u << p.staged_log; i++)
             ring_barrier_init(&shared.staged[i]);
         for (uint32_t i = 0; i < p.n_stages; i++) {
-            init_barrier(&memory.stages[i].full, 4);
-            init_barrier(&memory.stages[i].empty, 4 * shape::READERS);
+            init_barrier(&memory.stages[i].full, 4 * EXPANDERS);
+            init_barrier(&memory.stages[i].empty, 4 * b.n_readers);
         }
     }
-    for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * (TQKVC_WORDS + 1); i += THREADS<D>)
+    for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * (TQKVC_WORDS + 1); i += blockDim.x)
         shared.tables[0][i] = __ldg(widths[i / (TQKVC_WORDS + 1)].words + i % (TQKVC_WORDS + 1));
-    for (uint32_t i = threadIdx.x; i < shape::ROWS; i += THREADS<D>) {
+    for (uint32_t i = threadIdx.x; i < shape::ROWS; i += blockDim.x) {
         const uint32_t row = b.first_row + min(i, b.n_rows - 1);
         shared.places[i] = (b.q_start + row / group) * p.frames.shape.n_heads + g * group + row % group;
         shared.limits[i] = min(find_limit(p, b, n_queries, row), b.context);
         shared.means[i] = 0;
     }
-    for (uint32_t i = threadIdx.x; i < 4 * shape::READERS * shape::UNITS; i += THREADS<D>)
+    for (uint32_t i = threadIdx.x; i < 4 * shape::READERS * shape::UNITS; i += blockDim.x)
         shared.v_steps[0][i] = 1.0f;
     __syncthreads();
 }
 
-/* Codes to levels, tile by tile, by the first four warps. */
-template <int D>
-__device__ void expand_tiles(const tqkvc_prefill &p, const block_range &b, uint32_t g, const block_memory<D> &memory)
+/* Codes to levels, tile by tile, by the first warps. */
+template <int D, int EXPANDERS>
+__device__ void expand_tiles(const tqkvc_prefill &p, const block_range &b, uint32_t g, uint32_t warp,
+                             const block_memory<D> &memory)
 {
     using shape = tqkvc_prefill_shape<D>;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t lane = threadIdx.x % 32;
     const tqkvc_rows tables = {shared_address(memory.shared.tables)};
     tile_source<D> source = {p, b, memory.shared, memory.codes, g, lane};
     tqkvc_tile_codes codes;
@@ -181,12 +193,12 @@ __device__ void expand_tiles(const tqkvc_prefill &p, const block_range &b, uint3
         next = tile_source<D>::tier_of(p, b, b.first_tile * shape::TOKENS);
     if (warp == 0) {
         source.look(b.first_tile);
-        for (uint32_t i = 0; i < p.n_staged; i++)
+        for (uint32_t i = 0; i < 1u << p.staged_log; i++)
             source.copy(b.first_tile + i);
     }
 #pragma unroll 1
     for (uint32_t i = 0; b.first_tile + i < b.end_tile; i++) {
-        const uint32_t tile = b.first_tile + i, place = i & (p.n_staged - 1), now = next;
+        const uint32_t tile = b.first_tile + i, place = i % (1u << p.staged_log), now = next;
         tqkvc_prefill_stage<D> &stage = memory.stages[i & (p.n_stages - 1)];
         if (tile + 1 < b.end_tile)
             next = tile_source<D>::tier_of(p, b, (tile + 1) * shape::TOKENS);
@@ -199,19 +211,19 @@ __device__ void expand_tiles(const tqkvc_prefill &p, const block_range &b, uint3
             tier = now;
         }
         codes.first = memory.codes + place * p.staged_bytes;
-        ring_wait(&memory.shared.staged[place], i >> (p.n_staged - 1) & 1u);
+        ring_wait(&memory.shared.staged[place], i >> p.staged_log & 1u);
         if (i >= p.n_stages)
             ring_wait(&stage.empty, ((i >> (p.n_stages - 1)) - 1) & 1u);
-        expand_tile(codes, tables, warp, lane, stage);
+        expand_tile(codes, tables, 4 * EXPANDERS, warp, lane, stage);
         if (threadIdx.x == 0)
             stage.tier = tier;
         publish_operands();
         __syncwarp();
         if (lane == 0)
             arrive_at(&stage.full);
-        sync_four_warps(1); /* codes were read */
+        sync_warps(1, 4 * EXPANDERS); /* codes were read */
         if (warp == 0)
-            source.copy(tile + p.n_staged);
+            source.copy(tile + (1u << p.staged_log));
     }
 }
 
@@ -244,7 +256,7 @@ __device__ void change_frame(const tqkvc_prefill_task<D> &t, uint32_t base, uint
 #pragma unroll
     for (int h = 0; h < 2; h++)
         rows.top[h] += t.shared.means[t.row(8 * h + t.lane / 4)];
-    sync_four_warps(2 + t.warp / 4);
+    sync_warps(2 + t.warp / 4, 4);
     make_prefill_queries(t, base, widths);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -252,22 +264,18 @@ __device__ void change_frame(const tqkvc_prefill_task<D> &t, uint32_t base, uint
         rows.factor[h] = t.shared.factors[t.row(8 * h + t.lane / 4)];
     }
     publish_operands();
-    sync_four_warps(2 + t.warp / 4);
+    sync_warps(2 + t.warp / 4, 4);
 }
 
-/* The matrix of K on its way to shared memory, by all readers. */
-template <int D> __device__ void fetch_matrix(const tqkvc_prefill_task<D> &t, const block_memory<D> &memory)
+/* The matrix of a side on its way to shared memory, by all readers. */
+template <int D>
+__device__ void fetch_matrix(const tqkvc_prefill_task<D> &t, uint32_t n_readers, const block_memory<D> &memory, int side)
 {
-    const uint4 *from = t.matrix(0);
+    const uint4 *from = t.matrix(side);
 
-    for (uint32_t i = 32 * t.warp + t.lane; memory.matrix && i < D * D / 4; i += THREADS<D> - 128)
+    for (uint32_t i = 32 * t.warp + t.lane; memory.matrix && i < D * D / 4; i += 128 * n_readers)
         copy_16(memory.matrix + 16 * i, from + i);
     copy_commit();
-}
-
-template <int D> __device__ __forceinline__ void sync_readers()
-{
-    asm volatile("bar.sync 4, %0;" ::"n"(128 * tqkvc_prefill_shape<D>::READERS) : "memory");
 }
 
 template <int D>
@@ -278,10 +286,10 @@ __device__ void read_tiles(const tqkvc_prefill &p, const block_range &b, const t
     uint32_t tier = NONE, frame = NONE;
 
     if (b.first_tile < b.end_tile) {
-        fetch_matrix(t, memory);
+        fetch_matrix(t, b.n_readers, memory, 0);
         measure_rows(t);
         copy_wait<0>();
-        sync_readers<D>();
+        sync_warps(4, 4 * b.n_readers);
     }
 #pragma unroll 1
     for (uint32_t i = 0; b.first_tile + i < b.end_tile; i++) {
@@ -303,27 +311,18 @@ __device__ void read_tiles(const tqkvc_prefill &p, const block_range &b, const t
     }
 }
 
+/* Rows 64 and on of a block, by four warps: tiles, then the output. */
 template <int D>
-__global__ void __launch_bounds__(THREADS<D>, 1) prefill_kernel(const __grid_constant__ tqkvc_prefill p)
+__device__ void read_rows(const tqkvc_prefill &p, const block_range &b, uint32_t g, uint32_t warp,
+                          const block_memory<D> &memory)
 {
-    extern __shared__ __align__(1024) uint8_t dynamic[];
-    const block_memory<D> memory = find_memory<D>(p, dynamic);
-    const uint32_t warp = threadIdx.x / 32, g = blockIdx.y;
-    block_range b;
-    uint32_t n_queries;
-
-    if (!find_range<D>(p, b, n_queries))
-        return;
-    set_up(p, b, n_queries, g, memory);
-    if (warp < 4) {
-        expand_tiles(p, b, g, memory);
-        return;
-    }
-    tqkvc_prefill_task<D> t = {p.frames, memory.shared, memory.low, reinterpret_cast<const uint4 *>(memory.matrix),
-                               {shared_address(memory.shared.tables)}, g, warp - 4, threadIdx.x % 32, p.scale_log2};
-    if (!memory.matrix)
-        t.key_matrix = t.matrix(0);
+    const uint4 *matrix = reinterpret_cast<const uint4 *>(memory.matrix);
+    tqkvc_prefill_task<D> t = {p.frames, memory.shared, memory.low, {matrix, matrix},
+                               {shared_address(memory.shared.tables)}, g, warp, threadIdx.x % 32, p.scale_log2};
     tqkvc_prefill_rows<D> rows;
+
+    for (int side = 0; side < 2 && !memory.matrix; side++)
+        t.matrices[side] = t.matrix(side);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         rows.top[h] = TQKVC_LOWEST_TOP;
@@ -333,7 +332,10 @@ __global__ void __launch_bounds__(THREADS<D>, 1) prefill_kernel(const __grid_con
     for (int i = 0; i < D / 2; i++)
         rows.sums[i / 4][i % 4] = 0;
     read_tiles(p, b, t, memory, rows);
-    sync_four_warps(2 + t.warp / 4);
+    sync_warps(4, 4 * b.n_readers); /* the matrix of K was read */
+    fetch_matrix(t, b.n_readers, memory, 1);
+    copy_wait<0>();
+    sync_warps(4, 4 * b.n_readers);
 
     tqkvc_prefill_output to = {p.args.out, p.args.lse, p.args.type, 0, b.n_rows};
     if (p.n_splits > 1) {
@@ -343,6 +345,38 @@ __global__ void __launch_bounds__(THREADS<D>, 1) prefill_kernel(const __grid_con
               (uint32_t)p.args.q_starts[0] * p.frames.shape.n_heads, b.n_rows};
     }
     finish_rows(t, to, rows);
+}
+
+/* Registers of expanders and readers where there are two fours of expanders: they add up to what all had. */
+template <int D> struct registers {
+    static constexpr int OF_EXPANDERS = D < 256 ? 88 : 128, OF_READERS = D < 256 ? 168 : 240;
+    static_assert(256 * OF_EXPANDERS + 128 * tqkvc_prefill_shape<D>::READERS * OF_READERS <= 65536, "of a multiprocessor");
+};
+
+template <int D, int EXPANDERS>
+__global__ void __launch_bounds__(THREADS<D, EXPANDERS>, 1) prefill_kernel(const __grid_constant__ tqkvc_prefill p)
+{
+    if constexpr (EXPANDERS == 1 || TQKVC_IS_90) {
+        extern __shared__ __align__(1024) uint8_t dynamic[];
+        const block_memory<D> memory = find_memory<D>(p, dynamic);
+        const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), g = blockIdx.y;
+        block_range b;
+        uint32_t n_queries;
+
+        if (!find_range<D>(p, b, n_queries))
+            return;
+        set_up<D, EXPANDERS>(p, b, n_queries, g, memory);
+        if (warp < 4 * EXPANDERS) {
+            if constexpr (EXPANDERS == 2)
+                change_registers<registers<D>::OF_EXPANDERS, false>();
+            expand_tiles<D, EXPANDERS>(p, b, g, warp, memory);
+        } else {
+            if constexpr (EXPANDERS == 2)
+                change_registers<registers<D>::OF_READERS, true>();
+            if (warp < 4 * (EXPANDERS + b.n_readers))
+                read_rows(p, b, g, warp - 4 * EXPANDERS, memory);
+        }
+    }
 }
 
 /* Parts of all rows to the output; one warp a row. */
@@ -379,20 +413,33 @@ template <int D> size_t choose_memory(tqkvc_prefill &p, size_t most)
 {
     static constexpr struct {
         bool has_low, has_matrix;
-        uint32_t n_tiles;
-    } CHOICES[] = {{true, true, 2}, {true, false, 2}, {true, false, 1}, {false, false, 2}, {false, false, 1}};
+        uint32_t n_stages, staged_log;
+    } CHOICES[] = {{true, true, 2, 2},  {true, true, 2, 1},  {true, false, 2, 2}, {true, false, 2, 1},
+                   {true, false, 1, 0}, {false, false, 2, 1}, {false, false, 1, 0}};
 
     for (const auto &choice : CHOICES) {
         p.has_low = choice.has_low;
         p.has_matrix = choice.has_matrix;
-        p.n_stages = p.n_staged = choice.n_tiles;
+        p.n_stages = choice.n_stages;
+        p.staged_log = choice.staged_log;
         const size_t bytes = sizeof(tqkvc_prefill_memory<D>) + p.n_stages * sizeof(tqkvc_prefill_stage<D>) +
                              (p.has_low ? tqkvc_prefill_shape<D>::ROWS * D * 2 : 0) + (p.has_matrix ? D * D * 4 : 0) +
-                             p.n_staged * p.staged_bytes;
+                             ((size_t)p.staged_bytes << p.staged_log);
         if (bytes <= most)
             return bytes;
     }
     return 0;
+}
+
+/* Whether the kernel with two fours of expanders is there. */
+template <int D> bool has_many_expanders()
+{
+    cudaFuncAttributes attributes;
+
+    if (cudaFuncGetAttributes(&attributes, prefill_kernel<D, 2>) == cudaSuccess)
+        return attributes.ptxVersion == 90;
+    (void)cudaGetLastError();
+    return false;
 }
 
 template <int D> tqkv_status launch(tqkvc_prefill p, cudaStream_t stream)
@@ -403,13 +450,16 @@ template <int D> tqkv_status launch(tqkvc_prefill p, cudaStream_t stream)
         (p.args.max_q * group + tqkvc_prefill_shape<D>::ROWS - 1) / tqkvc_prefill_shape<D>::ROWS;
     const size_t bytes = choose_memory<D>(p, p.shared_bytes_max);
 
-    if (bytes == 0 || cudaFuncSetAttribute(prefill_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           (int)bytes) != cudaSuccess) {
+    const bool many = has_many_expanders<D>();
+    const auto kernel = many ? prefill_kernel<D, 2> : prefill_kernel<D, 1>;
+    const uint32_t n_threads = many ? THREADS<D, 2> : THREADS<D, 1>;
+
+    if (bytes == 0 || cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) !=
+                          cudaSuccess) {
         (void)cudaGetLastError();
         return TQKV_ERR_UNSUPPORTED;
     }
-    prefill_kernel<D><<<dim3(n_row_tiles * p.n_splits, p.frames.shape.n_kv_heads, p.args.n_seqs), THREADS<D>, bytes,
-                        stream>>>(p);
+    kernel<<<dim3(n_row_tiles * p.n_splits, p.frames.shape.n_kv_heads, p.args.n_seqs), n_threads, bytes, stream>>>(p);
     if (p.n_splits > 1)
         merge_parts<D><<<(p.args.n_tokens * p.frames.shape.n_heads + MERGE_ROWS - 1) / MERGE_ROWS,
                          32 * MERGE_ROWS, 0, stream>>>(p);

@@ -17,8 +17,7 @@
 #define TQKVC_WARPGROUPS 0
 #endif
 
-constexpr uint32_t TQKVC_PREFILL_STAGES_MAX = 2; /* tiles of levels */
-constexpr uint32_t TQKVC_PREFILL_STAGED_MAX = 2; /* tiles of codes */
+constexpr uint32_t TQKVC_PREFILL_STAGED_MAX = 4; /* tiles of codes */
 
 /* One thread; then a barrier among those that use it. */
 static __device__ __forceinline__ void init_barrier(uint64_t *barrier, uint32_t n_arrivals)
@@ -32,10 +31,21 @@ static __device__ __forceinline__ void arrive_at(uint64_t *barrier)
                  : "memory");
 }
 
-/* Four warps of a block; id: 1 to 15. */
-static __device__ __forceinline__ void sync_four_warps(uint32_t id)
+/* Some warps of a block; id: 1 to 15. */
+static __device__ __forceinline__ void sync_warps(uint32_t id, uint32_t n_warps)
 {
-    asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(32 * n_warps) : "memory");
+}
+
+/* Registers of a thread, where a block was given fewer for all: four warps give some away, four others take them. */
+template <int N, bool TAKES> static __device__ __forceinline__ void change_registers()
+{
+#if TQKVC_WARPGROUPS
+    if constexpr (TAKES)
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+    else
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#endif
 }
 
 /* Where the piece of 16 bytes of a row is: panels of 128 bytes of N rows, pieces permuted by the row. */

@@ -15,7 +15,7 @@ template <int D> struct tqkvc_prefill_task {
     const tqkvc_frames &f;
     tqkvc_prefill_memory<D> &shared;
     uint8_t *low;           /* low parts of rows, or NULL */
-    const uint4 *key_matrix; /* in shared memory where there is room */
+    const uint4 *matrices[2]; /* in shared memory where there is room */
     tqkvc_rows tables;
     uint32_t g, warp, lane;
     float scale_log2;
@@ -142,7 +142,7 @@ static __device__ __forceinline__ void multiply_rows(const tqkvc_prefill_task<D>
 #pragma unroll
     for (int i = 0; i < 8; i++)
         c[i / 4][i % 4] = 0.0f;
-#pragma unroll 4
+#pragma unroll(D < 256 ? D / 16 : 4)
     for (uint32_t k = 0; k < D / 16; k++) {
         const uint4 *operand = matrix + (size_t)(m * (D / 16) + k) * 64 + t.lane;
         const uint4 a = operand[0], a_low = operand[32];
@@ -181,7 +181,7 @@ static __device__ void make_prefill_queries(const tqkvc_prefill_task<D> &t, uint
     for (uint32_t m = 0; m < shape::UNITS; m++) {
         const float step = t.tables.step((int)unit_width(widths, m));
         const float scale[2] = {__ldg(row_scale + m * 16 + g) * step, __ldg(row_scale + m * 16 + g + 8) * step};
-        multiply_rows(t, t.key_matrix, m, c[m]);
+        multiply_rows(t, t.matrices[0], m, c[m]);
 #pragma unroll
         for (int i = 0; i < 8; i++)
             c[m][i / 4][i % 4] *= scale[i % 4 / 2];
@@ -277,7 +277,7 @@ static __device__ void finish_rows(const tqkvc_prefill_task<D> &t, const tqkvc_p
         const float scale[2] = {__ldg(row_scale + d) / GAIN, __ldg(row_scale + d + 8) / GAIN},
                     means[2] = {__ldg(mean + d), __ldg(mean + d + 8)};
         float c[2][4];
-        multiply_rows(t, t.matrix(1), m, c);
+        multiply_rows(t, t.matrices[1], m, c);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const uint32_t row = t.row(i / 4 * 8 + t.lane % 4 * 2 + i % 2);

@@ -3,7 +3,7 @@
  * What a block of prefill has in shared memory, and what it does with a tile of tokens of one KV head there: codes to
  * levels, scores, probabilities, sums.
  *
- * The first four warps of a block are its expanders, each four behind them read 64 rows. What is multiplied lies in
+ * The first warps of a block, four or eight, are its expanders, each four behind them read 64 rows. What is multiplied lies in
  * panels of rows of 128 bytes, whose pieces of 16 bytes are permuted by the row, as matrix instructions expect it:
  *
  *     queries   [rows][2 D bytes]         high bytes of all channels, then low bytes; channels i and i + 8 of a
@@ -100,7 +100,8 @@ static __device__ __forceinline__ void expand_unit(const tqkvc_tile_codes &codes
 /* Levels and scales of a tile, by the expanders. */
 template <int D>
 static __device__ __forceinline__ void expand_tile(const tqkvc_tile_codes &codes, tqkvc_rows tables,
-                                                   uint32_t warp, uint32_t lane, tqkvc_prefill_stage<D> &stage)
+                                                   uint32_t n_warps, uint32_t warp, uint32_t lane,
+                                                   tqkvc_prefill_stage<D> &stage)
 {
     using shape = tqkvc_prefill_shape<D>;
 
@@ -116,11 +117,11 @@ static __device__ __forceinline__ void expand_tile(const tqkvc_tile_codes &codes
             stage.zeros[warp] = zeros;
     }
 #pragma unroll 1
-    for (uint32_t u = warp; u < shape::UNITS; u += 4)
-        expand_unit<D, TQKV_SIDE_K>(codes, u, tables, lane, stage);
-#pragma unroll 1
-    for (uint32_t u = warp; u < shape::UNITS; u += 4)
-        expand_unit<D, TQKV_SIDE_V>(codes, u, tables, lane, stage);
+    for (uint32_t i = warp; i < 2 * shape::UNITS; i += n_warps)
+        if (i < shape::UNITS)
+            expand_unit<D, TQKV_SIDE_K>(codes, i, tables, lane, stage);
+        else
+            expand_unit<D, TQKV_SIDE_V>(codes, i - shape::UNITS, tables, lane, stage);
 }
 
 /* Of a lane's rows g and g + 8 of a warp. sum, and zero, which is of zero rows of V: of this lane's tokens. */

@@ -296,7 +296,7 @@ class Server:
                     rows = raw.double()
                     if before:
                         old = self.reference.rows(layer, request, before, here[:-(-before // PAGE_TOKENS)])
-                        rows = torch.cat([old.to(DTYPE).double(), rows])  # as they are unpacked
+                        rows = torch.cat([old.double(), rows])
                 want, want_sums = attention(q[layer, tokens], rows, self.machine.scale)
                 wrong = (out[layer, tokens].double() - want).norm(dim=-1) / want.norm(dim=-1)
                 wrong_sums = (sums[layer, tokens] - want_sums).abs()
