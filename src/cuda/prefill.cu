@@ -82,17 +82,38 @@ template <int D> struct tile_source {
     uint8_t *codes; /* of the tiles that are there */
     uint32_t g, lane;
     int32_t page = 0; /* of the next tile, read one ahead */
-    uint32_t tier = 0;
+    uint32_t tier = 0, entry = 0, in_page = 0; /* of this lane's block: in the block table, in its page */
+
+    __device__ __forceinline__ void start(uint32_t tile)
+    {
+        const uint32_t block = tile * shape::BLOCKS + lane, n = p.args.pages.page_tokens / TQKVC_BLOCK_TOKENS;
+
+        entry = block / n;
+        in_page = block % n;
+        look(tile);
+    }
 
     __device__ __forceinline__ void look(uint32_t tile)
     {
         const tqkv_cuda_pages &pages = p.args.pages;
-        const uint32_t token = tile * shape::TOKENS + lane * TQKVC_BLOCK_TOKENS;
         if (tile >= b.end_tile)
             return;
-        if (lane < shape::BLOCKS && token < b.context)
-            page = __ldg(pages.block_table + (size_t)b.seq * pages.table_stride + token / pages.page_tokens);
+        if (lane < shape::BLOCKS && tile * shape::TOKENS + lane * TQKVC_BLOCK_TOKENS < b.context)
+            page = __ldg(pages.block_table + (size_t)b.seq * pages.table_stride + entry);
         tier = tier_of(p, b, tile * shape::TOKENS);
+    }
+
+    __device__ __forceinline__ void step()
+    {
+        const uint32_t n = p.args.pages.page_tokens / TQKVC_BLOCK_TOKENS;
+
+        if (n < shape::BLOCKS) { /* pages of one block or two */
+            entry += shape::BLOCKS >> (n - 1);
+            return;
+        }
+        in_page += shape::BLOCKS;
+        entry += in_page >= n;
+        in_page -= in_page >= n ? n : 0;
     }
 
     static __device__ __forceinline__ uint32_t tier_of(const tqkvc_prefill &p, const block_range &b, uint32_t token)
@@ -115,15 +136,14 @@ template <int D> struct tile_source {
             return;
         const tqkvc_layout &layout = layout_of(p, tier, g);
         const uint32_t n_bytes = layout.bytes[0] + layout.bytes[1], first = tile * shape::BLOCKS,
-                       place = (tile - b.first_tile) % (1u << p.staged_log),
-                       in_page = p.args.pages.page_tokens / TQKVC_BLOCK_TOKENS;
+                       place = (tile - b.first_tile) % (1u << p.staged_log);
         const uint8_t *source = static_cast<const uint8_t *>(p.args.pages.pool[tier]) +
                                 (size_t)page * p.page_bytes[tier] +
-                                (size_t)((first + lane) % in_page) * p.frames.shape.block_bytes[tier] +
-                                layout.offset;
+                                (size_t)in_page * p.frames.shape.block_bytes[tier] + layout.offset;
         ring_copy(&shared.staged[place], codes + place * p.staged_bytes + lane * n_bytes, source, n_bytes,
                   min((b.context + TQKVC_BLOCK_TOKENS - 1) / TQKVC_BLOCK_TOKENS - first, (uint32_t)shape::BLOCKS),
                   lane);
+        step();
         look(tile + 1);
     }
 };
@@ -157,8 +177,10 @@ __device__ void set_up(const tqkvc_prefill &p, const block_range &b, uint32_t n_
     tqkvc_prefill_memory<D> &shared = memory.shared;
 
     if (threadIdx.x == 0) {
-        for (uint32_t i = 0; i < 1u << p.staged_log; i++)
+        for (uint32_t i = 0; i < 1u << p.staged_log; i++) {
             ring_barrier_init(&shared.staged[i]);
+            init_barrier(&shared.drained[i], 4 * EXPANDERS);
+        }
         for (uint32_t i = 0; i < p.n_stages; i++) {
             init_barrier(&memory.stages[i].full, 4 * EXPANDERS);
             init_barrier(&memory.stages[i].empty, 4 * b.n_readers);
@@ -187,12 +209,13 @@ __device__ void expand_tiles(const tqkvc_prefill &p, const block_range &b, uint3
     const tqkvc_rows tables = {shared_address(memory.shared.tables)};
     tile_source<D> source = {p, b, memory.shared, memory.codes, g, lane};
     tqkvc_tile_codes codes;
+    const uint32_t lag = p.staged_log > 0 ? 1 : 0;
     uint32_t tier = NONE, next = NONE; /* next: tier of the next tile */
 
     if (b.first_tile < b.end_tile)
         next = tile_source<D>::tier_of(p, b, b.first_tile * shape::TOKENS);
     if (warp == 0) {
-        source.look(b.first_tile);
+        source.start(b.first_tile);
         for (uint32_t i = 0; i < 1u << p.staged_log; i++)
             source.copy(b.first_tile + i);
     }
@@ -219,11 +242,15 @@ __device__ void expand_tiles(const tqkvc_prefill &p, const block_range &b, uint3
             stage.tier = tier;
         publish_operands();
         __syncwarp();
-        if (lane == 0)
+        if (lane == 0) {
             arrive_at(&stage.full);
-        sync_warps(1, 4 * EXPANDERS); /* codes were read */
-        if (warp == 0)
-            source.copy(tile + (1u << p.staged_log));
+            arrive_at(&memory.shared.drained[place]);
+        }
+        if (warp == 0 && i >= lag) { /* into the place of the tile before, which all have read by now */
+            const uint32_t free = i - lag;
+            ring_wait(&memory.shared.drained[free % (1u << p.staged_log)], free >> p.staged_log & 1u);
+            source.copy(b.first_tile + free + (1u << p.staged_log));
+        }
     }
 }
 

@@ -43,7 +43,7 @@ template <int D> struct __align__(1024) tqkvc_prefill_memory {
     float means[shape::ROWS], factors[shape::ROWS], sizes[shape::ROWS], shares[shape::ROWS];
     uint32_t places[shape::ROWS], limits[shape::ROWS];
     float v_steps[4 * shape::READERS][shape::UNITS]; /* that sums are to be multiplied by */
-    uint64_t staged[TQKVC_PREFILL_STAGED_MAX];       /* barriers of codes */
+    uint64_t staged[TQKVC_PREFILL_STAGED_MAX], drained[TQKVC_PREFILL_STAGED_MAX]; /* barriers: codes came, were read */
 };
 
 /* The sum of the nibbles below nibble u. */
@@ -105,16 +105,17 @@ static __device__ __forceinline__ void expand_tile(const tqkvc_tile_codes &codes
 {
     using shape = tqkvc_prefill_shape<D>;
 
-    if (threadIdx.x < shape::TOKENS) {
-        const uint8_t *block = codes.block(threadIdx.x / 16) + threadIdx.x % 16;
+    const uint32_t token = 32 * (warp + shape::TOKENS / 32 - n_warps) + lane; /* of the last warps: the first copies */
+    if (warp >= n_warps - shape::TOKENS / 32) {
+        const uint8_t *block = codes.block(token / 16) + token % 16;
         const uint32_t k = block[0], v = block[codes.bytes[0]];
         const float v_log = ((float)v - 128.0f) * 0.0625f;
-        stage.k_scale[threadIdx.x] = k == 0 ? 0.0f : exp2_fast(((float)k - 128.0f) * 0.0625f);
-        stage.v_log[threadIdx.x] = v_log;
-        stage.v_inverse[threadIdx.x] = exp2_fast(-v_log);
+        stage.k_scale[token] = k == 0 ? 0.0f : exp2_fast(((float)k - 128.0f) * 0.0625f);
+        stage.v_log[token] = v_log;
+        stage.v_inverse[token] = exp2_fast(-v_log);
         const bool zeros = __any_sync(0xffffffffu, k == 0 || v == 0);
         if (lane == 0)
-            stage.zeros[warp] = zeros;
+            stage.zeros[token / 32] = zeros;
     }
 #pragma unroll 1
     for (uint32_t i = warp; i < 2 * shape::UNITS; i += n_warps)
