@@ -285,13 +285,13 @@ __device__ void change_frame(const tqkvc_prefill_task<D> &t, uint32_t base, uint
         rows.top[h] += t.shared.means[t.row(8 * h + t.lane / 4)];
     sync_warps(2 + t.warp / 4, 4);
     make_prefill_queries(t, base, widths);
+    publish_operands();
+    sync_warps(2 + t.warp / 4, 4);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         rows.top[h] -= t.shared.means[t.row(8 * h + t.lane / 4)];
         rows.factor[h] = t.shared.factors[t.row(8 * h + t.lane / 4)];
     }
-    publish_operands();
-    sync_warps(2 + t.warp / 4, 4);
 }
 
 /* The matrix of a side on its way to shared memory, by all readers. */

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Rows of a block of prefill before and after its tiles: queries of a frame on the way in, the inverse of V on the
- * way out. Each warp does its own 16 rows, on tensor cores, with both f16 parts of rows and matrix, as decode does; on
- * devices with little shared memory without the low parts of rows.
+ * way out. Four warps do their 64 rows together, on tensor cores: each brings 16 rows and multiplies a fourth of the
+ * matrix with all 64, so that shared memory is read least. Both f16 parts of rows and matrix count, as in decode; on
+ * devices with little shared memory rows have no low parts.
  */
 #ifndef TQKVC_PREFILL_QUERIES_CUH
 #define TQKVC_PREFILL_QUERIES_CUH
@@ -130,91 +131,137 @@ static __device__ void turn_rows(const tqkvc_prefill_task<D> &t, uint32_t base)
     __syncwarp();
 }
 
-/* Rows 16 m .. 16 m + 15 of the matrix times the rows of the warp: c[i] is the product with rows 8 i .. 8 i + 7. */
+/* Rows 16 m .. 16 m + 15 of the matrix times the 64 rows of four warps: c[i] is the product with rows 8 i .. 8 i + 7. */
 template <int D>
 static __device__ __forceinline__ void multiply_rows(const tqkvc_prefill_task<D> &t, const uint4 *matrix, uint32_t m,
-                                                     float (&c)[2][4])
+                                                     float (&c)[8][4])
 {
     using shape = tqkvc_prefill_shape<D>;
-    const uint32_t high = shared_address(t.shared.queries), low = shared_address(t.low);
-    float small[2][4] = {};
+    const uint32_t high = shared_address(t.shared.queries), low = shared_address(t.low), first = t.warp / 4 * 64;
 
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 32; i++)
         c[i / 4][i % 4] = 0.0f;
-#pragma unroll(D < 256 ? D / 16 : 4)
+#pragma unroll 4
     for (uint32_t k = 0; k < D / 16; k++) {
         const uint4 *operand = matrix + (size_t)(m * (D / 16) + k) * 64 + t.lane;
         const uint4 a = operand[0], a_low = operand[32];
-        uint32_t b[4];
-        load_columns_operand<shape::ROWS>(b, high, t.row(0), k, t.lane);
-        multiply_f16(c[0], a, b[0], b[1]);
-        multiply_f16(c[1], a, b[2], b[3]);
-        multiply_f16(small[0], a_low, b[0], b[1]);
-        multiply_f16(small[1], a_low, b[2], b[3]);
-        if (t.low) {
-            load_columns_operand<shape::ROWS>(b, low, t.row(0), k, t.lane);
-            multiply_f16(small[0], a, b[0], b[1]);
-            multiply_f16(small[1], a, b[2], b[3]);
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {
+            uint32_t b[4];
+            load_columns_operand<shape::ROWS>(b, high, first + 8 * n, k, t.lane);
+            multiply_f16(c[n], a_low, b[0], b[1]);
+            multiply_f16(c[n + 1], a_low, b[2], b[3]);
+            multiply_f16(c[n], a, b[0], b[1]);
+            multiply_f16(c[n + 1], a, b[2], b[3]);
+        }
+        if (!t.low)
+            continue;
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {
+            uint32_t b[4];
+            load_columns_operand<shape::ROWS>(b, low, first + 8 * n, k, t.lane);
+            multiply_f16(c[n], a, b[0], b[1]);
+            multiply_f16(c[n + 1], a, b[2], b[3]);
         }
     }
+}
+
+/* Products of a warp, of units 4 i + warp % 4, with 64 rows. */
+template <int D> struct tqkvc_query_products {
+    static constexpr int N = D / 64;
+    float c[N][8][4];
+};
+
+/* The largest of each row, of all four warps, after a barrier among them: of rows 8 n + 2 (lane % 4) and the next. */
+template <int D>
+static __device__ __forceinline__ void find_largest(const tqkvc_prefill_task<D> &t,
+                                                    const tqkvc_query_products<D> &products, float (&out)[8][2])
+{
+    const uint32_t group = t.warp / 4 * 4, row = 2 * (t.lane % 4);
+
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        c[i / 4][i % 4] += small[i / 4][i % 4];
+    for (int n = 0; n < 8; n++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float largest = 1e-30f;
+#pragma unroll
+            for (int u = 0; u < tqkvc_query_products<D>::N; u++)
+                largest = fmaxf(largest, fmaxf(fabsf(products.c[u][n][i]), fabsf(products.c[u][n][i + 2])));
+            for (int k = 4; k < 32; k *= 2)
+                largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, k));
+            if (t.lane < 4)
+                t.shared.largest[t.warp][8 * n + row + i] = largest;
+        }
+    }
+    sync_warps(2 + t.warp / 4, 4);
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        out[n][0] = out[n][1] = 0;
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            const float2 x = *reinterpret_cast<const float2 *>(&t.shared.largest[group + w][8 * n + row]);
+            out[n][0] = fmaxf(out[n][0], x.x);
+            out[n][1] = fmaxf(out[n][1], x.y);
+        }
+    }
+}
+
+/* Unit m of a row as whole numbers: channels g and g + 8, by lane 4 g + .. */
+template <int D>
+static __device__ __forceinline__ void put_query(const tqkvc_prefill_task<D> &t, uint32_t row, uint32_t m, int x, int y)
+{
+    using shape = tqkvc_prefill_shape<D>;
+    const uint32_t at = t.lane / 4 * 2;
+    const int high_x = (x + 128) >> 8, high_y = (y + 128) >> 8;
+
+    *reinterpret_cast<uint16_t *>(t.shared.queries + piece_at<shape::ROWS>(row, m) + at) =
+        (uint16_t)((high_x & 255) | high_y << 8);
+    *reinterpret_cast<uint16_t *>(t.shared.queries + piece_at<shape::ROWS>(row, shape::UNITS + m) + at) =
+        (uint16_t)((x & 255) | y << 8); /* what the high byte leaves, modulo 256 */
 }
 
 /*
- * Queries of a frame for a tier, as whole numbers. factors: what products with levels are to be multiplied by, with
- * the scale. Nobody reads the queries of the warp meanwhile.
+ * Queries of a frame for a tier, as whole numbers, of the rows of four warps. factors: what products with levels are
+ * to be multiplied by, with the scale. Nobody reads these queries meanwhile, nor before a barrier behind it.
  */
 template <int D>
 static __device__ void make_prefill_queries(const tqkvc_prefill_task<D> &t, uint32_t base, uint64_t widths)
 {
-    using shape = tqkvc_prefill_shape<D>;
     constexpr float MOST = 32512.0f; /* the high byte stays within +-127 */
+    constexpr int N = tqkvc_query_products<D>::N;
     const float *row_scale = t.floats(t.f.shape.parts.row_scale, 0);
-    const uint32_t g = t.lane / 4, c4 = t.lane % 4;
-    float c[shape::UNITS][2][4], factor[2][2]; /* of rows 8 i + 2 c4 + k */
+    const uint32_t g = t.lane / 4, first = t.warp / 4 * 64;
+    tqkvc_query_products<D> products;
+    float largest[8][2];
 
     turn_rows(t, base);
+    sync_warps(2 + t.warp / 4, 4);
 #pragma unroll
-    for (uint32_t m = 0; m < shape::UNITS; m++) {
+    for (int u = 0; u < N; u++) {
+        const uint32_t m = 4 * u + t.warp % 4;
         const float step = t.tables.step((int)unit_width(widths, m));
         const float scale[2] = {__ldg(row_scale + m * 16 + g) * step, __ldg(row_scale + m * 16 + g + 8) * step};
-        multiply_rows(t, t.matrices[0], m, c[m]);
+        multiply_rows(t, t.matrices[0], m, products.c[u]);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            c[m][i / 4][i % 4] *= scale[i % 4 / 2];
+        for (int i = 0; i < 32; i++)
+            products.c[u][i / 4][i % 4] *= scale[i % 4 / 2];
     }
-    __syncwarp(); /* rows were read */
+    find_largest(t, products, largest);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const uint32_t row = t.row(i / 2 * 8 + 2 * c4 + i % 2);
-        float largest = 1e-30f;
+    for (int n = 0; n < 8; n++) {
 #pragma unroll
-        for (int m = 0; m < shape::UNITS; m++)
-            largest = fmaxf(largest, fmaxf(fabsf(c[m][i / 2][i % 2]), fabsf(c[m][i / 2][i % 2 + 2])));
-        for (int k = 4; k < 32; k *= 2)
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, k));
-        factor[i / 2][i % 2] = __fdividef(MOST, largest);
-        if (g == 0)
-            t.shared.factors[row] = largest * (1.0f / MOST) * t.shared.sizes[row] * t.scale_log2;
-    }
+        for (int i = 0; i < 2; i++) {
+            const uint32_t row = first + 8 * n + 2 * (t.lane % 4) + i;
+            const float factor = __fdividef(MOST, largest[n][i]);
+            if (n / 2 == (int)(t.warp % 4) && g == 0)
+                t.shared.factors[row] = largest[n][i] * (1.0f / MOST) * t.shared.sizes[row] * t.scale_log2;
 #pragma unroll
-    for (uint32_t m = 0; m < shape::UNITS; m++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint32_t row = t.row(i / 2 * 8 + 2 * c4 + i % 2);
-            const float f = factor[i / 2][i % 2];
-            const int x = __float2int_rn(c[m][i / 2][i % 2] * f), y = __float2int_rn(c[m][i / 2][i % 2 + 2] * f);
-            const int high_x = (x + 128) >> 8, high_y = (y + 128) >> 8;
-            *reinterpret_cast<uint16_t *>(t.shared.queries + piece_at<shape::ROWS>(row, m) + 2 * g) =
-                (uint16_t)((high_x & 255) | high_y << 8);
-            *reinterpret_cast<uint16_t *>(t.shared.queries + piece_at<shape::ROWS>(row, shape::UNITS + m) + 2 * g) =
-                (uint16_t)((x & 255) | y << 8); /* what the high byte leaves, modulo 256 */
+            for (int u = 0; u < N; u++)
+                put_query(t, row, 4 * u + t.warp % 4, __float2int_rn(products.c[u][n][i] * factor),
+                          __float2int_rn(products.c[u][n][i + 2] * factor));
         }
     }
-    __syncwarp();
 }
 
 /* Where rows of a block go: the output, or a part of it as f32. */
@@ -260,7 +307,7 @@ static __device__ void put_sums(const tqkvc_prefill_task<D> &t, const tqkvc_pref
     __syncwarp();
 }
 
-/* out = inverse of sums + mean nonzero, divided by sum. Nobody reads the queries of the warp any more. */
+/* out = inverse of sums + mean nonzero, divided by sum. Nobody reads the queries of the four warps any more. */
 template <int D>
 static __device__ void finish_rows(const tqkvc_prefill_task<D> &t, const tqkvc_prefill_output &to,
                                    tqkvc_prefill_rows<D> &rows)
@@ -271,16 +318,17 @@ static __device__ void finish_rows(const tqkvc_prefill_task<D> &t, const tqkvc_p
                 *mean = t.floats(t.f.shape.parts.mean, 1);
 
     put_sums(t, to, rows, GAIN);
+    sync_warps(2 + t.warp / 4, 4);
 #pragma unroll 1
-    for (uint32_t m = 0; m < shape::UNITS; m++) {
+    for (uint32_t m = t.warp % 4; m < shape::UNITS; m += 4) {
         const uint32_t d = m * 16 + t.lane / 4;
         const float scale[2] = {__ldg(row_scale + d) / GAIN, __ldg(row_scale + d + 8) / GAIN},
                     means[2] = {__ldg(mean + d), __ldg(mean + d + 8)};
-        float c[2][4];
+        float c[8][4];
         multiply_rows(t, t.matrices[1], m, c);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const uint32_t row = t.row(i / 4 * 8 + t.lane % 4 * 2 + i % 2);
+        for (int i = 0; i < 32; i++) {
+            const uint32_t row = t.warp / 4 * 64 + i / 4 * 8 + t.lane % 4 * 2 + i % 2;
             if (row < to.n_rows)
                 store_value(to.out,
                             (size_t)(t.shared.places[row] - to.first_place) * D + d + i % 4 / 2 * 8, to.type,

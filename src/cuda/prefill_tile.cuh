@@ -42,6 +42,7 @@ template <int D> struct __align__(1024) tqkvc_prefill_memory {
     uint32_t tables[TQKVC_WIDTHS][TQKVC_WORDS + 1]; /* words and step */
     float means[shape::ROWS], factors[shape::ROWS], sizes[shape::ROWS], shares[shape::ROWS];
     uint32_t places[shape::ROWS], limits[shape::ROWS];
+    float largest[4 * shape::READERS][64]; /* products of a warp with 64 rows */
     float v_steps[4 * shape::READERS][shape::UNITS]; /* that sums are to be multiplied by */
     uint64_t staged[TQKVC_PREFILL_STAGED_MAX], drained[TQKVC_PREFILL_STAGED_MAX]; /* barriers: codes came, were read */
 };
