@@ -166,7 +166,8 @@ template <int D> __device__ block_memory<D> find_memory(const tqkvc_prefill &p, 
             p.has_low ? low : NULL, p.has_matrix ? matrix : NULL, matrix + (p.has_matrix ? D * D * 4 : 0)};
 }
 
-/* Barriers, tables, places and limits of rows. */
+/* Barriers, at which all threads arrive (one of a warp would do, but racecheck does not see that), tables, places and
+ * limits of rows. */
 template <int D, int EXPANDERS>
 __device__ void set_up(const tqkvc_prefill &p, const block_range &b, uint32_t n_queries, uint32_t g,
                        const block_memory<D> &memory)
@@ -179,11 +180,11 @@ __device__ void set_up(const tqkvc_prefill &p, const block_range &b, uint32_t n_
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < 1u << p.staged_log; i++) {
             ring_barrier_init(&shared.staged[i]);
-            init_barrier(&shared.drained[i], 4 * EXPANDERS);
+            init_barrier(&shared.drained[i], 128 * EXPANDERS);
         }
         for (uint32_t i = 0; i < p.n_stages; i++) {
-            init_barrier(&memory.stages[i].full, 4 * EXPANDERS);
-            init_barrier(&memory.stages[i].empty, 4 * b.n_readers);
+            init_barrier(&memory.stages[i].full, 128 * EXPANDERS);
+            init_barrier(&memory.stages[i].empty, 128 * b.n_readers);
         }
     }
     for (uint32_t i = threadIdx.x; i < TQKVC_WIDTHS * (TQKVC_WORDS + 1); i += blockDim.x)
@@ -241,11 +242,8 @@ __device__ void expand_tiles(const tqkvc_prefill &p, const block_range &b, uint3
         if (threadIdx.x == 0)
             stage.tier = tier;
         publish_operands();
-        __syncwarp();
-        if (lane == 0) {
-            arrive_at(&stage.full);
-            arrive_at(&memory.shared.drained[place]);
-        }
+        arrive_at(&stage.full);
+        arrive_at(&memory.shared.drained[place]);
         if (warp == 0 && i >= lag) { /* into the place of the tile before, which all have read by now */
             const uint32_t free = i - lag;
             ring_wait(&memory.shared.drained[free % (1u << p.staged_log)], free >> p.staged_log & 1u);
@@ -332,9 +330,7 @@ __device__ void read_tiles(const tqkvc_prefill &p, const block_range &b, const t
             frame = this_frame;
         }
         read_tile(t.shared, stage, first, b.all_see, t.row(0), t.lane, rows);
-        __syncwarp();
-        if (t.lane == 0)
-            arrive_at(&stage.empty);
+        arrive_at(&stage.empty);
     }
 }
 
