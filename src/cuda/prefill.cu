@@ -48,7 +48,7 @@ __device__ __forceinline__ uint32_t find_limit(const tqkvc_prefill &p, const blo
     return (uint32_t)max((int)b.context - (int)n_queries + (int)(row / group) + 1, 0);
 }
 
-/* False if there is nothing to do. The first rows of a sequence come last: under a causal mask they are short. */
+/* False if there are no rows. n_queries: of the sequence. */
 template <int D> __device__ bool find_range(const tqkvc_prefill &p, block_range &b, uint32_t &n_queries)
 {
     using shape = tqkvc_prefill_shape<D>;
@@ -334,7 +334,7 @@ __device__ void read_tiles(const tqkvc_prefill &p, const block_range &b, const t
     }
 }
 
-/* Rows 64 and on of a block, by four warps: tiles, then the output. */
+/* 64 rows of a block by four warps: tiles, then the output. warp: of all readers. */
 template <int D>
 __device__ void read_rows(const tqkvc_prefill &p, const block_range &b, uint32_t g, uint32_t warp,
                           const block_memory<D> &memory)
