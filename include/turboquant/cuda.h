@@ -129,7 +129,7 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *laye
  * q_starts: device [n_seqs + 1], ascending: the rows of sequence i are q_starts[i] .. q_starts[i + 1] - 1.
  * context_lens: device [n_seqs], 0 .. max_context. n_tokens, max_q: of rows in all and of a sequence, no less than
  * there are; max_context as well. They bound the work that is launched, and cut what exceeds them.
- * |error| of out is about 4e-4 of |out| beside float64 on the decoded rows.
+ * |error| of out is about 6e-4 of |out| beside float64 on the decoded rows, and the rounding of `type`.
  * workspace: device, 256-aligned, of workspace_bytes, any contents; NULL and 0 are fine. With tqkv_cuda_prefill_bytes
  * of these sizes few rows behind a long context are fast, with less they are slower.
  */
