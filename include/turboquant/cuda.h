@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The compressed K and V of one layer in pages on a CUDA device, for engines that own their pages:
- * store new tokens, attend while decoding, unpack for prefill. Only in libturboquant-cuda, which
+ * store new tokens, attend while decoding, attend with chunks of prompts, unpack. Only in libturboquant-cuda, which
  * holds all of libturboquant too. Needs no CUDA header: a stream is its handle as a pointer.
  *
- * Rules of every launch (store, decode, unpack, merge):
+ * Rules of every launch (store, decode, prefill, unpack, merge):
  *  1. It is asynchronous on the stream it is given. It allocates nothing, waits for nothing and
  *     reads no device memory on the host, so it can be captured into a graph.
  *  2. Pointers named "device" are device memory; args themselves are read before the call returns.
@@ -120,8 +120,42 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *laye
                                                      const tqkv_cuda_decode_args *args, void *stream);
 
 /*
+ * Attention of chunks of new tokens of several sequences, of any lengths, over the pages of each. Every query of a
+ * sequence sees all of its context; what new tokens see of each other is the engine's to do, and `merge` joins both.
+ * With is_causal the chunk itself is stored too: its queries are the last tokens of the context, and query i of n
+ * sees tokens 0 .. context - n + i. A query that sees nothing gets zeros and lse -inf.
+ * q, out: device [tokens][n_heads][dim] of `type`, contiguous, 16-aligned; lse: device [tokens][n_heads] f32, natural,
+ * or NULL. Only rows of the sequences are read and written.
+ * q_starts: device [n_seqs + 1], ascending: the rows of sequence i are q_starts[i] .. q_starts[i + 1] - 1.
+ * context_lens: device [n_seqs], 0 .. max_context. n_tokens, max_q: of rows in all and of a sequence, no less than
+ * there are; max_context as well. They bound the work that is launched, and cut what exceeds them.
+ * |error| of out is about 6e-4 of |out| beside float64 on the decoded rows, and the rounding of `type`.
+ * workspace: device, 256-aligned, of workspace_bytes, any contents; NULL and 0 are fine. With tqkv_cuda_prefill_bytes
+ * of these sizes few rows behind a long context are fast, with less they are slower.
+ */
+typedef struct tqkv_cuda_prefill_args {
+    tqkv_cuda_pages pages;
+    const void *q;
+    void *out;
+    float *lse;
+    const int32_t *q_starts, *context_lens;
+    void *workspace;
+    size_t workspace_bytes;
+    uint32_t n_seqs, n_tokens, max_q, max_context;
+    uint32_t is_causal;
+    float scale;
+    tqkv_cuda_type type;
+} tqkv_cuda_prefill_args;
+
+/* May be 0. Needs a current device. */
+TQKV_API size_t tqkv_cuda_prefill_bytes(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t n_tokens,
+                                        uint32_t max_q, uint32_t max_context);
+TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_prefill(const tqkv_cuda_layer *layer, const void *image,
+                                                      const tqkv_cuda_prefill_args *args, void *stream);
+
+/*
  * Decodes tokens [first, first + n_tokens) of one sequence, for attention kernels that read plain
- * K and V (prefill of a later chunk: unpack a slab, attend, merge).
+ * K and V.
  * k, v: device [n_tokens][n_kv_heads][dim] of `type`, contiguous, 16-aligned; K with RoPE again.
  * first: a multiple of 64. sequence: row of the block table.
  */

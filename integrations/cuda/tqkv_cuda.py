@@ -46,6 +46,14 @@ class DecodeArgs(c.Structure):
                 ("scale", c.c_float), ("type", c.c_int)]
 
 
+class PrefillArgs(c.Structure):
+    """tqkv_cuda_prefill_args."""
+    _fields_ = [("pages", Pages), ("q", c.c_void_p), ("out", c.c_void_p), ("lse", c.c_void_p), ("q_starts", c.c_void_p),
+                ("context_lens", c.c_void_p), ("workspace", c.c_void_p), ("workspace_bytes", c.c_size_t),
+                ("n_seqs", c.c_uint32), ("n_tokens", c.c_uint32), ("max_q", c.c_uint32), ("max_context", c.c_uint32),
+                ("is_causal", c.c_uint32), ("scale", c.c_float), ("type", c.c_int)]
+
+
 class UnpackArgs(c.Structure):
     """tqkv_cuda_unpack_args."""
     _fields_ = [("pages", Pages), ("k", c.c_void_p), ("v", c.c_void_p), ("sequence", c.c_uint32), ("first", c.c_uint32),
@@ -65,6 +73,7 @@ class Library:
         lib.tqkv_cuda_layer_image.restype = c.c_void_p
         lib.tqkv_cuda_page_bytes.restype = c.c_size_t
         lib.tqkv_cuda_decode_bytes.restype = c.c_size_t
+        lib.tqkv_cuda_prefill_bytes.restype = c.c_size_t
         lib.tqkv_plan_destroy.restype = lib.tqkv_cuda_layer_destroy.restype = None
         lib.tqkv_plan_destroy.argtypes = lib.tqkv_cuda_layer_destroy.argtypes = [c.c_void_p]
         lib.tqkv_cuda_merge.argtypes = [c.c_void_p] * 4 + [c.c_size_t, c.c_uint32, c.c_int, c.c_void_p]
@@ -103,6 +112,10 @@ class Layer:
     def decode_bytes(self, n_seqs, q_len, max_tokens):
         return self.lib.tqkv_cuda_decode_bytes(self.handle, c.c_uint32(n_seqs), c.c_uint32(q_len), c.c_uint32(max_tokens))
 
+    def prefill_bytes(self, n_seqs, n_tokens, max_q, max_context):
+        return self.lib.tqkv_cuda_prefill_bytes(self.handle, c.c_uint32(n_seqs), c.c_uint32(n_tokens), c.c_uint32(max_q),
+                                                c.c_uint32(max_context))
+
     def merge(self, out_a, lse_a, out_b, lse_b, n_rows, dim, kind, stream):
         check(self.lib.tqkv_cuda_merge(out_a, lse_a, out_b, lse_b, n_rows, dim, kind, stream))
 
@@ -114,6 +127,9 @@ class Layer:
 
     def decode(self, args, stream):
         self._launch(self.lib.tqkv_cuda_decode, args, stream)
+
+    def prefill(self, args, stream):
+        self._launch(self.lib.tqkv_cuda_prefill, args, stream)
 
     def unpack(self, args, stream):
         self._launch(self.lib.tqkv_cuda_unpack, args, stream)

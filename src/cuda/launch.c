@@ -16,6 +16,9 @@
 #define LOG2_E 1.44269504f
 #define SEQUENCES_MAX 65535u /* of a grid's third dimension */
 #define COUNTERS 16384u /* of arrivals: one place in the workspace for all sizes, so that no call writes there */
+#define PREFILL_ROWS_MAX (1u << 30)    /* tokens times heads */
+#define PREFILL_SPLITS_MAX 32
+#define TILES_OF_PREFILL_BLOCK 8.0f /* tiles that take as long as the rest of what a block does */
 
 static bool type_is_good(tqkv_cuda_type type)
 {
@@ -274,6 +277,97 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
     }
 
     return tqkvc_launch_decode(&p, stream);
+}
+
+static size_t prefill_part_bytes(const tqkvc_shape *shape, uint32_t n_tokens)
+{
+    return (size_t)n_tokens * shape->n_heads * (shape->dim + 1) * sizeof(float);
+}
+
+static bool prefill_sizes_are_good(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t n_tokens,
+                                   uint32_t max_q, uint32_t max_context)
+{
+    const uint32_t n_heads = layer->shape.n_heads;
+
+    return n_seqs > 0 && n_seqs <= SEQUENCES_MAX && max_context <= 1u << 30 &&
+           n_tokens <= PREFILL_ROWS_MAX / n_heads && max_q <= n_tokens;
+}
+
+/*
+ * Parts of the tokens, so that blocks fill the device: rounds of blocks, in tiles of 64 tokens, and what each block
+ * costs besides. bytes: of the workspace.
+ */
+static uint32_t choose_prefill_splits(const tqkvc_shape *shape, uint32_t n_seqs, uint32_t n_tokens,
+                                      uint32_t max_q, uint32_t max_context, size_t bytes)
+{
+    const uint32_t group = shape->n_heads / shape->n_kv_heads,
+                   rows = tqkvc_prefill_rows_of_block(shape->dim);
+    const uint32_t slots = device_attribute(cudaDevAttrMultiProcessorCount),
+                   by_longest = n_seqs * tqkvi_div_up(max_q * group, rows),
+                   by_all = n_tokens * group / rows + n_seqs,
+                   n = (by_longest < by_all ? by_longest : by_all) * shape->n_kv_heads;
+    const uint32_t n_tiles = tqkvi_div_up(max_context, TQKV_CUDA_TILE_TOKENS);
+    const size_t part = prefill_part_bytes(shape, n_tokens);
+    uint32_t best = 1;
+    float least = INFINITY;
+
+    for (uint32_t splits = 1; splits <= PREFILL_SPLITS_MAX && splits <= n_tiles; splits++) {
+        if (splits > 1 && (part * splits > bytes || n * (splits - 1) >= slots))
+            break;
+        const uint32_t rounds = slots > 0 ? tqkvi_div_up(n * splits, slots) : 1;
+        const float cost =
+            (float)rounds * ((float)tqkvi_div_up(n_tiles, splits) + TILES_OF_PREFILL_BLOCK);
+        if (cost < least) {
+            least = cost;
+            best = splits;
+        }
+    }
+    return best;
+}
+
+size_t tqkv_cuda_prefill_bytes(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t n_tokens,
+                               uint32_t max_q, uint32_t max_context)
+{
+    if (!layer || !prefill_sizes_are_good(layer, n_seqs, n_tokens, max_q, max_context))
+        return 0;
+    const uint32_t splits =
+        choose_prefill_splits(&layer->shape, n_seqs, n_tokens, max_q, max_context, SIZE_MAX);
+    return splits == 1 ? 0 : splits * prefill_part_bytes(&layer->shape, n_tokens);
+}
+
+tqkv_status tqkv_cuda_prefill(const tqkv_cuda_layer *layer, const void *image,
+                              const tqkv_cuda_prefill_args *args, void *stream)
+{
+    if (!layer || !image || !args || !args->q_starts || !args->context_lens ||
+        !type_is_good(args->type) || !pages_are_good(&layer->shape, &args->pages) ||
+        (!args->workspace && args->workspace_bytes > 0) ||
+        !prefill_sizes_are_good(layer, args->n_seqs, args->n_tokens, args->max_q, args->max_context))
+        return TQKV_ERR_INVALID_ARG;
+    if (args->n_tokens == 0 || args->max_q == 0)
+        return TQKV_OK;
+    if (!args->q || !args->out)
+        return TQKV_ERR_INVALID_ARG;
+
+    const tqkvc_shape *shape = &layer->shape;
+    tqkvc_prefill p = {.frames = {.shape = *shape,
+                                  .image = image,
+                                  .q = args->q,
+                                  .frame_tokens = shape->n_rot == 0 ? 1u << 30 : shape->frame_tokens,
+                                  .type = args->type},
+                       .args = *args,
+                       .shared_bytes_max = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                       .scale_log2 = args->scale * LOG2_E};
+    p.n_splits = choose_prefill_splits(shape, args->n_seqs, args->n_tokens, args->max_q,
+                                       args->max_context, args->workspace_bytes);
+    p.parts = args->workspace;
+    p.part_lse = p.parts + (size_t)p.n_splits * args->n_tokens * shape->n_heads * shape->dim;
+    for (uint32_t tier = 0; tier < shape->n_tiers; tier++) {
+        const uint32_t bytes =
+            tqkvc_prefill_blocks_of_tile(shape->dim) * shape->section_bytes_max[tier];
+        p.page_bytes[tier] = page_bytes(shape, tier, args->pages.page_tokens);
+        p.staged_bytes = bytes > p.staged_bytes ? bytes : p.staged_bytes;
+    }
+    return tqkvc_launch_prefill(&p, stream);
 }
 
 tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer, const void *image,

@@ -51,6 +51,18 @@ typedef struct tqkvc_decode {
     float scale_log2;            /* scale * log2(e) */
 } tqkvc_decode;
 
+/* frames: shape, image, q, frame_tokens and type only. */
+typedef struct tqkvc_prefill {
+    tqkvc_frames frames;
+    tqkv_cuda_prefill_args args;
+    uint32_t page_bytes[TQKV_TIERS_MAX];
+    float *parts, *part_lse; /* [n_splits][n_tokens][n_heads][dim], [n_splits][n_tokens][n_heads] */
+    uint32_t n_splits, staged_bytes, shared_bytes_max; /* staged_bytes: codes of a tile */
+    uint32_t n_stages, staged_log; /* tiles of levels, 1 or 2; log2 of tiles of codes: the launch chooses these */
+    bool has_low, has_matrix;    /* rows have low parts; the matrix of K is in shared memory */
+    float scale_log2;
+} tqkvc_prefill;
+
 typedef struct tqkvc_store {
     tqkvc_shape shape;
     const uint8_t *image;
@@ -69,6 +81,9 @@ tqkv_status tqkvc_launch_decode(const tqkvc_decode *decode, void *stream);
 /* Bytes of shared memory of a block of decode, without units of a matrix. */
 size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t tile_bytes,
                                  bool is_cluster);
+tqkv_status tqkvc_launch_prefill(const tqkvc_prefill *prefill, void *stream);
+uint32_t tqkvc_prefill_rows_of_block(uint32_t dim);
+uint32_t tqkvc_prefill_blocks_of_tile(uint32_t dim); /* of 16 tokens */
 tqkv_status tqkvc_launch_store(const tqkvc_store *store, void *stream);
 tqkv_status tqkvc_launch_unpack(const tqkvc_unpack *unpack, void *stream);
 tqkv_status tqkvc_launch_merge(void *out_a, float *lse_a, const void *out_b, const float *lse_b,

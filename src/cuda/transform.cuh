@@ -8,6 +8,7 @@
 #ifndef TQKVC_TRANSFORM_CUH
 #define TQKVC_TRANSFORM_CUH
 
+#include "cuda/copies.cuh"
 #include "cuda/encode_row.cuh"
 
 /*
@@ -28,26 +29,6 @@ template <int D, int ROWS> struct tqkvc_store_shape {
     static constexpr int Z_STRIDE = IS_MANY ? ROWS + 4 : ROWS;
     static constexpr int Y_STRIDE = D + 8;
 };
-
-/* 16 bytes to shared memory, asynchronously; a group ends at copy_commit. */
-static __device__ __forceinline__ void copy_16(void *to, const void *from)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     (uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(from)
-                 : "memory");
-}
-
-static __device__ __forceinline__ void copy_commit()
-{
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-/* Until no more than N groups of this thread are on their way. */
-template <int N> static __device__ __forceinline__ void copy_wait()
-{
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
 
 /* By all threads of the block. */
 static __device__ __forceinline__ void copy_block(void *to, const void *from, uint32_t n_bytes)

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("integrations/cuda", "integrations/vllm", "tests/oracle")]
 import plan_writer  # noqa: E402
 import tqkv_cuda  # noqa: E402
-from turboquant_vllm.gpu_layer import Batch, GpuLayer, Prompt, Workspace, workspace_bytes  # noqa: E402
+from turboquant_vllm.gpu_layer import Batch, GpuLayer, Prompts, Workspace, prefill_bytes, workspace_bytes  # noqa: E402
 from turboquant_vllm.gpu_pages import PAGE_TOKENS, Pages, tiers_of  # noqa: E402
 
 DTYPE = torch.bfloat16
@@ -71,7 +71,7 @@ class Machine:
         self.pages = Pages(tiers, n_pages, max_seqs, -(-max_len // PAGE_TOKENS), max_tokens, device)
         cuda = [make_layer(index) for index in range(shape.n_layers)]
         self.workspace = Workspace(max(workspace_bytes(layer, max_seqs, (1, 4), max_len) for layer in cuda),
-                                   4 * 8192 * shape.n_kv_heads * shape.dim, device)
+                                   max(prefill_bytes(layer, max_tokens, max_len) for layer in cuda), device)
         self.layers = [GpuLayer(layer, tiers.n_copies, self.workspace, device) for layer in cuda]
         self.blocks = [torch.zeros(n_pages * layer.page_bytes(3, PAGE_TOKENS), dtype=torch.uint8, device=device)
                        for layer in cuda]
@@ -218,7 +218,12 @@ class Server:
             rows = torch.tensor([max(0, end - q_len + i) for end in ends for i in range(q_len)], device=device)
             places = torch.tensor([(r + 1) * q_len - ends[r] + token for r in range(n_decodes)
                                    for token in range(starts[r], ends[r])], device=device)
-        prompts = tuple(Prompt(r, starts[r], n_new[r], work[r][0].n_done) for r in range(n_decodes, len(work)))
+        prompts, first = None, starts[n_decodes]
+        if n_decodes < len(work):
+            contexts = [request.n_done for request, _, _ in work[n_decodes:]]
+            on_device = [torch.tensor(x, dtype=torch.int32, device=device)
+                         for x in ([start - first for start in starts[n_decodes:len(work) + 1]], contexts)]
+            prompts = Prompts(n_decodes, first, starts[len(work)] - first, *on_device, max(n_new[n_decodes:]), max(contexts))
         most = max(request.n_done + n for request, n, _ in work)
         return Batch(starts[len(work)], n_decodes, q_len, most, rows, places, prompts)
 
@@ -291,7 +296,7 @@ class Server:
                     rows = raw.double()
                     if before:
                         old = self.reference.rows(layer, request, before, here[:-(-before // PAGE_TOKENS)])
-                        rows = torch.cat([old.to(DTYPE).double(), rows])  # as they are unpacked
+                        rows = torch.cat([old.double(), rows])
                 want, want_sums = attention(q[layer, tokens], rows, self.machine.scale)
                 wrong = (out[layer, tokens].double() - want).norm(dim=-1) / want.norm(dim=-1)
                 wrong_sums = (sums[layer, tokens] - want_sums).abs()

@@ -32,6 +32,9 @@ class Layer:
     def decode_bytes(self, n_seqs, q_len, max_tokens):
         return 256 * n_seqs * q_len
 
+    def prefill_bytes(self, n_seqs, n_tokens, max_q, max_context):
+        return 128 * n_tokens
+
     def cells(self, pool, slots):
         """K and V of these slots: [n][2][KV heads][dim], a view of none of them."""
         n = int(slots.max()) + 1
@@ -71,11 +74,19 @@ class Layer:
                 if n > 0:
                     out[r, i], lse[r, i] = attention(q[r, i], self.rows(args.pages, r, 0, n), args.scale)
 
-    def unpack(self, args, stream):
-        self.calls.append(f"unpack {args.n_tokens} of {args.sequence}")
-        rows = self.rows(args.pages, args.sequence, args.first, args.n_tokens)
-        for side, address in enumerate((args.k, args.v)):
-            at(address, DTYPES[args.type], args.n_tokens, self.n_kv_heads, self.dim).copy_(rows[:, side])
+    def prefill(self, args, stream):
+        self.calls.append(f"prefill {args.n_tokens} of {args.n_seqs}")
+        shape = (args.n_tokens, self.n_heads, self.dim)
+        q, out = at(args.q, DTYPES[args.type], *shape), at(args.out, DTYPES[args.type], *shape)
+        lse = at(args.lse, torch.float32, *shape[:2])
+        starts = at(args.q_starts, torch.int32, args.n_seqs + 1).tolist()
+        contexts = at(args.context_lens, torch.int32, args.n_seqs).tolist()
+        assert max(contexts) <= args.max_context and starts[-1] <= args.n_tokens
+        out.zero_(), lse.fill_(-math.inf)
+        for r, n in enumerate(contexts):
+            assert starts[r + 1] - starts[r] <= args.max_q
+            for i in range(starts[r], starts[r + 1] if n > 0 else 0):
+                out[i], lse[i] = attention(q[i], self.rows(args.pages, r, 0, n), args.scale)
 
     def merge(self, out_a, lse_a, out_b, lse_b, n_rows, dim, kind, stream):
         self.calls.append("merge")

@@ -121,11 +121,16 @@ class Sizes:
         return max(gpu_layer.workspace_bytes(cuda, self.max_seqs, range(1, self.q_len + 1), self.max_seq_len)
                    for cuda in shapes.values())
 
+    def prefill_bytes(self, plans):
+        from turboquant_vllm import gpu_layer
+        shapes = {(plan.shape.n_heads, plan.shape.n_kv_heads, plan.shape.k_dim): plan.cuda for plan in plans}
+        return max(gpu_layer.prefill_bytes(cuda, self.max_tokens, self.max_seq_len) for cuda in shapes.values())
+
     def fixed_bytes(self, plans):
         """Beside blocks and copies."""
         from turboquant_vllm import gpu_layer
         images = sum(gpu_layer.GpuLayer.bytes_beside(plan.cuda, ()) for plan in plans)
-        return images + self.workspace_bytes(plans) + gpu_layer.slab_bytes(plan.shape for plan in plans)
+        return images + self.workspace_bytes(plans) + self.prefill_bytes(plans)
 
 
 def tiers_for(plans, block_size, n_blocks, n_sequences):
@@ -167,8 +172,7 @@ class Shared:
         tiers = tiers_for(plans, block_size, n_blocks, chosen)
         self.pages = gpu_pages.Pages(tiers, n_blocks * block_size // PAGE_TOKENS, sizes.max_seqs,
                                      -(-sizes.max_seq_len // PAGE_TOKENS), sizes.max_tokens, device)
-        slab_bytes = gpu_layer.slab_bytes(plan.shape for plan in plans)
-        self.workspace = gpu_layer.Workspace(sizes.workspace_bytes(plans), slab_bytes, device)
+        self.workspace = gpu_layer.Workspace(sizes.workspace_bytes(plans), sizes.prefill_bytes(plans), device)
         self.common = self.metadata = None
         if device.type == "cuda":
             self.pages.capture(sizes.q_len)
@@ -201,7 +205,7 @@ class Shared:
 
 
 def batch_of(common, decode_threshold, max_seq_len):
-    from turboquant_vllm.gpu_layer import Batch, Prompt
+    from turboquant_vllm.gpu_layer import Batch
     starts = common.query_start_loc_cpu[:common.num_reqs + 1].tolist()
     n_new = [end - start for start, end in zip(starts, starts[1:])]
     n_decodes = split_decodes_and_prefills(common, decode_threshold=decode_threshold)[0]
@@ -213,9 +217,20 @@ def batch_of(common, decode_threshold, max_seq_len):
         token = torch.arange(starts[n_decodes], dtype=ends.dtype, device=ends.device)
         row = torch.searchsorted(ends, token, right=True)
         places = (row + 1) * q_len - ends[row] + token
-    prompts = tuple(Prompt(row, starts[row], n_new[row], int(common.seq_lens_cpu_upper_bound[row]) - n_new[row])
-                    for row in range(n_decodes, common.num_reqs) if n_new[row] > 0)
-    return Batch(common.num_actual_tokens, n_decodes, q_len, max_seq_len, rows, places, prompts)
+    return Batch(common.num_actual_tokens, n_decodes, q_len, max_seq_len, rows, places,
+                 prompts_of(common, starts, n_decodes))
+
+
+def prompts_of(common, starts, n_decodes):
+    """The rows behind the decodes; None if they have no tokens. starts: query_start_loc, on the host."""
+    from turboquant_vllm.gpu_layer import Prompts
+    rows, first = slice(n_decodes, common.num_reqs), starts[n_decodes]
+    if starts[-1] == first:
+        return None
+    ends = common.query_start_loc[n_decodes:common.num_reqs + 1]
+    n_new = torch.tensor(starts[n_decodes:]).diff()
+    return Prompts(n_decodes, first, starts[-1] - first, ends - first, common.seq_lens[rows] - ends.diff(),
+                   int(n_new.max()), int((common.seq_lens_cpu_upper_bound[rows] - n_new).max()))
 
 
 class GpuMetadataBuilder(AttentionMetadataBuilder[GpuMetadata]):

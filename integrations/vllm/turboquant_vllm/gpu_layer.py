@@ -11,16 +11,20 @@ import tqkv_cuda
 from turboquant_vllm.gpu_pages import PAGE_TOKENS
 
 TYPES = {torch.float16: tqkv_cuda.F16, torch.bfloat16: tqkv_cuda.BF16}
-SLAB_TOKENS = 8192  # of a context that are unpacked at a time
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A row of the batch that is not decoded: where in the batch its new tokens start, how many, how many before."""
-    row: int
-    start: int
-    n_new: int
-    n_context: int
+class Prompts:
+    """The rows of a batch from first_row on, which are not decoded; their n_tokens new tokens start at first_token.
+    starts [rows + 1]: of the tokens of each, counted from there; contexts [rows]: how many tokens come before; int32, on
+    the device. max_new, max_context: of a row."""
+    first_row: int
+    first_token: int
+    n_tokens: int
+    starts: torch.Tensor
+    contexts: torch.Tensor
+    max_new: int
+    max_context: int
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Batch:
     max_tokens: int = 1  # no decode reads more
     rows: torch.Tensor | None = None
     places: torch.Tensor | None = None
-    prompts: tuple = ()
+    prompts: Prompts | None = None
 
 
 def aligned(n_bytes, device):
@@ -48,16 +52,17 @@ def workspace_bytes(layer, max_seqs, q_lens, max_tokens):
     return max(layer.decode_bytes(n, q_len, max_tokens) for n in range(1, max_seqs + 1) for q_len in q_lens)
 
 
-def slab_bytes(shapes):
-    """K and V of SLAB_TOKENS tokens of the widest layer. shapes: turboquant.PlanLayer of each."""
-    return 2 * 2 * SLAB_TOKENS * max(shape.n_kv_heads * shape.k_dim for shape in shapes)
+def prefill_bytes(layer, max_tokens, max_len):
+    """That a prompt needs which is read in chunks of any length; the tokens of several are split into fewer parts."""
+    lengths = [2**i for i in range(max_tokens.bit_length())]
+    return max(layer.prefill_bytes(1, n, n, max_len) for n in lengths)
 
 
 class Workspace:
-    """Memory of a device that layers share, as they run one after another: of decodes, and of slabs of a context."""
+    """Memory of a device that layers share, as they run one after another: of decodes, and of prompts."""
 
-    def __init__(self, decode_bytes, slab, device):
-        self.decode, self.slab = aligned(decode_bytes, device), aligned(slab, device)
+    def __init__(self, decode_bytes, prefill_bytes, device):
+        self.decode, self.prefill = aligned(decode_bytes, device), aligned(prefill_bytes, device)
         self.streams = []  # beside the current one
         if device.type == "cuda":
             self.streams = [torch.cuda.Stream(device) for _ in range(tqkv_cuda.TIERS_MAX - 1)]
@@ -87,9 +92,9 @@ class GpuLayer:
     def pools(self, blocks):
         return [*(pool.data_ptr() for pool in self.copies), blocks]
 
-    def pages(self, blocks, pages):
-        return tqkv_cuda.Pages(self.pools(blocks), pages.block_table.data_ptr(), PAGE_TOKENS,
-                               pages.block_table.stride(0), pages.tiers.data_ptr(), pages.tiers.stride(0))
+    def pages(self, blocks, pages, first_row=0):
+        return tqkv_cuda.Pages(self.pools(blocks), pages.block_table[first_row:].data_ptr(), PAGE_TOKENS,
+                               pages.block_table.stride(0), pages.tiers[first_row:].data_ptr(), pages.tiers.stride(0))
 
     def store(self, blocks, pages, key, value):
         """key, value: [tokens, KV heads, dim]. blocks: address of the engine's first page. One launch for each tier;
@@ -113,10 +118,10 @@ class GpuLayer:
         lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
         if batch.n_decodes > 0:
             self.decode(blocks, pages, batch, scale, query, out, lse)
-        for prompt in batch.prompts:
-            tokens = slice(prompt.start, prompt.start + prompt.n_new)
-            self.read_prompt(blocks, pages, prompt, scale, (query[tokens], key[tokens], value[tokens]), out[tokens],
-                             lse[tokens])
+        if batch.prompts is not None:
+            tokens = slice(batch.prompts.first_token, batch.prompts.first_token + batch.prompts.n_tokens)
+            self.read_prompts(blocks, pages, batch.prompts, scale, (query[tokens], key[tokens], value[tokens]),
+                              out[tokens], lse[tokens])
         return lse
 
     def decode(self, blocks, pages, batch, scale, query, out, lse):
@@ -134,30 +139,39 @@ class GpuLayer:
             out[:len(batch.places)] = to[batch.places]
             lse[:len(batch.places)] = sums[batch.places]
 
-    def read_prompt(self, blocks, pages, prompt, scale, new, out, lse):
-        """New tokens see each other as they came, and those before them as they are stored, a slab at a time."""
-        query, key, value = new
-        stream = handle(torch.cuda.current_stream() if query.is_cuda else None)
-        whole, sums = flash(query, key, value, scale, causal=True)
-        for first in range(0, prompt.n_context, SLAB_TOKENS):
-            n = min(SLAB_TOKENS, prompt.n_context - first)
-            k, v = self.workspace.slab.view(key.dtype)[:2 * n * key[0].numel()].view(2, n, *key.shape[1:])
-            self.cuda.unpack(tqkv_cuda.UnpackArgs(self.pages(blocks, pages), k.data_ptr(), v.data_ptr(), prompt.row,
-                                                  first, n, TYPES[k.dtype]), stream)
-            part, part_sums = flash(query, k, v, scale, causal=False)
-            self.cuda.merge(whole.data_ptr(), sums.data_ptr(), part.data_ptr(), part_sums.data_ptr(), sums.numel(),
-                            whole.shape[-1], TYPES[whole.dtype], stream)
-        out.copy_(whole)
-        lse.copy_(sums)
+    def read_prompts(self, blocks, pages, prompts, scale, new, out, lse):
+        """New tokens see each other as they came, and those before them as they are stored."""
+        query = new[0].contiguous()
+        whole, sums = flash(query, *new[1:], scale, prompts.starts, prompts.max_new)
+        if prompts.max_context == 0:
+            out.copy_(whole)
+            lse.copy_(sums)
+            return
+        stream, kind = handle(torch.cuda.current_stream() if query.is_cuda else None), TYPES[query.dtype]
+        self.cuda.prefill(tqkv_cuda.PrefillArgs(
+            self.pages(blocks, pages, prompts.first_row), query.data_ptr(), out.data_ptr(), lse.data_ptr(),
+            prompts.starts.data_ptr(), prompts.contexts.data_ptr(), self.workspace.prefill.data_ptr(),
+            len(self.workspace.prefill), len(prompts.contexts), prompts.n_tokens, prompts.max_new, prompts.max_context, 0,
+            scale, kind), stream)
+        self.cuda.merge(out.data_ptr(), lse.data_ptr(), whole.data_ptr(), sums.data_ptr(), sums.numel(), out.shape[-1],
+                        kind, stream)
 
 
 def handle(stream):
     return 0 if stream is None else stream.cuda_stream
 
 
-def flash(query, key, value, scale, causal):
-    """Output [tokens, heads, dim] and log of sums [tokens, heads], both contiguous."""
-    operator = (torch.ops.aten._scaled_dot_product_flash_attention if query.is_cuda
-                else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
-    out, lse, *_ = operator(*(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)), 0.0, causal, scale=scale)
-    return out[0].transpose(0, 1).contiguous(), lse[0].t().contiguous()
+def flash(query, key, value, scale, starts, longest):
+    """Causal attention of chunks among themselves: chunk i has tokens starts[i] .. starts[i + 1] - 1, at most `longest`.
+    Output [tokens, heads, dim] and log of sums [tokens, heads], both contiguous."""
+    if query.is_cuda:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, starts, starts, longest, longest, 0.0,
+                                                               True, False, scale=scale)
+        return out, lse.t().contiguous()
+    parts = []
+    for first, end in zip(starts.tolist(), starts.tolist()[1:]):
+        if end > first:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *(x[first:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value)), 0.0, True, scale=scale)
+            parts.append((out[0].transpose(0, 1), lse[0].t()))
+    return tuple(torch.cat(part) for part in zip(*parts))
