@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("integrations/cuda", "integrations/vllm", "tests/oracle")]
 import plan_writer  # noqa: E402
 import tqkv_cuda  # noqa: E402
+from turboquant_vllm import gpu_layer  # noqa: E402
 from turboquant_vllm.gpu_layer import Batch, GpuLayer, Prompts, Workspace, prefill_bytes, workspace_bytes  # noqa: E402
 from turboquant_vllm.gpu_pages import PAGE_TOKENS, Pages, tiers_of  # noqa: E402
 
@@ -30,6 +31,7 @@ DTYPE = torch.bfloat16
 TIER_TOKENS, N_SINKS = (32, 224, 768), 4
 WIDTHS = ([8, 6, 4, (4, 4, 3, 3, 3, 2, 2, 1)], [8, 6, 4, 3])  # of tiers, in two kinds of layers
 ERROR_MAX = 1e-2  # beside float64; a page in a wrong tier shows ten times as much
+gpu_layer.LONG_TOKENS = 400  # chunks here are shorter than those that a context is unpacked for
 failures = []
 
 
@@ -71,7 +73,8 @@ class Machine:
         self.pages = Pages(tiers, n_pages, max_seqs, -(-max_len // PAGE_TOKENS), max_tokens, device)
         cuda = [make_layer(index) for index in range(shape.n_layers)]
         self.workspace = Workspace(max(workspace_bytes(layer, max_seqs, (1, 4), max_len) for layer in cuda),
-                                   max(prefill_bytes(layer, max_tokens, max_len) for layer in cuda), device)
+                                   max(prefill_bytes(layer, max_tokens, max_len) for layer in cuda),
+                                   gpu_layer.slab_bytes(shape.n_kv_heads * shape.dim), device)
         self.layers = [GpuLayer(layer, tiers.n_copies, self.workspace, device) for layer in cuda]
         self.blocks = [torch.zeros(n_pages * layer.page_bytes(3, PAGE_TOKENS), dtype=torch.uint8, device=device)
                        for layer in cuda]
@@ -220,10 +223,10 @@ class Server:
                                    for token in range(starts[r], ends[r])], device=device)
         prompts, first = None, starts[n_decodes]
         if n_decodes < len(work):
-            contexts = [request.n_done for request, _, _ in work[n_decodes:]]
-            on_device = [torch.tensor(x, dtype=torch.int32, device=device)
-                         for x in ([start - first for start in starts[n_decodes:len(work) + 1]], contexts)]
-            prompts = Prompts(n_decodes, first, starts[len(work)] - first, *on_device, max(n_new[n_decodes:]), max(contexts))
+            sizes = ([start - first for start in starts[n_decodes:len(work) + 1]],
+                     [request.n_done for request, _, _ in work[n_decodes:]])
+            on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in sizes]
+            prompts = Prompts.of(n_decodes, first, *sizes, on_device)
         most = max(request.n_done + n for request, n, _ in work)
         return Batch(starts[len(work)], n_decodes, q_len, most, rows, places, prompts)
 
@@ -296,6 +299,8 @@ class Server:
                     rows = raw.double()
                     if before:
                         old = self.reference.rows(layer, request, before, here[:-(-before // PAGE_TOKENS)])
+                        if n >= gpu_layer.LONG_TOKENS:
+                            old = old.to(DTYPE)  # as they are unpacked
                         rows = torch.cat([old.double(), rows])
                 want, want_sums = attention(q[layer, tokens], rows, self.machine.scale)
                 wrong = (out[layer, tokens].double() - want).norm(dim=-1) / want.norm(dim=-1)

@@ -88,6 +88,12 @@ class Layer:
             for i in range(starts[r], starts[r + 1] if n > 0 else 0):
                 out[i], lse[i] = attention(q[i], self.rows(args.pages, r, 0, n), args.scale)
 
+    def unpack(self, args, stream):
+        self.calls.append(f"unpack {args.n_tokens} of {args.sequence}")
+        rows = self.rows(args.pages, args.sequence, args.first, args.n_tokens)
+        for side, address in enumerate((args.k, args.v)):
+            at(address, DTYPES[args.type], args.n_tokens, self.n_kv_heads, self.dim).copy_(rows[:, side])
+
     def merge(self, out_a, lse_a, out_b, lse_b, n_rows, dim, kind, stream):
         self.calls.append("merge")
         outs = [at(x, DTYPES[kind], n_rows, dim) for x in (out_a, out_b)]

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 import tqkv_cuda  # noqa: E402
 import vllm.model_executor.layers.attention  # noqa: E402  (as on the CPU, before a check stands in for a device)
 import vllm.platforms  # noqa: E402
-from turboquant_vllm import doctor, gpu_backend, model_plan, vllm_adapter, vllm_features  # noqa: E402
+from turboquant_vllm import doctor, gpu_backend, gpu_layer, model_plan, vllm_adapter, vllm_features  # noqa: E402
 from turboquant_vllm.model_plan import LayerPlan, Limits, Refusal  # noqa: E402
 from vllm.platforms.cuda import CudaPlatform  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
@@ -218,6 +218,9 @@ def check_steps():
     assert engine.step([261, 131, 260], [4, 4, 4], 3)[-1] == "decode 3 x 4"
     assert engine.step([262, 131, 264], [4, 2, 1], 3)[-1] == "decode 3 x 4"
     assert engine.step([0, 131], [5, 90], 0)[-2:] == ["prefill 95 of 2", "merge"]
+    gpu_layer.LONG_TOKENS = 80  # the context of the second is unpacked
+    assert engine.step([5, 221], [70, 90], 0)[-4:] == ["prefill 160 of 2", "merge", "unpack 221 of 1", "merge"]
+    assert engine.step([75, 130], [80, 90], 0)[-4:] == ["unpack 75 of 0", "merge", "unpack 130 of 1", "merge"]
 
 
 def check_graphs():
@@ -248,7 +251,7 @@ def check_room():
     assert 0 < beside < available and beside + blocks <= available and setup.n_blocks_counted > N_BLOCKS
     engine.step([0], [100], 0)
     shared = engine.builders[0].shared
-    held = [shared.workspace.decode, shared.workspace.prefill]
+    held = [shared.workspace.decode, shared.workspace.prefill, shared.workspace.slab]
     for layer in engine.layers:
         held += [layer.turboquant.gpu.image, *layer.turboquant.gpu.copies]
     held += [shared.pages.copy_of, shared.pages.page_of, shared.pages.used]

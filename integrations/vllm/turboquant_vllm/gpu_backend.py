@@ -126,11 +126,16 @@ class Sizes:
         shapes = {(plan.shape.n_heads, plan.shape.n_kv_heads, plan.shape.k_dim): plan.cuda for plan in plans}
         return max(gpu_layer.prefill_bytes(cuda, self.max_tokens, self.max_seq_len) for cuda in shapes.values())
 
+    @staticmethod
+    def slab_bytes(plans):
+        from turboquant_vllm import gpu_layer
+        return gpu_layer.slab_bytes(max(plan.shape.n_kv_heads * plan.shape.k_dim for plan in plans))
+
     def fixed_bytes(self, plans):
         """Beside blocks and copies."""
         from turboquant_vllm import gpu_layer
         images = sum(gpu_layer.GpuLayer.bytes_beside(plan.cuda, ()) for plan in plans)
-        return images + self.workspace_bytes(plans) + self.prefill_bytes(plans)
+        return images + self.workspace_bytes(plans) + self.prefill_bytes(plans) + self.slab_bytes(plans)
 
 
 def tiers_for(plans, block_size, n_blocks, n_sequences):
@@ -172,7 +177,8 @@ class Shared:
         tiers = tiers_for(plans, block_size, n_blocks, chosen)
         self.pages = gpu_pages.Pages(tiers, n_blocks * block_size // PAGE_TOKENS, sizes.max_seqs,
                                      -(-sizes.max_seq_len // PAGE_TOKENS), sizes.max_tokens, device)
-        self.workspace = gpu_layer.Workspace(sizes.workspace_bytes(plans), sizes.prefill_bytes(plans), device)
+        self.workspace = gpu_layer.Workspace(sizes.workspace_bytes(plans), sizes.prefill_bytes(plans),
+                                             sizes.slab_bytes(plans), device)
         self.common = self.metadata = None
         if device.type == "cuda":
             self.pages.capture(sizes.q_len)
@@ -228,9 +234,10 @@ def prompts_of(common, starts, n_decodes):
     if starts[-1] == first:
         return None
     ends = common.query_start_loc[n_decodes:common.num_reqs + 1]
-    n_new = torch.tensor(starts[n_decodes:]).diff()
-    return Prompts(n_decodes, first, starts[-1] - first, ends - first, common.seq_lens[rows] - ends.diff(),
-                   int(n_new.max()), int((common.seq_lens_cpu_upper_bound[rows] - n_new).max()))
+    lengths = common.seq_lens_cpu_upper_bound[rows].tolist()
+    contexts = [length - (starts[row + 1] - starts[row]) for row, length in enumerate(lengths, n_decodes)]
+    return Prompts.of(n_decodes, first, [start - first for start in starts[n_decodes:]], contexts,
+                      (ends - first, common.seq_lens[rows] - ends.diff()))
 
 
 class GpuMetadataBuilder(AttentionMetadataBuilder[GpuMetadata]):

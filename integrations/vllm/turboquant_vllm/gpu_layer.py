@@ -11,13 +11,24 @@ import tqkv_cuda
 from turboquant_vllm.gpu_pages import PAGE_TOKENS
 
 TYPES = {torch.float16: tqkv_cuda.F16, torch.bfloat16: tqkv_cuda.BF16}
+LONG_TOKENS = 1024  # so many new tokens of a prompt see its context faster unpacked than in codes (docs/GPU.md)
+SLAB_TOKENS = 8192  # of a context that are unpacked at a time
+
+
+@dataclass(frozen=True)
+class LongPrompt:
+    """A row with many new tokens, from token `start` of its Prompts on, and n_context before them."""
+    row: int
+    start: int
+    n_new: int
+    n_context: int
 
 
 @dataclass(frozen=True)
 class Prompts:
     """The rows of a batch from first_row on, which are not decoded; their n_tokens new tokens start at first_token.
-    starts [rows + 1]: of the tokens of each, counted from there; contexts [rows]: how many tokens come before; int32, on
-    the device. max_new, max_context: of a row."""
+    starts [rows + 1]: of the tokens of each, counted from there; contexts [rows]: how many tokens come before, 0 of those
+    in `long`; int32, on the device. max_new, max_context: of a row, of those that contexts has."""
     first_row: int
     first_token: int
     n_tokens: int
@@ -25,6 +36,21 @@ class Prompts:
     contexts: torch.Tensor
     max_new: int
     max_context: int
+    long: tuple = ()
+
+    @classmethod
+    def of(cls, first_row, first_token, starts, contexts, on_device):
+        """starts, contexts: of all rows, lists; on_device: the same as tensors."""
+        n_new = [end - start for start, end in zip(starts, starts[1:])]
+        rows = range(len(n_new))
+        long = tuple(LongPrompt(first_row + r, starts[r], n_new[r], contexts[r])
+                     for r in rows if n_new[r] >= LONG_TOKENS and contexts[r] > 0)
+        device_starts, device_contexts = on_device
+        if long:
+            device_contexts = device_contexts * (device_starts.diff() < LONG_TOKENS)
+        short = [contexts[r] for r in rows if n_new[r] < LONG_TOKENS]
+        return cls(first_row, first_token, starts[-1], device_starts, device_contexts, max(n_new), max(short, default=0),
+                   long)
 
 
 @dataclass(frozen=True)
@@ -58,11 +84,17 @@ def prefill_bytes(layer, max_tokens, max_len):
     return max(layer.prefill_bytes(1, n, n, max_len) for n in lengths)
 
 
-class Workspace:
-    """Memory of a device that layers share, as they run one after another: of decodes, and of prompts."""
+def slab_bytes(n_channels):
+    """K and V of SLAB_TOKENS tokens, each with so many channels."""
+    return 2 * 2 * SLAB_TOKENS * n_channels
 
-    def __init__(self, decode_bytes, prefill_bytes, device):
-        self.decode, self.prefill = aligned(decode_bytes, device), aligned(prefill_bytes, device)
+
+class Workspace:
+    """Memory of a device that layers share, as they run one after another: of decodes, of prompts, of slabs of a
+    context."""
+
+    def __init__(self, decode, prefill, slab, device):
+        self.decode, self.prefill, self.slab = (aligned(n_bytes, device) for n_bytes in (decode, prefill, slab))
         self.streams = []  # beside the current one
         if device.type == "cuda":
             self.streams = [torch.cuda.Stream(device) for _ in range(tqkv_cuda.TIERS_MAX - 1)]
@@ -142,11 +174,20 @@ class GpuLayer:
     def read_prompts(self, blocks, pages, prompts, scale, new, out, lse):
         """New tokens see each other as they came, and those before them as they are stored."""
         query = new[0].contiguous()
-        whole, sums = flash(query, *new[1:], scale, prompts.starts, prompts.max_new)
+        whole, sums = flash_chunks(query, *new[1:], scale, prompts.starts, prompts.max_new)
         if prompts.max_context == 0:
             out.copy_(whole)
             lse.copy_(sums)
-            return
+        else:
+            self.read_short(blocks, pages, prompts, scale, query, (whole, sums), (out, lse))
+        for prompt in prompts.long:
+            tokens = slice(prompt.start, prompt.start + prompt.n_new)
+            self.read_long(blocks, pages, prompt, scale, (query[tokens], new[1]), out[tokens], lse[tokens])
+
+    def read_short(self, blocks, pages, prompts, scale, query, among, to):
+        """Contexts that are read as codes, of all rows at once. among: output and log of sums of new tokens among
+        themselves; to: of both."""
+        (whole, sums), (out, lse) = among, to
         stream, kind = handle(torch.cuda.current_stream() if query.is_cuda else None), TYPES[query.dtype]
         self.cuda.prefill(tqkv_cuda.PrefillArgs(
             self.pages(blocks, pages, prompts.first_row), query.data_ptr(), out.data_ptr(), lse.data_ptr(),
@@ -156,22 +197,40 @@ class GpuLayer:
         self.cuda.merge(out.data_ptr(), lse.data_ptr(), whole.data_ptr(), sums.data_ptr(), sums.numel(), out.shape[-1],
                         kind, stream)
 
+    def read_long(self, blocks, pages, prompt, scale, new, out, lse):
+        """Adds the context of a prompt to its out and lse, a slab at a time."""
+        query, key = new
+        stream, kind = handle(torch.cuda.current_stream() if query.is_cuda else None), TYPES[query.dtype]
+        for first in range(0, prompt.n_context, SLAB_TOKENS):
+            n = min(SLAB_TOKENS, prompt.n_context - first)
+            k, v = self.workspace.slab.view(key.dtype)[:2 * n * key[0].numel()].view(2, n, *key.shape[1:])
+            self.cuda.unpack(tqkv_cuda.UnpackArgs(self.pages(blocks, pages), k.data_ptr(), v.data_ptr(), prompt.row,
+                                                  first, n, kind), stream)
+            part, sums = flash(query, k, v, scale, causal=False)
+            self.cuda.merge(out.data_ptr(), lse.data_ptr(), part.data_ptr(), sums.data_ptr(), sums.numel(), out.shape[-1],
+                            kind, stream)
+
 
 def handle(stream):
     return 0 if stream is None else stream.cuda_stream
 
 
-def flash(query, key, value, scale, starts, longest):
+def flash(query, key, value, scale, causal):
+    """Output [tokens, heads, dim] and log of sums [tokens, heads], both contiguous."""
+    operator = (torch.ops.aten._scaled_dot_product_flash_attention if query.is_cuda
+                else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+    out, lse, *_ = operator(*(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)), 0.0, causal, scale=scale)
+    return out[0].transpose(0, 1).contiguous(), lse[0].t().contiguous()
+
+
+def flash_chunks(query, key, value, scale, starts, longest):
     """Causal attention of chunks among themselves: chunk i has tokens starts[i] .. starts[i + 1] - 1, at most `longest`.
-    Output [tokens, heads, dim] and log of sums [tokens, heads], both contiguous."""
+    Output and log of sums as of flash."""
     if query.is_cuda:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, starts, starts, longest, longest, 0.0,
                                                                True, False, scale=scale)
         return out, lse.t().contiguous()
-    parts = []
-    for first, end in zip(starts.tolist(), starts.tolist()[1:]):
-        if end > first:
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(x[first:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value)), 0.0, True, scale=scale)
-            parts.append((out[0].transpose(0, 1), lse[0].t()))
+    chunks = zip(starts.tolist(), starts.tolist()[1:])
+    parts = [flash(query[first:end], key[first:end], value[first:end], scale, causal=True)
+             for first, end in chunks if end > first]
     return tuple(torch.cat(part) for part in zip(*parts))
