@@ -14,6 +14,27 @@
 #include <cmocka.h>
 
 #include "format/block_rows.h"
+#include "test_arrays.h"
+
+bool read_arguments(int argc, char **argv, uint64_t *seed)
+{
+    bool is_short = false;
+
+    for (int i = 1; i < argc; i++)
+        is_short |= !strcmp(argv[i], "--short");
+    test_arguments(argc, argv, seed);
+    return is_short;
+}
+
+bool has_device(void)
+{
+    int n = 0;
+
+    if (cudaGetDeviceCount(&n) == cudaSuccess && n > 0)
+        return true;
+    printf("no CUDA device: device tests skipped\n");
+    return false;
+}
 
 void check(cudaError_t error)
 {
@@ -41,10 +62,9 @@ void to_host(void *to, const void *from, size_t n)
 
 /* ---- a layer ---- */
 
-
 /* n_tiers: 1 for the plan of 8 bits without calibration. */
 layer make_layer_of(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
-                           uint32_t style, uint32_t n_tiers)
+                    uint32_t style, uint32_t n_tiers)
 {
     layer l = {.dim = dim, .n_heads = n_heads, .n_kv_heads = n_kv_heads};
     tqkv_plan_layer shape = test_shape(n_heads, n_kv_heads, dim, dim);
@@ -68,7 +88,7 @@ layer make_layer_of(test_random *random, uint32_t dim, uint32_t n_heads, uint32_
 }
 
 layer make_layer(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
-                        uint32_t style)
+                 uint32_t style)
 {
     return make_layer_of(random, dim, n_heads, n_kv_heads, style, N_TIERS);
 }
@@ -105,7 +125,7 @@ int32_t base_of(const layer *l, tqkv_side side, int32_t position)
 
 /* One row into a block on the host. */
 void put_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t position,
-                    const float *x, uint8_t *block, uint32_t slot)
+             const float *x, uint8_t *block, uint32_t slot)
 {
     uint8_t codes[TQKVI_ROW_BYTES_MAX], scale;
     uint8_t *section = block + section_offset(l, tier, g, side);
@@ -118,7 +138,7 @@ void put_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t 
 }
 
 void get_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t position,
-                    const uint8_t *block, uint32_t slot, float *x)
+             const uint8_t *block, uint32_t slot, float *x)
 {
     uint8_t codes[TQKVI_ROW_BYTES_MAX];
     const uint8_t *section = block + section_offset(l, tier, g, side);
@@ -202,7 +222,7 @@ uint8_t *block_of(const layer *l, const sequences *s, uint32_t seq, uint32_t tok
 
 /* Pages in random order, tiers in runs as ageing makes them; tokens that are not there stay poison. */
 sequences make_sequences(test_random *random, const layer *l, const int32_t *lengths,
-                                uint32_t n, uint32_t page_tokens, bool tiers)
+                         uint32_t n, uint32_t page_tokens, bool tiers)
 {
     sequences s = {.n = n, .page_tokens = page_tokens};
     float *x = random_rows(random, 1, l->dim, 1.0f);

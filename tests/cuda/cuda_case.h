@@ -19,6 +19,7 @@
 
 #define POISON 0xff /* NaN in every type, and no code that a test expects */
 #define N_TIERS 3
+#define SKIPPED 77 /* exit status of a test without a device */
 
 typedef struct layer {
     tqkv_plan *plan;
@@ -36,21 +37,25 @@ typedef struct sequences {
     int32_t *device_lengths;
 } sequences;
 
+/* --seed N and --short; prints the seed. Returns whether the run is short. */
+bool read_arguments(int argc, char **argv, uint64_t *seed);
+/* Says so if there is none. */
+bool has_device(void);
 void check(cudaError_t error);
 void *device_bytes(const void *from, size_t n);
 void to_host(void *to, const void *from, size_t n);
 layer make_layer_of(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
-                           uint32_t style, uint32_t n_tiers);
+                    uint32_t style, uint32_t n_tiers);
 layer make_layer(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
-                        uint32_t style);
+                 uint32_t style);
 void free_layer(layer *l);
 uint32_t section_offset(const layer *l, uint32_t tier, uint32_t g, tqkv_side side);
 uint32_t block_bytes(const layer *l, uint32_t tier);
 int32_t base_of(const layer *l, tqkv_side side, int32_t position);
 void put_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t position,
-                    const float *x, uint8_t *block, uint32_t slot);
+             const float *x, uint8_t *block, uint32_t slot);
 void get_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t position,
-                    const uint8_t *block, uint32_t slot, float *x);
+             const uint8_t *block, uint32_t slot, float *x);
 size_t type_bytes(tqkv_cuda_type type);
 float bf16_to_float(uint16_t v);
 uint16_t float_to_bf16(float f);
@@ -59,7 +64,7 @@ float *from_type(const void *p, size_t n, tqkv_cuda_type type);
 float *random_rows(test_random *random, size_t n_rows, uint32_t dim, float size);
 uint8_t *block_of(const layer *l, const sequences *s, uint32_t seq, uint32_t token);
 sequences make_sequences(test_random *random, const layer *l, const int32_t *lengths,
-                                uint32_t n, uint32_t page_tokens, bool tiers);
+                         uint32_t n, uint32_t page_tokens, bool tiers);
 void free_sequences(sequences *s);
 void decode_rows(const layer *l, const sequences *s, uint32_t seq, uint32_t g, float *rows[2]);
 double row_error(const layer *l, float *const rows[2], uint32_t n, const float *q, double scale,

@@ -20,7 +20,7 @@
 #include "cuda_case.h"
 
 static uint64_t seed = 20261125;
-static int is_short;
+static bool is_short;
 
 /* Rows that codecs stumble over. */
 static void spoil_row(test_random *random, float *row, uint32_t dim)
@@ -453,21 +453,10 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_store), cmocka_unit_test(test_unpack), cmocka_unit_test(test_merge),
         cmocka_unit_test(test_decode), cmocka_unit_test(test_clusters),
         cmocka_unit_test(test_long)};
-    int n_devices = 0;
 
-    for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--short"))
-            is_short = 1;
-        else if (!strcmp(argv[i], "--seed") && i + 1 < argc)
-            seed = strtoull(argv[++i], NULL, 10);
-    }
-    printf("seed %llu\n", (unsigned long long)seed);
+    is_short = read_arguments(argc, argv, &seed);
     const int failed = cmocka_run_group_tests(host_tests, NULL, NULL);
-    if (failed)
-        return failed;
-    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
-        printf("no CUDA device: device tests skipped\n");
-        return 77;
-    }
+    if (failed || !has_device())
+        return failed ? failed : SKIPPED;
     return cmocka_run_group_tests(device_tests, NULL, NULL);
 }

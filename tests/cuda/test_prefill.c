@@ -21,7 +21,7 @@
 #define ROUNDING 0x1p-11 /* queries are f16 twice: turned, and multiplied with the matrix */
 
 static uint64_t seed = 20261129;
-static int is_short;
+static bool is_short;
 
 typedef struct chunks {
     int32_t starts[SEQUENCES_MAX + 1];
@@ -290,21 +290,10 @@ int main(int argc, char **argv)
     const struct CMUnitTest host_tests[] = {cmocka_unit_test(test_arguments)};
     const struct CMUnitTest device_tests[] = {cmocka_unit_test(test_chunks), cmocka_unit_test(test_parts),
                                               cmocka_unit_test(test_sizes)};
-    int n_devices = 0;
 
-    for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--short"))
-            is_short = 1;
-        else if (!strcmp(argv[i], "--seed") && i + 1 < argc)
-            seed = strtoull(argv[++i], NULL, 10);
-    }
-    printf("seed %llu\n", (unsigned long long)seed);
+    is_short = read_arguments(argc, argv, &seed);
     const int failed = cmocka_run_group_tests(host_tests, NULL, NULL);
-    if (failed)
-        return failed;
-    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
-        printf("no CUDA device: device tests skipped\n");
-        return 77;
-    }
+    if (failed || !has_device())
+        return failed ? failed : SKIPPED;
     return cmocka_run_group_tests(device_tests, NULL, NULL);
 }
