@@ -61,8 +61,9 @@ static uint32_t parts_for(uint32_t n_tasks, uint32_t n_kv_heads, uint32_t n_row_
     return n >= n_tasks ? 1 : tqkvi_div_up(n_tasks, (uint32_t)n);
 }
 
-/* Parts that n_blocks of a KV head are cut into; at most parts_for(TASKS_MAX, ...). */
-static uint32_t count_parts(const tqkv_plan_layer *shape, uint32_t n_row_blocks, uint32_t n_blocks)
+/* Blocks of a part, of n_blocks; at most parts_for(TASKS_MAX, ...) parts come of it. */
+static uint32_t blocks_of_part(const tqkv_plan_layer *shape, uint32_t n_row_blocks,
+                               uint32_t n_blocks)
 {
     const uint32_t blocks_min = part_blocks_min(shape);
     uint32_t n_parts = parts_for(TASKS_MAX, shape->n_kv_heads, n_row_blocks);
@@ -71,7 +72,9 @@ static uint32_t count_parts(const tqkv_plan_layer *shape, uint32_t n_row_blocks,
         n_parts = parts_for(TASKS_MIN, shape->n_kv_heads, n_row_blocks);
     if (n_parts > n_blocks / blocks_min)
         n_parts = n_blocks / blocks_min;
-    return n_parts > 1 ? n_parts : 1;
+    return n_parts <= 1
+               ? n_blocks
+               : tqkvi_div_up(tqkvi_div_up(n_blocks, n_parts), blocks_min) * blocks_min;
 }
 
 size_t tqkvi_attention_scratch_bytes(const tqkv_plan_layer *shape, uint32_t n_q, size_t n_workers)
@@ -199,7 +202,6 @@ void tqkvi_attend(const tqkvi_attention *attention, const tqkv_parallel *paralle
 {
     const tqkv_plan_layer *shape = &attention->layer->shape;
     const size_t n_workers = parallel ? parallel->n_workers : 1;
-    const uint32_t blocks_min = part_blocks_min(shape);
     attend_call call = {.attention = attention,
                         .rows_per_block = tqkvi_attn_rows(shape),
                         .n_rows = attention->args->n_q * (shape->n_heads / shape->n_kv_heads),
@@ -212,11 +214,8 @@ void tqkvi_attend(const tqkvi_attention *attention, const tqkv_parallel *paralle
         call.n_blocks += tqkvi_span_blocks(&attention->spans[i], attention->args);
     call.n_row_blocks = tqkvi_div_up(call.n_rows, call.rows_per_block);
 
-    const uint32_t n_parts = count_parts(shape, call.n_row_blocks, call.n_blocks);
-    call.part_blocks =
-        n_parts == 1 ? call.n_blocks
-                     : tqkvi_div_up(tqkvi_div_up(call.n_blocks, n_parts), blocks_min) * blocks_min;
-    call.n_parts = n_parts == 1 ? 1 : tqkvi_div_up(call.n_blocks, call.part_blocks);
+    call.part_blocks = blocks_of_part(shape, call.n_row_blocks, call.n_blocks);
+    call.n_parts = call.n_blocks == 0 ? 1 : tqkvi_div_up(call.n_blocks, call.part_blocks);
     call.parts = call.work + n_workers * call.work_bytes;
     call.part_bytes =
         part_bytes(shape, call.n_rows < call.rows_per_block ? call.n_rows : call.rows_per_block);
