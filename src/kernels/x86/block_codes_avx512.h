@@ -11,6 +11,7 @@
 
 #include "format/block_rows.h"
 #include "kernels/by_width.h"
+#include "kernels/kernels.h"
 #include "kernels/levels.h"
 
 typedef struct tqkvk_unit {
@@ -132,6 +133,40 @@ TQKVK_INLINE tqkvk_unit tqkvk_levels_unit(tqkv_side side, int bits, const uint8_
                         tqkvk_levels_quad(side, bits, unit, 1, of, offset),
                         tqkvk_levels_quad(side, bits, unit, 2, of, offset),
                         tqkvk_levels_quad(side, bits, unit, 3, of, offset)};
+}
+
+#define TQKVK_TILE_BLOCKS (TQKVK_TILE_TOKENS / TQKVI_BLOCK_TOKENS)
+
+/* A unit of each block of a tile: half of the registers. */
+typedef struct tqkvk_tile_unit {
+    tqkvk_unit b0, b1, b2, b3;
+} tqkvk_tile_unit;
+
+/* A tile of fewer blocks is filled up with its first one. */
+static inline void tqkvk_fill_tile(const uint8_t *const *codes, size_t n_blocks,
+                                   const uint8_t *out[TQKVK_TILE_BLOCKS])
+{
+    for (size_t p = 0; p < TQKVK_TILE_BLOCKS; p++)
+        out[p] = codes[p < n_blocks ? p : 0];
+}
+
+/* at: of the unit in the codes of every block. */
+TQKVK_INLINE tqkvk_tile_unit tqkvk_levels_tile(tqkv_side side, int bits,
+                                               const uint8_t *const *codes, size_t at,
+                                               const tqkvk_levels_of *of, int offset)
+{
+    return (tqkvk_tile_unit){tqkvk_levels_unit(side, bits, codes[0] + at, of, offset),
+                             tqkvk_levels_unit(side, bits, codes[1] + at, of, offset),
+                             tqkvk_levels_unit(side, bits, codes[2] + at, of, offset),
+                             tqkvk_levels_unit(side, bits, codes[3] + at, of, offset)};
+}
+
+/* Four bytes in every lane. */
+TQKVK_INLINE __m512i tqkvk_four_bytes(const void *p)
+{
+    int word;
+    memcpy(&word, p, sizeof(word));
+    return _mm512_set1_epi32(word);
 }
 
 #endif /* TQKVK_BLOCK_CODES_AVX512_H */

@@ -10,10 +10,8 @@
 
 #define RAISED 128
 
-#define TILE_BLOCKS (TQKVK_TILE_TOKENS / TQKVI_BLOCK_TOKENS)
-
 typedef struct score {
-    const uint8_t *codes[TILE_BLOCKS];
+    const uint8_t *codes[TQKVK_TILE_BLOCKS];
     size_t at; /* of the unit in the codes of every block */
     size_t n_blocks;
     const tqkvk_query_unit *q; /* of the first query */
@@ -28,13 +26,6 @@ typedef struct query {
     __m512 factor;
 } query;
 
-TQKVK_INLINE __m512i four(const int8_t *q)
-{
-    int word;
-    memcpy(&word, q, sizeof(word));
-    return _mm512_set1_epi32(word);
-}
-
 TQKVK_INLINE void score_block(const tqkvk_unit *unit, const query *q, float *s)
 {
     __m512i sum = _mm512_dpbusd_epi32(q->start, unit->q0, q->q0);
@@ -48,24 +39,22 @@ TQKVK_INLINE void score_unit(int bits, const score *c)
 {
     const tqkvk_levels_of of = tqkvk_levels_load(bits, RAISED);
     const float step = tqkvk_widths[bits].step;
-    const tqkvk_unit b0 = tqkvk_levels_unit(TQKV_SIDE_K, bits, c->codes[0] + c->at, &of, RAISED);
-    const tqkvk_unit b1 = tqkvk_levels_unit(TQKV_SIDE_K, bits, c->codes[1] + c->at, &of, RAISED);
-    const tqkvk_unit b2 = tqkvk_levels_unit(TQKV_SIDE_K, bits, c->codes[2] + c->at, &of, RAISED);
-    const tqkvk_unit b3 = tqkvk_levels_unit(TQKV_SIDE_K, bits, c->codes[3] + c->at, &of, RAISED);
+    const tqkvk_tile_unit tile =
+        tqkvk_levels_tile(TQKV_SIDE_K, bits, c->codes, c->at, &of, RAISED);
     const tqkvk_query_unit *from = c->q;
     float *s = c->s;
 
     for (size_t a = 0; a < c->n_q; a++, from += c->n_units, s += c->s_stride) {
-        const query q = {four(from->q),      four(from->q + 4),
-                         four(from->q + 8),  four(from->q + 12),
+        const query q = {tqkvk_four_bytes(from->q),      tqkvk_four_bytes(from->q + 4),
+                         tqkvk_four_bytes(from->q + 8),  tqkvk_four_bytes(from->q + 12),
                          _mm512_set1_epi32(from->start), _mm512_set1_ps(from->factor * step)};
-        score_block(&b0, &q, s);
+        score_block(&tile.b0, &q, s);
         if (c->n_blocks > 1)
-            score_block(&b1, &q, s + TQKVI_BLOCK_TOKENS);
+            score_block(&tile.b1, &q, s + TQKVI_BLOCK_TOKENS);
         if (c->n_blocks > 2)
-            score_block(&b2, &q, s + 2 * TQKVI_BLOCK_TOKENS);
+            score_block(&tile.b2, &q, s + 2 * TQKVI_BLOCK_TOKENS);
         if (c->n_blocks > 3)
-            score_block(&b3, &q, s + 3 * TQKVI_BLOCK_TOKENS);
+            score_block(&tile.b3, &q, s + 3 * TQKVI_BLOCK_TOKENS);
     }
 }
 
@@ -80,8 +69,7 @@ void tqkvk_score_blocks_i8_avx512(const tqkvi_layout *layout, const uint8_t *con
                .s = s,
                .s_stride = s_stride};
 
-    for (size_t p = 0; p < TILE_BLOCKS; p++)
-        c.codes[p] = codes[p < n_blocks ? p : 0];
+    tqkvk_fill_tile(codes, n_blocks, c.codes);
     for (uint32_t u = 0; u < layout->n_units; u++, c.q++) {
         const uint32_t bits = layout->bits[u];
         TQKVK_BY_WIDTH(bits, TQKVK_NOTHING, score_unit, &c);

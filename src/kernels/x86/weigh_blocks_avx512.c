@@ -9,7 +9,6 @@
 #include "kernels/x86/block_codes_avx512.h"
 
 #define QUERIES_MAX 16 /* whose weights are copied together */
-#define TILE_BLOCKS (TQKVK_TILE_TOKENS / TQKVI_BLOCK_TOKENS)
 
 /* Weights of a tile: 128 * high + low. */
 typedef struct tqkvk_halves {
@@ -18,7 +17,7 @@ typedef struct tqkvk_halves {
 } tqkvk_halves;
 
 typedef struct weigh {
-    const uint8_t *codes[TILE_BLOCKS];
+    const uint8_t *codes[TQKVK_TILE_BLOCKS];
     size_t at;             /* of the unit in the codes of every block */
     const tqkvk_halves *w; /* [n_q] */
     size_t n_q, dim;
@@ -28,9 +27,7 @@ typedef struct weigh {
 
 TQKVK_INLINE __m512i dot(__m512i sum, __m512i levels, const uint8_t *w)
 {
-    int word;
-    memcpy(&word, w, sizeof(word));
-    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(word), levels);
+    return _mm512_dpbusd_epi32(sum, tqkvk_four_bytes(w), levels);
 }
 
 TQKVK_INLINE __m512i dot_unit(__m512i sum, const tqkvk_unit *unit, const uint8_t *w)
@@ -45,22 +42,19 @@ TQKVK_INLINE void weigh_unit(int bits, const weigh *c)
 {
     const tqkvk_levels_of of = tqkvk_levels_load(bits, 0);
     const __m512 step = _mm512_set1_ps(tqkvk_widths[bits].step);
-    const tqkvk_unit b0 = tqkvk_levels_unit(TQKV_SIDE_V, bits, c->codes[0] + c->at, &of, 0);
-    const tqkvk_unit b1 = tqkvk_levels_unit(TQKV_SIDE_V, bits, c->codes[1] + c->at, &of, 0);
-    const tqkvk_unit b2 = tqkvk_levels_unit(TQKV_SIDE_V, bits, c->codes[2] + c->at, &of, 0);
-    const tqkvk_unit b3 = tqkvk_levels_unit(TQKV_SIDE_V, bits, c->codes[3] + c->at, &of, 0);
+    const tqkvk_tile_unit tile = tqkvk_levels_tile(TQKV_SIDE_V, bits, c->codes, c->at, &of, 0);
     float *o = c->o;
 
     for (size_t a = 0; a < c->n_q; a++, o += c->dim) {
         const tqkvk_halves *w = c->w + a;
-        __m512i high = dot_unit(_mm512_setzero_si512(), &b0, w->high);
-        __m512i low = dot_unit(_mm512_setzero_si512(), &b0, w->low);
-        high = dot_unit(high, &b1, w->high + 16);
-        low = dot_unit(low, &b1, w->low + 16);
-        high = dot_unit(high, &b2, w->high + 32);
-        low = dot_unit(low, &b2, w->low + 32);
-        high = dot_unit(high, &b3, w->high + 48);
-        low = dot_unit(low, &b3, w->low + 48);
+        __m512i high = dot_unit(_mm512_setzero_si512(), &tile.b0, w->high);
+        __m512i low = dot_unit(_mm512_setzero_si512(), &tile.b0, w->low);
+        high = dot_unit(high, &tile.b1, w->high + 16);
+        low = dot_unit(low, &tile.b1, w->low + 16);
+        high = dot_unit(high, &tile.b2, w->high + 32);
+        low = dot_unit(low, &tile.b2, w->low + 32);
+        high = dot_unit(high, &tile.b3, w->high + 48);
+        low = dot_unit(low, &tile.b3, w->low + 48);
         const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high, 7), low);
         const __m512 sum = _mm512_cvtepi32_ps(both);
         const __m512 g = _mm512_mul_ps(_mm512_set1_ps(c->g[a]), step);
@@ -108,8 +102,7 @@ void tqkvk_weigh_blocks_i8_avx512(const tqkvi_layout *layout, const uint8_t *con
     tqkvk_halves weights[QUERIES_MAX];
     weigh c = {.w = weights, .dim = (size_t)layout->n_units * TQKV_UNIT_CHANNELS};
 
-    for (size_t p = 0; p < TILE_BLOCKS; p++)
-        c.codes[p] = codes[p < n_blocks ? p : 0];
+    tqkvk_fill_tile(codes, n_blocks, c.codes);
     for (size_t a = 0; a < n_q; a += c.n_q) {
         c.n_q = n_q - a < QUERIES_MAX ? n_q - a : QUERIES_MAX;
         for (size_t i = 0; i < c.n_q; i++)
