@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "integrations" / "cuda"), str(ROOT / "bench" / "cuda")]
+sys.path[:0] = [str(ROOT / "integrations" / "cuda"), str(ROOT / "integrations" / "vllm"), str(ROOT / "bench" / "cuda")]
 import decode_bench  # noqa: E402
 import tqkv_cuda  # noqa: E402
+from turboquant_vllm.gpu_layer import SLAB_TOKENS, flash  # noqa: E402
 
 REPLAYS = 30
 N_LAUNCHES = 4
-SLAB_TOKENS = 8192
 PROFILES = ("4 bits", "5x", "2 bits")
 SHAPES = [  # query heads, KV heads, dim, sequences, new tokens, context
     (32, 8, 128, 1, 2048, 32768), (32, 8, 128, 1, 512, 8192), (32, 8, 128, 16, 64, 4096), (32, 8, 128, 32, 16, 4096),
@@ -41,13 +41,6 @@ def shape_name(shape):
 
 def stream():
     return torch.cuda.current_stream().cuda_stream
-
-
-def flash(query, key, value, scale):
-    """As engines call it: output [tokens, heads, dim] and log of sums [tokens, heads], both contiguous."""
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)), 0.0, False, scale=scale)
-    return out[0].transpose(0, 1).contiguous(), lse[0].t().contiguous()
 
 
 class Case:
@@ -89,7 +82,7 @@ class Case:
                     n = min(SLAB_TOKENS, context - first)
                     k, v = self.slab[0, :n], self.slab[1, :n]
                     self.layer.unpack(tqkv_cuda.UnpackArgs(pages, k.data_ptr(), v.data_ptr(), seq, first, n, tqkv_cuda.F16), stream())
-                    part, sums = flash(self.q[rows], k, v, self.scale)
+                    part, sums = flash(self.q[rows], k, v, self.scale, causal=False)
                     self.layer.merge(self.whole[rows].data_ptr(), self.sums[rows].data_ptr(), part.data_ptr(), sums.data_ptr(),
                                      sums.numel(), dim, tqkv_cuda.F16, stream())
         return launch

@@ -117,14 +117,12 @@ class Sizes:
 
     def workspace_bytes(self, plans):
         from turboquant_vllm import gpu_layer
-        shapes = {(plan.shape.n_heads, plan.shape.n_kv_heads, plan.shape.k_dim): plan.cuda for plan in plans}
         return max(gpu_layer.workspace_bytes(cuda, self.max_seqs, range(1, self.q_len + 1), self.max_seq_len)
-                   for cuda in shapes.values())
+                   for cuda in layer_of_each_shape(plans))
 
     def prefill_bytes(self, plans):
         from turboquant_vllm import gpu_layer
-        shapes = {(plan.shape.n_heads, plan.shape.n_kv_heads, plan.shape.k_dim): plan.cuda for plan in plans}
-        return max(gpu_layer.prefill_bytes(cuda, self.max_tokens, self.max_seq_len) for cuda in shapes.values())
+        return max(gpu_layer.prefill_bytes(cuda, self.max_tokens, self.max_seq_len) for cuda in layer_of_each_shape(plans))
 
     @staticmethod
     def slab_bytes(plans):
@@ -136,6 +134,11 @@ class Sizes:
         from turboquant_vllm import gpu_layer
         images = sum(gpu_layer.GpuLayer.bytes_beside(plan.cuda, ()) for plan in plans)
         return images + self.workspace_bytes(plans) + self.prefill_bytes(plans) + self.slab_bytes(plans)
+
+
+def layer_of_each_shape(plans):
+    """A tqkv_cuda.Layer for each shape of layers; the others need as much memory."""
+    return {(plan.shape.n_heads, plan.shape.n_kv_heads, plan.shape.k_dim): plan.cuda for plan in plans}.values()
 
 
 def tiers_for(plans, block_size, n_blocks, n_sequences):
