@@ -15,6 +15,7 @@ from turboquant_vllm import model_plan, openmp
 from turboquant_vllm.model_plan import Refusal
 
 PLAIN_DTYPES = ("auto", "float16", "bfloat16", "float32")
+READ_AGAIN_MOST = 512  # of a prefix hit, and at most half of it; README.md has what 128, 256 and 512 leave of the loss
 
 
 class TurboquantBackend(AttentionBackend):
@@ -133,16 +134,19 @@ def tokens_worth_finding(plan, blocks, n_tokens, block_size):
     """Of n_tokens in cached blocks, a prefix hit, those that are not better read again.
 
     All, if copies of its newest tokens are there; they are kept then, as more requests may find this prefix. Layers
-    keep copies of the same blocks, so one stands for all. Without a layer in this process, as where there are several
-    ranks, nothing is known of copies, and the newest tokens are read again.
+    keep copies of the same blocks, so one stands for all. Where they are gone, so are mostly those of the older young
+    tiers, and more is read again. Without a layer in this process, as where there are several ranks, nothing is
+    known of copies, and the newest tokens are read again.
     """
+    n_again, n_young = model_plan.young_tokens(plan)
     caches = list(LayerCache.of_this_process)
     if caches and caches[0].paged.lost(blocks, n_tokens) == 0:
         for cache in caches:
             cache.paged.keep(blocks, n_tokens)
         return n_tokens
-    n_newest = model_plan.newest_tokens(plan)
-    return max(n_tokens - n_newest, 0) // block_size * block_size if n_newest else n_tokens
+    if caches:
+        n_again = max(n_again, min(n_young, READ_AGAIN_MOST, n_tokens // 2))
+    return max(n_tokens - n_again, 0) // block_size * block_size if n_again else n_tokens
 
 
 class LayerCache:

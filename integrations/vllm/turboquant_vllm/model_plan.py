@@ -39,10 +39,11 @@ def load_share(name, rank, n_ranks):
 
 
 @functools.cache
-def newest_tokens(name):
-    """Tokens of the youngest tier; 0 where all tokens are stored alike."""
+def young_tokens(name):
+    """Tokens of the youngest tier, and of all but the last; 0 where all tokens are stored alike."""
     plan = load_plan(name)
-    return max(plan.layer(index).tier_tokens[0] for index in range(plan.n_layers)) if plan else 0
+    tiers = [plan.layer(index).tier_tokens[:plan.n_tiers - 1] for index in range(plan.n_layers)] if plan else []
+    return max((tokens[0] for tokens in tiers if tokens), default=0), max(map(sum, tiers), default=0)
 
 
 def fingerprint(name):
