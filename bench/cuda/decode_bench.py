@@ -246,8 +246,8 @@ def time_store(library, n_tokens):
     pool = aligned_bytes((n_tokens + PAGE_TOKENS) // PAGE_TOKENS * page_bytes)
     positions = torch.arange(n_tokens, dtype=torch.int32, device="cuda") + 1000
     slots = torch.arange(n_tokens, dtype=torch.int64, device="cuda")
-    args = tqkv_cuda.StoreArgs(k.data_ptr(), v.data_ptr(), 1024, 1024, positions.data_ptr(), slots.data_ptr(), pool.data_ptr(),
-                               n_tokens, 0, PAGE_TOKENS, tqkv_cuda.BF16)
+    args = tqkv_cuda.StoreArgs(k.data_ptr(), v.data_ptr(), 1024, 1024, positions.data_ptr(), [slots.data_ptr()], [pool.data_ptr()],
+                               n_tokens, PAGE_TOKENS, tqkv_cuda.BF16)
     times = time_launches([lambda: layer.store(args, torch.cuda.current_stream().cuda_stream)] * 4)
     return times, n_tokens * (4096 + page_bytes / PAGE_TOKENS)
 

@@ -70,20 +70,21 @@ typedef struct tqkv_cuda_pages {
 } tqkv_cuda_pages;
 
 /*
- * Encodes K and V of n_tokens tokens into their cells; the bytes are those of tqkv_codec_encode.
+ * Encodes K and V of n_tokens tokens into their cells of every tier at once; the bytes are those of
+ * tqkv_codec_encode.
  * k, v: device [n_tokens][n_kv_heads][dim] of `type`; strides of a token in elements. K has RoPE.
- * positions: device [n_tokens]. slots: device [n_tokens] int64: page * page_tokens + cell in the
- * page; -1 leaves the token out, of which k, v and position are read all the same. Two tokens of a call
- * have different slots.
- * pool: device, of the tier.
+ * positions: device [n_tokens]. slots: by tier, device [n_tokens] int64: page * page_tokens + cell in the
+ * page; -1 leaves the token out of the tier, k, v and position are read all the same. Two tokens of a call
+ * have different slots of a tier. NULL: no token goes into this tier.
+ * pool: by tier, device, where there are slots.
  */
 typedef struct tqkv_cuda_store_args {
     const void *k, *v;
     size_t k_token_stride, v_token_stride;
     const int32_t *positions;
-    const int64_t *slots;
-    void *pool;
-    uint32_t n_tokens, tier, page_tokens;
+    const int64_t *slots[TQKV_TIERS_MAX];
+    void *pool[TQKV_TIERS_MAX];
+    uint32_t n_tokens, page_tokens;
     tqkv_cuda_type type;
 } tqkv_cuda_store_args;
 

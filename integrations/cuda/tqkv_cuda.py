@@ -33,10 +33,15 @@ class Pages(c.Structure):
 
 
 class StoreArgs(c.Structure):
-    """tqkv_cuda_store_args."""
+    """tqkv_cuda_store_args. slots, pool: an address per tier, None without."""
     _fields_ = [("k", c.c_void_p), ("v", c.c_void_p), ("k_token_stride", c.c_size_t), ("v_token_stride", c.c_size_t),
-                ("positions", c.c_void_p), ("slots", c.c_void_p), ("pool", c.c_void_p), ("n_tokens", c.c_uint32),
-                ("tier", c.c_uint32), ("page_tokens", c.c_uint32), ("type", c.c_int)]
+                ("positions", c.c_void_p), ("slots", c.c_void_p * TIERS_MAX), ("pool", c.c_void_p * TIERS_MAX),
+                ("n_tokens", c.c_uint32), ("page_tokens", c.c_uint32), ("type", c.c_int)]
+
+    def __init__(self, k, v, k_token_stride, v_token_stride, positions, slots, pool, n_tokens, page_tokens, dtype):
+        by_tier = c.c_void_p * TIERS_MAX
+        super().__init__(k, v, k_token_stride, v_token_stride, positions, by_tier(*slots), by_tier(*pool), n_tokens,
+                         page_tokens, dtype)
 
 
 class DecodeArgs(c.Structure):

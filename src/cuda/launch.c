@@ -373,19 +373,24 @@ tqkv_status tqkv_cuda_prefill(const tqkv_cuda_layer *layer, const void *image,
 tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer, const void *image,
                             const tqkv_cuda_store_args *args, void *stream)
 {
-    if (!layer || !image || !args || args->tier >= layer->shape.n_tiers || args->page_tokens == 0 ||
+    if (!layer || !image || !args || args->page_tokens == 0 ||
         args->page_tokens % TQKVC_BLOCK_TOKENS != 0 || !type_is_good(args->type))
         return TQKV_ERR_INVALID_ARG;
-    if (args->n_tokens == 0)
+    tqkvc_store p = {.shape = layer->shape, .image = image, .args = *args};
+    for (uint32_t tier = 0; tier < TQKV_TIERS_MAX; tier++) {
+        if (!args->slots[tier])
+            continue;
+        if (tier >= layer->shape.n_tiers || !args->pool[tier])
+            return TQKV_ERR_INVALID_ARG;
+        p.tiers[p.n_tiers++] = tier;
+        p.page_bytes[tier] = page_bytes(&layer->shape, tier, args->page_tokens);
+    }
+    if (args->n_tokens == 0 || p.n_tiers == 0)
         return TQKV_OK;
     const size_t row = (size_t)layer->shape.n_kv_heads * layer->shape.dim;
-    if (!args->k || !args->v || !args->positions || !args->slots || !args->pool ||
-        args->k_token_stride < row || args->v_token_stride < row)
+    if (!args->k || !args->v || !args->positions || args->k_token_stride < row ||
+        args->v_token_stride < row)
         return TQKV_ERR_INVALID_ARG;
-    const tqkvc_store p = {.shape = layer->shape,
-                           .image = image,
-                           .args = *args,
-                           .page_bytes = page_bytes(&layer->shape, args->tier, args->page_tokens)};
     return tqkvc_launch_store(&p, stream);
 }
 

@@ -67,7 +67,8 @@ typedef struct tqkvc_store {
     tqkvc_shape shape;
     const uint8_t *image;
     tqkv_cuda_store_args args;
-    uint32_t page_bytes;
+    uint32_t page_bytes[TQKV_TIERS_MAX];
+    uint32_t n_tiers, tiers[TQKV_TIERS_MAX]; /* that have slots */
 } tqkvc_store;
 
 typedef struct tqkvc_unpack {

@@ -2,7 +2,7 @@
 /*
  * Store: rows of K and V to codes in their blocks, the bytes of the CPU codec.
  *
- * A block takes ROWS tokens of one KV head and side: x to z in shared memory, all of z times the matrix
+ * A block takes ROWS tokens of one tier, KV head and side: x to z in shared memory, all of z times the matrix
  * to y (transform.cuh), then octets of lanes search scales and write codes (encode_row.cuh). With one row
  * or eight, several octets share the candidates of a row. Neither the sums of the transform, whose order
  * is part of the format, nor the search are memory's work: arithmetic bounds the kernel where there are
@@ -36,14 +36,14 @@ template <int D, int ROWS> struct store_memory {
 
 /* What a block works on. */
 struct store_head {
-    uint32_t g, side;
+    uint32_t tier, g, side;
     const tqkvc_layout &layout;
     const float *matrix, *weights;
 
     __device__ __forceinline__ store_head(const tqkvc_store &p)
-        : g(blockIdx.y / 2), side(blockIdx.y % 2),
+        : tier(p.tiers[blockIdx.z]), g(blockIdx.y / 2), side(blockIdx.y % 2),
           layout(reinterpret_cast<const tqkvc_layout *>(
-              p.image + p.shape.parts.layouts)[p.args.tier * p.shape.n_kv_heads + g]),
+              p.image + p.shape.parts.layouts)[tier * p.shape.n_kv_heads + g]),
           matrix(reinterpret_cast<const float *>(p.image + p.shape.parts.transform[side]) +
                  (size_t)g * p.shape.dim * p.shape.dim),
           weights(reinterpret_cast<const float *>(p.image + p.shape.parts.weight[side]) +
@@ -115,12 +115,15 @@ __global__ void __launch_bounds__(tqkvc_store_shape<D, ROWS>::THREADS,
     store_memory<D, ROWS> &memory = *reinterpret_cast<store_memory<D, ROWS> *>(bytes);
     const store_head head(p);
     const uint32_t first = blockIdx.x * ROWS, octet = threadIdx.x / 8;
-    tqkvc_row_loader<D, ROWS> loader(p, first, head.g, head.side);
     /* The last threads find places: with one row, they have no pairs. */
     const uint32_t row_of_place = shape::THREADS - 1 - threadIdx.x;
     const int64_t slot = row_of_place < ROWS && first + row_of_place < p.args.n_tokens
-                             ? p.args.slots[first + row_of_place]
+                             ? p.args.slots[head.tier][first + row_of_place]
                              : -1;
+    /* Most tokens of a prompt have no place in a young tier. Few rows do not wait to know. */
+    if (shape::IS_MANY && !__syncthreads_or(slot >= 0))
+        return;
+    tqkvc_row_loader<D, ROWS> loader(p, first, head.g, head.side);
     tqkvc_transform<D, ROWS> transform = {memory.stages, head.matrix};
     /* Traits are in the image: where no head has this one, nothing waits for them. */
     const bool is_hadamard =
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(tqkvc_store_shape<D, ROWS>::THREADS,
     const uint64_t widths = head.layout.widths[head.side]; /* on their way until they are used */
     const bool zero_mean = (head.layout.traits[head.side] & TQKVC_ZERO_MEAN) != 0;
     if (row_of_place < ROWS)
-        memory.places[row_of_place] = find_place(p, slot, head.layout, head.side);
+        memory.places[row_of_place] = find_place(p, head.tier, slot, head.layout, head.side);
     loader.load(memory.z, memory.flags);
     if (!is_hadamard) {
         transform.multiply(memory.z, memory.y);
@@ -159,7 +162,7 @@ template <int D, int ROWS> tqkv_status launch(const tqkvc_store &p, cudaStream_t
 {
     using memory = store_memory<D, ROWS>;
     const auto kernel = store_kernel<D, ROWS>;
-    const dim3 grid((p.args.n_tokens + ROWS - 1) / ROWS, 2 * p.shape.n_kv_heads);
+    const dim3 grid((p.args.n_tokens + ROWS - 1) / ROWS, 2 * p.shape.n_kv_heads, p.n_tiers);
 
     static_assert(sizeof(memory) <= 99 * 1024, "of a block, on any device");
     static_assert(offsetof(memory, stages) % 16 == 0 && offsetof(memory, z) % 16 == 0 &&
@@ -176,8 +179,8 @@ template <int D, int ROWS> tqkv_status launch(const tqkvc_store &p, cudaStream_t
 }
 
 /*
- * One row a block while every block has a multiprocessor of its own; eight up to a few blocks each; then
- * tiles, which want so many rows to be faster.
+ * One row a block while every block of a tier has a multiprocessor of its own; eight up to a few blocks each;
+ * then tiles, which want so many rows to be faster.
  */
 template <int D> tqkv_status launch_rows(const tqkvc_store &p, cudaStream_t stream)
 {

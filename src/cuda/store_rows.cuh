@@ -16,16 +16,17 @@ struct tqkvc_place {
     uint32_t slot;
 };
 
-static __device__ __forceinline__ tqkvc_place find_place(const tqkvc_store &p, int64_t slot,
-                                                         const tqkvc_layout &layout, uint32_t side)
+static __device__ __forceinline__ tqkvc_place find_place(const tqkvc_store &p, uint32_t tier,
+                                                         int64_t slot, const tqkvc_layout &layout,
+                                                         uint32_t side)
 {
     if (slot < 0)
         return {nullptr, 0};
     const uint32_t n = p.args.page_tokens;
     const int64_t page = slot >> 32 == 0 ? (int64_t)((uint32_t)slot / n) : slot / n; /* faster */
     const uint32_t cell = (uint32_t)(slot - page * n);
-    return {static_cast<uint8_t *>(p.args.pool) + page * p.page_bytes +
-                (size_t)(cell / TQKVC_BLOCK_TOKENS) * p.shape.block_bytes[p.args.tier] +
+    return {static_cast<uint8_t *>(p.args.pool[tier]) + page * p.page_bytes[tier] +
+                (size_t)(cell / TQKVC_BLOCK_TOKENS) * p.shape.block_bytes[tier] +
                 layout.offset + (side == TQKV_SIDE_V ? layout.bytes[0] : 0),
             cell % TQKVC_BLOCK_TOKENS};
 }

@@ -122,8 +122,10 @@ class Reference:
         tiers = torch.full((n_pages,), tier, dtype=torch.uint8, device=device)
         k, v = (rows[:, side].contiguous() for side in (0, 1))
         stride, slots = k.stride(0), positions.long()
-        args = tqkv_cuda.StoreArgs(k.data_ptr(), v.data_ptr(), stride, stride, positions.data_ptr(), slots.data_ptr(),
-                                   pool.data_ptr(), n, tier, PAGE_TOKENS, tqkv_cuda.BF16)
+        others = [None] * tier
+        args = tqkv_cuda.StoreArgs(k.data_ptr(), v.data_ptr(), stride, stride, positions.data_ptr(),
+                                   [*others, slots.data_ptr()], [*others, pool.data_ptr()], n, PAGE_TOKENS,
+                                   tqkv_cuda.BF16)
         layer.store(args, stream())
         out = torch.empty(2, n, *k.shape[1:], device=device)
         pages = tqkv_cuda.Pages([pool.data_ptr()] * 4, table.data_ptr(), PAGE_TOKENS, n_pages, tiers.data_ptr(),
@@ -452,21 +454,16 @@ def time_step(library, device, generator):
     graph = graph_of(lambda: machine.run(batch, q, k, v, out))
     whole = timed(graph.replay, 60)[0] / shape.n_layers
 
-    def stores(beside):
-        kept = machine.workspace.streams
-        if not beside:
-            machine.workspace.streams = [torch.cuda.current_stream()] * 3
+    def stores():
         for layer, blocks, x, y in zip(machine.layers, machine.blocks, k, v):
             layer.store(blocks.data_ptr(), pages, x, y)
-        machine.workspace.streams = kept
 
     def decodes(batch):
         for layer, blocks, x, to in zip(machine.layers, machine.blocks, q, out):
             layer.decode(blocks.data_ptr(), pages, batch, machine.scale, x, to, torch.empty(n_seqs, 32, device=device))
     print(f"64 x 4096, us a layer: store and attend {whole:.1f}", flush=True)
-    for beside in (True, False):
-        us = timed(graph_of(lambda beside=beside: stores(beside)).replay, 60)[0] / shape.n_layers
-        print(f"    store, four tiers {'beside' if beside else 'after'} each other {us:.1f}", flush=True)
+    us = timed(graph_of(stores).replay, 60)[0] / shape.n_layers
+    print(f"    store into four tiers {us:.1f}", flush=True)
     bare = timed(graph_of(lambda: decodes(batch)).replay, 60)[0] / shape.n_layers
     print(f"    decode {bare:.1f}", flush=True)
     for most in (8192, 32768):

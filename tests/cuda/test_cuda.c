@@ -74,22 +74,55 @@ static void store_once(const layer *l, uint32_t tier, uint32_t g, tqkv_side side
     free(block);
 }
 
+/* What the pool of a tier holds once the tokens of x: [side][n_tokens][n_kv_heads][dim] are in it; to be freed. */
+static uint8_t *expect_pool(const layer *l, uint32_t tier, float *const x[2], const int64_t *slots,
+                            const int32_t *positions, uint32_t n_tokens, size_t bytes)
+{
+    const size_t row = (size_t)l->n_kv_heads * l->dim;
+    uint8_t *pool = malloc(bytes);
+
+    assert_non_null(pool);
+    memset(pool, POISON, bytes);
+    for (uint32_t i = 0; i < n_tokens; i++)
+        for (int side = 0; side < 2; side++)
+            for (uint32_t g = 0; g < l->n_kv_heads && slots[i] >= 0; g++)
+                put_row(l, tier, g, (tqkv_side)side, positions[i], x[side] + i * row + g * l->dim,
+                        pool + (size_t)(slots[i] / 16) * block_bytes(l, tier),
+                        (uint32_t)(slots[i] % 16));
+    return pool;
+}
+
+static void check_pool(const layer *l, uint32_t tier, const void *pool, const uint8_t *want, size_t bytes)
+{
+    uint8_t *got = malloc(bytes);
+    size_t n_different = 0;
+
+    assert_non_null(got);
+    to_host(got, pool, bytes);
+    for (size_t i = 0; i < bytes; i++)
+        n_different += got[i] != want[i];
+    free(got);
+    if (n_different)
+        fprintf(stderr, "store: dim %u tier %u: %zu bytes differ\n", l->dim, tier, n_different);
+    assert_int_equal(n_different, 0);
+}
+
+/* One launch for a tier and the one after it, if there is one, into the same cells; the others have no slots. */
 static void check_store(test_random *random, const layer *l, uint32_t tier, uint32_t n_tokens,
                         tqkv_cuda_type type, cell_order order)
 {
     const uint32_t page_tokens = 16u << test_random_u32(random) % 4,
-                   n_pages = 2 * n_tokens / page_tokens + 2;
-    const size_t row = (size_t)l->n_kv_heads * l->dim,
-                 page = tqkv_cuda_page_bytes(l->cuda, tier, page_tokens), bytes = n_pages * page;
+                   n_pages = 2 * n_tokens / page_tokens + 2,
+                   tiers[2] = {tier, tqkv_cuda_page_bytes(l->cuda, tier + 1, 16) > 0 ? tier + 1 : 0},
+                   n_tiers = tiers[1] == tier ? 1 : 2;
+    const size_t row = (size_t)l->n_kv_heads * l->dim;
     float *x[2] = {random_rows(random, n_tokens, (uint32_t)row, 1.0f),
                    random_rows(random, n_tokens, (uint32_t)row, 1.0f)};
-    uint8_t *want = malloc(bytes), *got = malloc(bytes);
     int64_t *slots = malloc(n_tokens * sizeof(*slots));
     int32_t *positions = malloc(n_tokens * sizeof(*positions));
-    void *device[2];
+    void *device[2], *device_slots;
 
-    assert_true(want && got && slots && positions);
-    memset(want, POISON, bytes);
+    assert_true(slots && positions);
     for (uint32_t i = 0; i < n_tokens; i++) {
         place_token(random, l, order, i, n_tokens, n_pages * page_tokens, &slots[i], &positions[i]);
         for (uint32_t g = 0; g < l->n_kv_heads; g++) {
@@ -106,41 +139,35 @@ static void check_store(test_random *random, const layer *l, uint32_t tier, uint
         void *typed = as_type(x[side], n_tokens * row, type);
         device[side] = device_bytes(typed, n_tokens * row * type_bytes(type));
         free(typed);
-        for (uint32_t i = 0; i < n_tokens; i++)
-            for (uint32_t g = 0; g < l->n_kv_heads && slots[i] >= 0; g++)
-                put_row(l, tier, g, (tqkv_side)side, positions[i], x[side] + i * row + g * l->dim,
-                        want + (size_t)(slots[i] / 16) * block_bytes(l, tier),
-                        (uint32_t)(slots[i] % 16));
     }
-    const tqkv_cuda_store_args args = {.k = device[0],
-                                       .v = device[1],
-                                       .k_token_stride = row,
-                                       .v_token_stride = row,
-                                       .positions = device_bytes(positions, n_tokens * 4),
-                                       .slots = device_bytes(slots, n_tokens * 8),
-                                       .pool = device_bytes(NULL, bytes),
-                                       .n_tokens = n_tokens,
-                                       .tier = tier,
-                                       .page_tokens = page_tokens,
-                                       .type = type};
+    device_slots = device_bytes(slots, n_tokens * 8);
+    tqkv_cuda_store_args args = {.k = device[0],
+                                 .v = device[1],
+                                 .k_token_stride = row,
+                                 .v_token_stride = row,
+                                 .positions = device_bytes(positions, n_tokens * 4),
+                                 .n_tokens = n_tokens,
+                                 .page_tokens = page_tokens,
+                                 .type = type};
+    for (uint32_t i = 0; i < n_tiers; i++) {
+        args.slots[tiers[i]] = device_slots;
+        args.pool[tiers[i]] =
+            device_bytes(NULL, n_pages * tqkv_cuda_page_bytes(l->cuda, tiers[i], page_tokens));
+    }
     assert_int_equal(tqkv_cuda_store(l->cuda, l->image, &args, NULL), TQKV_OK);
-    to_host(got, args.pool, bytes);
-    size_t n_different = 0;
-    for (size_t i = 0; i < bytes; i++)
-        n_different += got[i] != want[i];
-    if (n_different)
-        fprintf(stderr, "store: dim %u tier %u tokens %u type %d order %d: %zu bytes differ\n",
-                l->dim, tier, n_tokens, (int)type, (int)order, n_different);
-    assert_int_equal(n_different, 0);
+    for (uint32_t i = 0; i < n_tiers; i++) {
+        const size_t bytes = n_pages * tqkv_cuda_page_bytes(l->cuda, tiers[i], page_tokens);
+        uint8_t *want = expect_pool(l, tiers[i], x, slots, positions, n_tokens, bytes);
+        check_pool(l, tiers[i], args.pool[tiers[i]], want, bytes);
+        free(want);
+        check(cudaFree(args.pool[tiers[i]]));
+    }
     check(cudaFree((void *)(uintptr_t)args.positions));
-    check(cudaFree((void *)(uintptr_t)args.slots));
-    check(cudaFree(args.pool));
+    check(cudaFree(device_slots));
     for (int side = 0; side < 2; side++) {
         check(cudaFree(device[side]));
         free(x[side]);
     }
-    free(want);
-    free(got);
     free(slots);
     free(positions);
 }

@@ -42,14 +42,14 @@ class Layer:
 
     def store(self, args, stream):
         self.calls.append("store")
-        slots = at(args.slots, torch.int64, args.n_tokens)
-        live = slots >= 0
-        if not live.any():
-            return
         shape = (args.n_tokens, self.n_kv_heads, self.dim)
         rows = [at(x, DTYPES[args.type], *shape, stride=stride) for x, stride in ((args.k, args.k_token_stride),
                                                                                 (args.v, args.v_token_stride))]
-        self.cells(args.pool, slots)[slots[live]] = rounded(torch.stack(rows, 1)[live], args.tier)
+        for tier in range(self.n_tiers):
+            slots = at(args.slots[tier], torch.int64, args.n_tokens)
+            live = slots >= 0
+            if live.any():
+                self.cells(args.pool[tier], slots)[slots[live]] = rounded(torch.stack(rows, 1)[live], tier)
 
     def rows(self, pages, sequence, first, n):
         """K and V of tokens of a sequence: [n][2][KV heads][dim]."""

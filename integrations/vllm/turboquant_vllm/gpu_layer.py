@@ -95,9 +95,6 @@ class Workspace:
 
     def __init__(self, decode, prefill, slab, device):
         self.decode, self.prefill, self.slab = (aligned(n_bytes, device) for n_bytes in (decode, prefill, slab))
-        self.streams = []  # beside the current one
-        if device.type == "cuda":
-            self.streams = [torch.cuda.Stream(device) for _ in range(tqkv_cuda.TIERS_MAX - 1)]
 
 
 class GpuLayer:
@@ -109,6 +106,7 @@ class GpuLayer:
         self.image.copy_(torch.frombuffer(bytearray(cuda.image), dtype=torch.uint8))
         cuda.device_image = self.image.data_ptr()
         self.copies = [aligned(n_bytes, device) for n_bytes in self.copy_bytes(cuda, n_copies)]
+        self.pages_of, self.made_pages = None, None
 
     @staticmethod
     def copy_bytes(cuda, n_copies):
@@ -125,24 +123,23 @@ class GpuLayer:
         return [*(pool.data_ptr() for pool in self.copies), blocks]
 
     def pages(self, blocks, pages, first_row=0):
-        return tqkv_cuda.Pages(self.pools(blocks), pages.block_table[first_row:].data_ptr(), PAGE_TOKENS,
-                               pages.block_table.stride(0), pages.tiers[first_row:].data_ptr(), pages.tiers.stride(0))
+        """The last ones are kept: tables of all steps are in the same place."""
+        wanted = blocks, first_row, pages.block_table.data_ptr(), pages.tiers.data_ptr()
+        if self.pages_of != wanted:
+            self.made_pages = tqkv_cuda.Pages(self.pools(blocks), pages.block_table[first_row:].data_ptr(), PAGE_TOKENS,
+                                              pages.block_table.stride(0), pages.tiers[first_row:].data_ptr(),
+                                              pages.tiers.stride(0))
+            self.pages_of = wanted
+        return self.made_pages
 
     def store(self, blocks, pages, key, value):
-        """key, value: [tokens, KV heads, dim]. blocks: address of the engine's first page. One launch for each tier;
-        few tokens are a chain of latencies in each, so the launches run beside each other."""
-        current = torch.cuda.current_stream() if key.is_cuda else None
-        for tier, pool in reversed(list(enumerate(self.pools(blocks)))):
-            is_last = tier == len(self.copies)
-            stream = current if is_last or current is None else self.workspace.streams[tier]
-            args = tqkv_cuda.StoreArgs(key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0),
-                                       pages.positions.data_ptr(), pages.slots[tier].data_ptr(), pool, len(key), tier,
-                                       PAGE_TOKENS, TYPES[key.dtype])
-            if stream is not current:
-                stream.wait_stream(current)
-            self.cuda.store(args, handle(stream))
-        for stream in self.workspace.streams[:len(self.copies)]:
-            current.wait_stream(stream)
+        """key, value: [tokens, KV heads, dim]. blocks: address of the engine's first page. One launch for all tiers."""
+        slots, row = pages.slots.data_ptr(), pages.slots.stride(0) * pages.slots.element_size()
+        pools = self.pools(blocks)
+        args = tqkv_cuda.StoreArgs(key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0),
+                                   pages.positions.data_ptr(), [slots + tier * row for tier in range(len(pools))], pools,
+                                   len(key), PAGE_TOKENS, TYPES[key.dtype])
+        self.cuda.store(args, stream_of(key))
 
     def attend(self, blocks, pages, batch, scale, query, key, value, out):
         """After store. query, out: [tokens, heads, dim], key and value: [tokens, KV heads, dim]; out is contiguous and
@@ -166,7 +163,7 @@ class GpuLayer:
         args = tqkv_cuda.DecodeArgs(self.pages(blocks, pages), q.data_ptr(), to.data_ptr(), sums.data_ptr(),
                                     pages.seq_lens.data_ptr(), self.workspace.decode.data_ptr(), batch.n_decodes,
                                     batch.q_len, batch.max_tokens, scale, TYPES[q.dtype])
-        self.cuda.decode(args, handle(torch.cuda.current_stream() if q.is_cuda else None))
+        self.cuda.decode(args, stream_of(q))
         if batch.rows is not None:
             out[:len(batch.places)] = to[batch.places]
             lse[:len(batch.places)] = sums[batch.places]
@@ -188,7 +185,7 @@ class GpuLayer:
         """Contexts that are read as codes, of all rows at once. among: output and log of sums of new tokens among
         themselves; to: of both."""
         (whole, sums), (out, lse) = among, to
-        stream, kind = handle(torch.cuda.current_stream() if query.is_cuda else None), TYPES[query.dtype]
+        stream, kind = stream_of(query), TYPES[query.dtype]
         self.cuda.prefill(tqkv_cuda.PrefillArgs(
             self.pages(blocks, pages, prompts.first_row), query.data_ptr(), out.data_ptr(), lse.data_ptr(),
             prompts.starts.data_ptr(), prompts.contexts.data_ptr(), self.workspace.prefill.data_ptr(),
@@ -200,7 +197,7 @@ class GpuLayer:
     def read_long(self, blocks, pages, prompt, scale, new, out, lse):
         """Adds the context of a prompt to its out and lse, a slab at a time."""
         query, key = new
-        stream, kind = handle(torch.cuda.current_stream() if query.is_cuda else None), TYPES[query.dtype]
+        stream, kind = stream_of(query), TYPES[query.dtype]
         for first in range(0, prompt.n_context, SLAB_TOKENS):
             n = min(SLAB_TOKENS, prompt.n_context - first)
             k, v = self.workspace.slab.view(key.dtype)[:2 * n * key[0].numel()].view(2, n, *key.shape[1:])
@@ -211,8 +208,9 @@ class GpuLayer:
                             kind, stream)
 
 
-def handle(stream):
-    return 0 if stream is None else stream.cuda_stream
+def stream_of(tensor):
+    """Handle of the current stream of its device; 0 on the CPU."""
+    return torch.cuda.current_stream().cuda_stream if tensor.is_cuda else 0
 
 
 def flash(query, key, value, scale, causal):
