@@ -71,4 +71,4 @@ def test_a_rank_has_its_heads(plans, tmp_path):
     for whole, *ranks in zip(plans, *shares):
         assert sum(plan.token_bytes for plan in ranks) == whole.token_bytes
         assert ranks[0].plan.fingerprint != ranks[1].plan.fingerprint
-    assert model_plan.newest_tokens(str(tmp_path / "tiny.tqkv")) == 32
+    assert model_plan.young_tokens(str(tmp_path / "tiny.tqkv")) == (32, 112)
