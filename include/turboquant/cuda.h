@@ -74,7 +74,7 @@ typedef struct tqkv_cuda_pages {
  * tqkv_codec_encode.
  * k, v: device [n_tokens][n_kv_heads][dim] of `type`; strides of a token in elements. K has RoPE.
  * positions: device [n_tokens]. slots: by tier, device [n_tokens] int64: page * page_tokens + cell in the
- * page; -1 leaves the token out of the tier, k, v and position are read all the same. Two tokens of a call
+ * page; -1 leaves the token out of the tier, k, v and position may be read all the same. Two tokens of a call
  * have different slots of a tier. NULL: no token goes into this tier.
  * pool: by tier, device, where there are slots.
  */

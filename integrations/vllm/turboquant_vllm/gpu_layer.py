@@ -106,7 +106,6 @@ class GpuLayer:
         self.image.copy_(torch.frombuffer(bytearray(cuda.image), dtype=torch.uint8))
         cuda.device_image = self.image.data_ptr()
         self.copies = [aligned(n_bytes, device) for n_bytes in self.copy_bytes(cuda, n_copies)]
-        self.pages_of, self.made_pages = None, None
 
     @staticmethod
     def copy_bytes(cuda, n_copies):
@@ -123,14 +122,8 @@ class GpuLayer:
         return [*(pool.data_ptr() for pool in self.copies), blocks]
 
     def pages(self, blocks, pages, first_row=0):
-        """The last ones are kept: tables of all steps are in the same place."""
-        wanted = blocks, first_row, pages.block_table.data_ptr(), pages.tiers.data_ptr()
-        if self.pages_of != wanted:
-            self.made_pages = tqkv_cuda.Pages(self.pools(blocks), pages.block_table[first_row:].data_ptr(), PAGE_TOKENS,
-                                              pages.block_table.stride(0), pages.tiers[first_row:].data_ptr(),
-                                              pages.tiers.stride(0))
-            self.pages_of = wanted
-        return self.made_pages
+        return tqkv_cuda.Pages(self.pools(blocks), pages.block_table[first_row:].data_ptr(), PAGE_TOKENS,
+                               pages.block_table.stride(0), pages.tiers[first_row:].data_ptr(), pages.tiers.stride(0))
 
     def store(self, blocks, pages, key, value):
         """key, value: [tokens, KV heads, dim]. blocks: address of the engine's first page. One launch for all tiers."""
