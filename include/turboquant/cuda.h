@@ -4,7 +4,7 @@
  * store new tokens, attend while decoding, attend with chunks of prompts, unpack. Only in libturboquant-cuda, which
  * holds all of libturboquant too. Needs no CUDA header: a stream is its handle as a pointer.
  *
- * Rules of every launch (store, decode, prefill, unpack, merge):
+ * Rules of every launch (store, decode, prefill, unpack, gather, merge):
  *  1. It is asynchronous on the stream it is given. It allocates nothing, waits for nothing and
  *     reads no device memory on the host, so it can be captured into a graph.
  *  2. Pointers named "device" are device memory; args themselves are read before the call returns.
@@ -15,6 +15,11 @@
  * Pages. A page holds page_tokens consecutive positions of one sequence, all of one tier, as blocks
  * of 16 tokens of docs/FORMAT.md section 3, one after another. Each tier has a pool of its own, as
  * pages of different tiers differ in size. The base of K is the first position of its frame.
+ *
+ * Latent layers (plan.h; DeepSeek's multi-head latent attention): one KV head, K the rotated key of 64 channels, V the
+ * latent of 512. Decode and gather leave latents in coded space: of a latent x they see w with
+ * x[i] = sum_j inverse[j][i] w[j], and tqkv_cuda_layer_inverse is that matrix. An engine that has absorbed its
+ * projections into queries and outputs folds it into them once, at no cost later.
  */
 #ifndef TURBOQUANT_CUDA_H
 #define TURBOQUANT_CUDA_H
@@ -37,8 +42,8 @@ typedef enum tqkv_cuda_type { TQKV_CUDA_F32 = 0, TQKV_CUDA_F16 = 1, TQKV_CUDA_BF
 /*
  * plan: borrowed. rope: NULL takes the plan's. mem: NULL for malloc.
  * Errors: TQKV_ERR_INVALID_ARG, TQKV_ERR_NO_MEMORY, TQKV_ERR_UNSUPPORTED (heads other than 64, 128
- * or 256 channels, K and V of different sizes, latent layers, heads of plain f16, frames of a number
- * of tokens that TQKV_CUDA_TILE_TOKENS does not divide).
+ * or 256 channels, K and V of different sizes, latent layers of other sizes than 64 and 512, heads of plain f16,
+ * frames of a number of tokens that TQKV_CUDA_TILE_TOKENS does not divide).
  */
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_layer_create(const tqkv_plan *plan, uint32_t layer,
                                                            const tqkv_rope *rope, const tqkv_allocator *mem,
@@ -51,6 +56,9 @@ TQKV_API void tqkv_cuda_layer_destroy(tqkv_cuda_layer *layer);
  * address and passes that as `image`. Lives as long as the layer.
  */
 TQKV_API const void *tqkv_cuda_layer_image(const tqkv_cuda_layer *layer, size_t *n_bytes);
+
+/* inverse, [512][512] f32 in host memory, of a latent layer; lives as long as the layer. NULL for other layers. */
+TQKV_API const float *tqkv_cuda_layer_inverse(const tqkv_cuda_layer *layer);
 
 /* Bytes of a page of a tier; 0 for a bad argument. page_tokens: a multiple of 16. */
 TQKV_API size_t tqkv_cuda_page_bytes(const tqkv_cuda_layer *layer, uint32_t tier, uint32_t page_tokens);
@@ -72,7 +80,7 @@ typedef struct tqkv_cuda_pages {
 /*
  * Encodes K and V of n_tokens tokens into their cells of every tier at once; the bytes are those of
  * tqkv_codec_encode.
- * k, v: device [n_tokens][n_kv_heads][dim] of `type`; strides of a token in elements. K has RoPE.
+ * k, v: device [n_tokens][n_kv_heads][dim] of `type`; strides of a token in elements. K has RoPE. Latents are plain.
  * positions: device [n_tokens]. slots: by tier, device [n_tokens] int64: page * page_tokens + cell in the
  * page; -1 leaves the token out of the tier, k, v and position may be read all the same. Two tokens of a call
  * have different slots of a tier. NULL: no token goes into this tier.
@@ -94,7 +102,8 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer
 /*
  * Attention of the last q_len tokens of each sequence over its pages; query i of a sequence sees
  * tokens 0 .. seq_len - q_len + i. A query that sees nothing gets zeros and lse -inf.
- * q, out: device [n_seqs][q_len][n_heads][dim] of `type`, contiguous, 16-aligned.
+ * q, out: device [n_seqs][q_len][n_heads][dim] of `type`, contiguous, 16-aligned. Of a latent layer q has 512 + 64
+ * channels, what meets the latent first: q'[j] = sum_i inverse[j][i] q[i]; out has 512, in coded space.
  * lse: device [n_seqs][q_len][n_heads] f32, natural log of the sum of exp; or NULL.
  * seq_lens: device [n_seqs], 0 .. max_tokens. max_tokens bounds the work that is launched.
  * scale: of q.k. |error| of out is about 3e-4 of |out| beside float64 on the decoded rows. (Code 0 of
@@ -121,7 +130,8 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *laye
                                                      const tqkv_cuda_decode_args *args, void *stream);
 
 /*
- * Attention of chunks of new tokens of several sequences, of any lengths, over the pages of each. Every query of a
+ * Attention of chunks of new tokens of several sequences, of any lengths, over the pages of each; not for latent layers.
+ * Every query of a
  * sequence sees all of its context; what new tokens see of each other is the engine's to do, and `merge` joins both.
  * With is_causal the chunk itself is stored too: its queries are the last tokens of the context, and query i of n
  * sees tokens 0 .. context - n + i. A query that sees nothing gets zeros and lse -inf.
@@ -156,7 +166,7 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_prefill(const tqkv_cuda_layer *lay
 
 /*
  * Decodes tokens [first, first + n_tokens) of one sequence, for attention kernels that read plain
- * K and V.
+ * K and V; not for latent layers.
  * k, v: device [n_tokens][n_kv_heads][dim] of `type`, contiguous, 16-aligned; K with RoPE again.
  * first: a multiple of 64. sequence: row of the block table.
  */
@@ -169,6 +179,25 @@ typedef struct tqkv_cuda_unpack_args {
 
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_unpack(const tqkv_cuda_layer *layer, const void *image,
                                                      const tqkv_cuda_unpack_args *args, void *stream);
+
+/*
+ * Decodes stored tokens of several sequences of a latent layer, which an engine makes keys and values of all heads from.
+ * out: device, row i at out + i * out_stride elements of `type`: the latent in coded space (512), K with RoPE (64).
+ * starts: device [n_seqs + 1], ascending from 0: rows of sequence i are starts[i] .. starts[i + 1] - 1; firsts: device
+ * [n_seqs], position of the first of them. n_tokens: no less than starts[n_seqs]; more rows are left alone.
+ * Sequences are rows of the tables of pages.
+ */
+typedef struct tqkv_cuda_gather_args {
+    tqkv_cuda_pages pages;
+    void *out;
+    size_t out_stride;
+    const int32_t *starts, *firsts;
+    uint32_t n_seqs, n_tokens;
+    tqkv_cuda_type type;
+} tqkv_cuda_gather_args;
+
+TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_gather(const tqkv_cuda_layer *layer, const void *image,
+                                                     const tqkv_cuda_gather_args *args, void *stream);
 
 /*
  * Merges attention over two disjoint sets of tokens: out_a and lse_a become those of the union.

@@ -472,7 +472,7 @@ __device__ void finish(const tqkvc_decode &p, const task &t, const tqkvc_matrix<
             store_value(p.out, at * D + d + i / 2 * 8, p.frames.type,
                         c[0][i] * scale[i / 2] + means[i / 2] * share);
             if (p.lse && d + i / 2 == 0)
-                p.lse[at] = sum > 0 ? (total[r].x + log2f(sum)) * 0.69314718f : -INFINITY;
+                p.lse[at] = sum > 0 ? (total[r].x + log2f(sum)) * TQKVC_LN_2 : -INFINITY;
         }
     }
 }

@@ -111,13 +111,13 @@ template <int N> struct tqkvc_row_layout {
     float n_coded; /* channels */
     bool only_8;
 
-    /* widths: four bits a unit. */
-    __device__ __forceinline__ tqkvc_row_layout(uint64_t widths, const float *weights)
+    /* widths: four bits a unit; more: of units from 16 on. */
+    __device__ __forceinline__ tqkvc_row_layout(uint64_t widths, uint64_t more, const float *weights)
         : n_coded(0.0f), only_8(true)
     {
 #pragma unroll
         for (int u = 0; u < N; u++) {
-            bits[u] = (uint32_t)(widths >> (4 * u)) & 15u;
+            bits[u] = (uint32_t)((u < TQKVC_UNITS_MAX ? widths : more) >> 4 * (u % TQKVC_UNITS_MAX)) & 15u;
             this->weights[u] = weights[u];
             n_coded += bits[u] == 0 ? 0.0f : 16.0f;
             only_8 = only_8 && (bits[u] == 0 || bits[u] == 8);
@@ -423,11 +423,20 @@ template <int N> struct tqkvc_row_encoder {
     /* Step 13, of a row that is not zero; of any unit, also one of width 0. */
     __device__ __forceinline__ uint32_t code_of(int u, int i) const
     {
-        const uint32_t bits = layout.bits[u], half = (1u << bits) / 2;
-        const uint32_t magnitude = tables.index[bits][level(u, i)];
-        return !signbit(y[u][i]) ? half + magnitude
-               : bits == 8       ? half - magnitude
-                                 : half - 1 - magnitude;
+        return find_code(tables, layout.bits[u], level(u, i), signbit(y[u][i]));
+    }
+
+    static __device__ __forceinline__ uint32_t find_code(const tqkvc_encode_tables &tables, uint32_t bits,
+                                                         uint32_t level, bool is_negative)
+    {
+        const uint32_t half = (1u << bits) / 2, magnitude = tables.index[bits][level];
+        return !is_negative ? half + magnitude : bits == 8 ? half - magnitude : half - 1 - magnitude;
+    }
+
+    /* Levels of this lane in a unit, with the signs: bits 15 and 31. */
+    __device__ __forceinline__ uint32_t signed_levels(int u) const
+    {
+        return levels[u] | (signbit(y[u][0]) ? 0x8000u : 0u) | (signbit(y[u][1]) ? 0x80000000u : 0u);
     }
 };
 

@@ -92,7 +92,8 @@ static void fill_layouts(tqkvc_shape *shape, const tqkv_codec *codec, tqkvc_layo
                 const tqkvi_layout *from = &codec->layer->heads[side][g].layout[tier];
                 to->bytes[side] = TQKVC_BLOCK_TOKENS * (1 + from->row_bytes);
                 for (uint32_t u = 0; u < from->n_units; u++)
-                    to->widths[side] |= (uint64_t)from->bits[u] << 4 * u;
+                    *(u < TQKVC_UNITS_MAX ? &to->widths[side] : &to->more_widths) |=
+                        (uint64_t)from->bits[u] << 4 * (u % TQKVC_UNITS_MAX);
                 to->traits[side] = traits_of(&codec->heads[side][g]);
                 shape->traits_any |= to->traits[side];
             }
@@ -147,11 +148,21 @@ static void fill_matrix(uint32_t dim, tqkv_side side, const float *inverse, uint
     }
 }
 
+static uint32_t dim_of(const tqkvc_shape *shape, uint32_t side)
+{
+    return shape->is_latent && side == TQKV_SIDE_V ? TQKVC_LATENT_DIM : shape->dim;
+}
+
+static bool has_matrix(const tqkvc_shape *shape, uint32_t side)
+{
+    return !shape->is_latent || side == TQKV_SIDE_K;
+}
+
 static void fill_side(const tqkvc_shape *shape, const tqkv_codec *codec, tqkv_side side,
                       uint8_t *image)
 {
     const tqkvc_parts *parts = &shape->parts;
-    const size_t dim = shape->dim, units = dim / TQKV_UNIT_CHANNELS;
+    const size_t dim = dim_of(shape, side), units = dim / TQKV_UNIT_CHANNELS;
 
     for (size_t g = 0; g < shape->n_kv_heads; g++) {
         const tqkvi_head_codec *head = &codec->heads[side][g];
@@ -159,10 +170,53 @@ static void fill_side(const tqkvc_shape *shape, const tqkv_codec *codec, tqkv_si
         memcpy(image + parts->weight[side] + g * units * 4, head->weight, units * 4);
         memcpy(image + parts->transform[side] + g * dim * dim * 4, head->plan->transform,
                dim * dim * 4);
-        fill_matrix(shape->dim, side, head->inverse,
-                    (uint32_t *)(void *)(image + parts->matrix[side] + g * dim * dim * 4),
-                    (float *)(void *)(image + parts->row_scale[side] + g * dim * 4));
+        if (has_matrix(shape, side))
+            fill_matrix((uint32_t)dim, side, head->inverse,
+                        (uint32_t *)(void *)(image + parts->matrix[side] + g * dim * dim * 4),
+                        (float *)(void *)(image + parts->row_scale[side] + g * dim * 4));
     }
+}
+
+static void fill_latent_units(const tqkvc_layout *layout, tqkvc_latent_units *units)
+{
+    uint32_t at[2] = {TQKVC_BLOCK_TOKENS, layout->bytes[TQKV_SIDE_K] + TQKVC_BLOCK_TOKENS};
+
+    units->v_section = layout->bytes[TQKV_SIDE_K];
+    for (uint32_t u = 0; u < TQKVC_LATENT_UNITS; u++) {
+        const uint32_t side = u < TQKVC_LATENT_V_UNITS ? TQKV_SIDE_V : TQKV_SIDE_K,
+                       of_side = side == TQKV_SIDE_V ? u : u - TQKVC_LATENT_V_UNITS;
+        const uint64_t widths = of_side < TQKVC_UNITS_MAX ? layout->widths[side] : layout->more_widths;
+        units->bits[u] = (uint8_t)(widths >> 4 * (of_side % TQKVC_UNITS_MAX) & 15u);
+        units->offset[u] = (uint16_t)at[side];
+        at[side] += 32u * units->bits[u];
+    }
+}
+
+/* What latent layers have besides. */
+static tqkv_status fill_latent(tqkv_cuda_layer *layer, const tqkv_codec *codec)
+{
+    const tqkvi_head_codec *k = &codec->heads[TQKV_SIDE_K][0], *v = &codec->heads[TQKV_SIDE_V][0];
+    const size_t k_dim = TQKVC_LATENT_K_DIM, v_dim = TQKVC_LATENT_DIM;
+    float *query_matrix = (float *)(void *)(layer->image + layer->shape.parts.query_matrix);
+    float *coded_mean = (float *)(void *)(layer->image + layer->shape.parts.coded_mean);
+
+    for (uint32_t tier = 0; tier < layer->shape.n_tiers; tier++)
+        fill_latent_units((const tqkvc_layout *)(void *)(layer->image + layer->shape.parts.layouts) + tier,
+                          (tqkvc_latent_units *)(void *)(layer->image + layer->shape.parts.latent_units) + tier);
+    layer->latent_inverse = tqkvi_alloc(&layer->mem, v_dim * v_dim * sizeof(float));
+    if (!layer->latent_inverse)
+        return TQKV_ERR_NO_MEMORY;
+    memcpy(layer->latent_inverse, v->inverse, v_dim * v_dim * sizeof(float));
+    for (size_t i = 0; i < k_dim; i++)
+        for (size_t j = 0; j < k_dim; j++)
+            query_matrix[i * k_dim + j] = k->inverse[j * k_dim + i];
+    for (size_t j = 0; j < v_dim; j++) {
+        double sum = 0;
+        for (size_t i = 0; i < v_dim; i++)
+            sum += (double)v->plan->mean[i] * (double)v->plan->transform[i * v_dim + j];
+        coded_mean[j] = (float)sum;
+    }
+    return TQKV_OK;
 }
 
 static uint32_t take(size_t *used, size_t bytes)
@@ -175,7 +229,7 @@ static uint32_t take(size_t *used, size_t bytes)
 /* Places the parts. Returns the bytes of the image, below 2^32 by the limits of a plan. */
 static size_t place_parts(tqkvc_shape *shape)
 {
-    const size_t n = shape->n_kv_heads, dim = shape->dim;
+    const size_t n = shape->n_kv_heads;
     tqkvc_parts *parts = &shape->parts;
     size_t used = 0;
 
@@ -183,11 +237,19 @@ static size_t place_parts(tqkvc_shape *shape)
     parts->layouts = take(&used, shape->n_tiers * n * sizeof(tqkvc_layout));
     parts->inv_freq = take(&used, shape->n_rot / 2 * sizeof(float));
     for (uint32_t side = 0; side < 2; side++) {
+        const size_t dim = dim_of(shape, side);
         parts->mean[side] = take(&used, n * dim * 4);
         parts->weight[side] = take(&used, n * dim / TQKV_UNIT_CHANNELS * 4);
         parts->transform[side] = take(&used, n * dim * dim * 4);
+        if (!has_matrix(shape, side))
+            continue;
         parts->matrix[side] = take(&used, n * dim * dim * 4);
         parts->row_scale[side] = take(&used, n * dim * 4);
+    }
+    if (shape->is_latent) {
+        parts->query_matrix = take(&used, TQKVC_LATENT_K_DIM * TQKVC_LATENT_K_DIM * 4);
+        parts->coded_mean = take(&used, TQKVC_LATENT_DIM * 4);
+        parts->latent_units = take(&used, shape->n_tiers * sizeof(tqkvc_latent_units));
     }
     return used;
 }
@@ -197,8 +259,10 @@ static bool is_supported(const tqkv_plan *plan, const tqkvi_layer_plan *layer)
     const tqkv_plan_layer *shape = &layer->shape;
     const uint32_t dim = shape->k_dim;
 
-    if (shape->n_kv_heads == 0 || shape->n_kv_heads > 1024 || shape->is_latent || dim != shape->v_dim ||
-        (dim != 64 && dim != 128 && dim != 256) || plan->frame_tokens % TQKV_CUDA_TILE_TOKENS != 0)
+    if (shape->n_kv_heads == 0 || shape->n_kv_heads > 1024 || plan->frame_tokens % TQKV_CUDA_TILE_TOKENS != 0)
+        return false;
+    if (shape->is_latent ? dim != TQKVC_LATENT_K_DIM || shape->v_dim != TQKVC_LATENT_DIM
+                         : dim != shape->v_dim || (dim != 64 && dim != 128 && dim != 256))
         return false;
     for (uint32_t side = 0; side < 2; side++)
         for (uint32_t g = 0; g < shape->n_kv_heads; g++)
@@ -217,6 +281,7 @@ static tqkv_status fill_image(tqkv_cuda_layer *layer, const tqkv_codec *codec)
                            .n_kv_heads = from->n_kv_heads,
                            .n_tiers = codec->n_tiers,
                            .frame_tokens = codec->plan->frame_tokens,
+                           .is_latent = from->is_latent != 0,
                            .rope_style = codec->rope.style,
                            .n_rot = codec->rope.style == TQKV_ROPE_NONE ? 0 : codec->rope.n_rot};
     layer->image_bytes = place_parts(shape);
@@ -230,7 +295,7 @@ static tqkv_status fill_image(tqkv_cuda_layer *layer, const tqkv_codec *codec)
                shape->n_rot / 2 * sizeof(float));
     fill_side(shape, codec, TQKV_SIDE_K, layer->image);
     fill_side(shape, codec, TQKV_SIDE_V, layer->image);
-    return TQKV_OK;
+    return shape->is_latent ? fill_latent(layer, codec) : TQKV_OK;
 }
 
 tqkv_status tqkv_cuda_layer_create(const tqkv_plan *plan, uint32_t index, const tqkv_rope *rope,
@@ -268,6 +333,7 @@ void tqkv_cuda_layer_destroy(tqkv_cuda_layer *layer)
     if (!layer)
         return;
     const tqkv_allocator mem = layer->mem;
+    tqkvi_free(&mem, layer->latent_inverse);
     tqkvi_free(&mem, layer->image);
     tqkvi_free(&mem, layer);
 }
@@ -277,6 +343,11 @@ const void *tqkv_cuda_layer_image(const tqkv_cuda_layer *layer, size_t *n_bytes)
     if (n_bytes)
         *n_bytes = layer ? layer->image_bytes : 0;
     return layer ? layer->image : NULL;
+}
+
+const float *tqkv_cuda_layer_inverse(const tqkv_cuda_layer *layer)
+{
+    return layer ? layer->latent_inverse : NULL;
 }
 
 size_t tqkv_cuda_page_bytes(const tqkv_cuda_layer *layer, uint32_t tier, uint32_t page_tokens)

@@ -19,6 +19,9 @@
 #define PREFILL_ROWS_MAX (1u << 30)    /* tokens times heads */
 #define PREFILL_SPLITS_MAX 32
 #define TILES_OF_PREFILL_BLOCK 8.0f /* tiles that take as long as the rest of what a block does */
+#define LATENT_TOKENS 32u /* of a tile */
+#define LATENT_TILES_OF_BLOCK 6.0f /* as above */
+#define LATENT_TILES_MIN 4u /* of a part */
 
 static bool type_is_good(tqkv_cuda_type type)
 {
@@ -219,11 +222,96 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
            SHARED_BYTES_MAX;
 }
 
+/* The tiles of query rows of a block, tiles of codes in memory and parts of the tokens. False: sizes are refused. */
+static bool plan_latent(const tqkvc_shape *shape, uint32_t n_seqs, uint32_t q_len, uint32_t max_tokens,
+                        tqkvc_latent_decode *p)
+{
+    const uint32_t n_sm = device_attribute(cudaDevAttrMultiProcessorCount),
+                   room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                   of_sm = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    float least = INFINITY;
+
+    if (n_seqs == 0 || n_seqs > SEQUENCES_MAX || q_len == 0 || q_len > TQKV_CUDA_Q_MAX || max_tokens == 0 ||
+        max_tokens > 1u << 30)
+        return false;
+    p->n_rows = q_len * shape->n_heads;
+    for (uint32_t tier = 0; tier < shape->n_tiers; tier++) {
+        const uint32_t bytes = LATENT_TOKENS / TQKVC_BLOCK_TOKENS * shape->block_bytes[tier];
+        p->staged_bytes = bytes > p->staged_bytes ? bytes : p->staged_bytes;
+    }
+    p->row_tiles = p->n_rows <= 16 ? 1 : p->n_rows <= 32 ? 2 : 4;
+    p->n_stages = 2;
+    while (tqkvc_latent_shared_bytes(p->row_tiles, p->staged_bytes, p->n_stages) > room && p->row_tiles > 1)
+        p->row_tiles /= 2;
+    if (tqkvc_latent_shared_bytes(p->row_tiles, p->staged_bytes, p->n_stages) > room)
+        p->n_stages = 1;
+
+    const uint32_t bytes =
+        tqkvc_latent_shared_bytes(p->row_tiles, p->staged_bytes, p->n_stages) + SHARED_BYTES_RESERVED;
+    const uint32_t slots = n_sm * (p->row_tiles == 1 && 2 * bytes <= of_sm ? 2 : 1);
+    const uint32_t n = n_seqs * tqkvi_div_up(p->n_rows, 16 * p->row_tiles),
+                   n_tiles = tqkvi_div_up(max_tokens, LATENT_TOKENS);
+    p->n_splits = 1;
+    for (uint32_t splits = 1; splits <= TQKVC_SPLITS_MAX && splits * LATENT_TILES_MIN <= n_tiles && slots > 0;
+         splits++) {
+        const uint32_t rounds = tqkvi_div_up(n * splits, slots);
+        const float cost = (float)rounds * ((float)tqkvi_div_up(n_tiles, splits) + LATENT_TILES_OF_BLOCK);
+        if (cost < least) {
+            least = cost;
+            p->n_splits = splits;
+        }
+    }
+    return true;
+}
+
+static size_t latent_part_rows(const tqkvc_latent_decode *p, uint32_t n_seqs)
+{
+    return p->n_splits > 1 ? (size_t)n_seqs * p->n_rows * p->n_splits : 0;
+}
+
+static size_t latent_bytes(const tqkvc_shape *shape, uint32_t n_seqs, uint32_t q_len, uint32_t max_tokens)
+{
+    tqkvc_latent_decode p = {0};
+
+    if (!plan_latent(shape, n_seqs, q_len, max_tokens, &p))
+        return 0;
+    return aligned(latent_part_rows(&p, n_seqs) * (TQKVC_LATENT_DIM + 2) * sizeof(float) + 1);
+}
+
+static tqkv_status decode_latent(const tqkv_cuda_layer *layer, const void *image,
+                                 const tqkv_cuda_decode_args *args, void *stream)
+{
+    const tqkvc_shape *shape = &layer->shape;
+    tqkvc_latent_decode p = {.shape = *shape,
+                             .image = image,
+                             .pages = args->pages,
+                             .q = args->q,
+                             .out = args->out,
+                             .lse = args->lse,
+                             .seq_lens = args->seq_lens,
+                             .parts = args->workspace,
+                             .n_seqs = args->n_seqs,
+                             .q_len = args->q_len,
+                             .max_tokens = args->max_tokens,
+                             .frame_tokens = shape->n_rot == 0 ? 1u << 30 : shape->frame_tokens,
+                             .type = args->type,
+                             .scale_log2 = args->scale * LOG2_E};
+
+    if (!plan_latent(shape, args->n_seqs, args->q_len, args->max_tokens, &p))
+        return TQKV_ERR_INVALID_ARG;
+    p.part_sums = p.parts + latent_part_rows(&p, args->n_seqs) * TQKVC_LATENT_DIM;
+    for (uint32_t tier = 0; tier < shape->n_tiers; tier++)
+        p.page_bytes[tier] = page_bytes(shape, tier, args->pages.page_tokens);
+    return tqkvc_launch_latent_decode(&p, stream);
+}
+
 size_t tqkv_cuda_decode_bytes(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t q_len,
                               uint32_t max_tokens)
 {
     decode_plan plan;
 
+    if (layer && layer->shape.is_latent)
+        return latent_bytes(&layer->shape, n_seqs, q_len, max_tokens);
     if (!layer || !plan_decode(layer, n_seqs, q_len, max_tokens, &plan))
         return 0;
     return plan.arrivals_bytes + plan.products_bytes + plan.means_bytes + plan.parts_bytes;
@@ -236,8 +324,11 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
 
     if (!layer || !image || !args || !args->q || !args->out || !args->seq_lens ||
         !args->workspace || !type_is_good(args->type) ||
-        !pages_are_good(&layer->shape, &args->pages) ||
-        !plan_decode(layer, args->n_seqs, args->q_len, args->max_tokens, &plan))
+        !pages_are_good(&layer->shape, &args->pages))
+        return TQKV_ERR_INVALID_ARG;
+    if (layer->shape.is_latent)
+        return decode_latent(layer, image, args, stream);
+    if (!plan_decode(layer, args->n_seqs, args->q_len, args->max_tokens, &plan))
         return TQKV_ERR_INVALID_ARG;
 
     /* Counters first: where they are, and what else is there, does not depend on the sizes of a call. */
@@ -343,6 +434,8 @@ tqkv_status tqkv_cuda_prefill(const tqkv_cuda_layer *layer, const void *image,
         (!args->workspace && args->workspace_bytes > 0) ||
         !prefill_sizes_are_good(layer, args->n_seqs, args->n_tokens, args->max_q, args->max_context))
         return TQKV_ERR_INVALID_ARG;
+    if (layer->shape.is_latent)
+        return TQKV_ERR_UNSUPPORTED;
     if (args->n_tokens == 0 || args->max_q == 0)
         return TQKV_OK;
     if (!args->q || !args->out)
@@ -387,9 +480,10 @@ tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer, const void *image,
     }
     if (args->n_tokens == 0 || p.n_tiers == 0)
         return TQKV_OK;
-    const size_t row = (size_t)layer->shape.n_kv_heads * layer->shape.dim;
-    if (!args->k || !args->v || !args->positions || args->k_token_stride < row ||
-        args->v_token_stride < row)
+    const size_t k_row = (size_t)layer->shape.n_kv_heads * layer->shape.dim,
+                 v_row = layer->shape.is_latent ? TQKVC_LATENT_DIM : k_row;
+    if (!args->k || !args->v || !args->positions || args->k_token_stride < k_row ||
+        args->v_token_stride < v_row)
         return TQKV_ERR_INVALID_ARG;
     return tqkvc_launch_store(&p, stream);
 }
@@ -401,12 +495,31 @@ tqkv_status tqkv_cuda_unpack(const tqkv_cuda_layer *layer, const void *image,
         args->first % TQKV_CUDA_TILE_TOKENS != 0 || !type_is_good(args->type) ||
         !pages_are_good(&layer->shape, &args->pages))
         return TQKV_ERR_INVALID_ARG;
+    if (layer->shape.is_latent)
+        return TQKV_ERR_UNSUPPORTED;
     if (args->n_tokens == 0)
         return TQKV_OK;
     tqkvc_unpack p = {.shape = layer->shape, .image = image, .args = *args};
     for (uint32_t tier = 0; tier < layer->shape.n_tiers; tier++)
         p.page_bytes[tier] = page_bytes(&layer->shape, tier, args->pages.page_tokens);
     return tqkvc_launch_unpack(&p, stream);
+}
+
+tqkv_status tqkv_cuda_gather(const tqkv_cuda_layer *layer, const void *image,
+                             const tqkv_cuda_gather_args *args, void *stream)
+{
+    if (!layer || !image || !args || !args->out || !args->starts || !args->firsts || args->n_seqs == 0 ||
+        args->out_stride < TQKVC_LATENT_DIM + TQKVC_LATENT_K_DIM || !type_is_good(args->type) ||
+        !pages_are_good(&layer->shape, &args->pages))
+        return TQKV_ERR_INVALID_ARG;
+    if (!layer->shape.is_latent)
+        return TQKV_ERR_UNSUPPORTED;
+    if (args->n_tokens == 0)
+        return TQKV_OK;
+    tqkvc_gather p = {.shape = layer->shape, .image = image, .args = *args};
+    for (uint32_t tier = 0; tier < layer->shape.n_tiers; tier++)
+        p.page_bytes[tier] = page_bytes(&layer->shape, tier, args->pages.page_tokens);
+    return tqkvc_launch_gather(&p, stream);
 }
 
 tqkv_status tqkv_cuda_merge(void *out_a, float *lse_a, const void *out_b, const float *lse_b,

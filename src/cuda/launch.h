@@ -19,6 +19,7 @@ extern "C" {
 #define TQKVC_BLOCKS_MAX 4  /* of a multiprocessor */
 #define TQKVC_CLUSTER_MAX 16 /* splits of a cluster */
 #define TQKVC_CLUSTER_PORTABLE 8
+#define TQKVC_LN_2 0.69314718f
 
 /*
  * Queries of frames: what decode multiplies with codes. Rows of a KV head (query token * group + head)
@@ -63,12 +64,40 @@ typedef struct tqkvc_prefill {
     float scale_log2;
 } tqkvc_prefill;
 
+/* Decode of a latent layer. Rows of a sequence: query token * heads + head. */
+typedef struct tqkvc_latent_decode {
+    tqkvc_shape shape;
+    const uint8_t *image;
+    tqkv_cuda_pages pages;
+    uint32_t page_bytes[TQKV_TIERS_MAX];
+    const void *q;           /* [n_seqs][n_rows][v_dim + k_dim] */
+    void *out;               /* [n_seqs][n_rows][v_dim] */
+    float *lse;
+    const int32_t *seq_lens; /* [n_seqs] */
+    float *parts;            /* [n_seqs][n_rows][n_splits][v_dim] */
+    float *part_sums;        /* [n_seqs][n_rows][n_splits][2]: log2 of the largest weight, sum of weights divided by it */
+    uint32_t n_seqs, q_len, n_rows, max_tokens, frame_tokens;
+    uint32_t row_tiles;      /* of 16 rows, of a block: 1, 2 or 4 */
+    uint32_t n_splits, staged_bytes, n_stages; /* codes of a tile; tiles of codes, 1 or 2 */
+    tqkv_cuda_type type;
+    float scale_log2;
+} tqkvc_latent_decode;
+
+typedef struct tqkvc_gather {
+    tqkvc_shape shape;
+    const uint8_t *image;
+    tqkv_cuda_gather_args args;
+    uint32_t page_bytes[TQKV_TIERS_MAX];
+} tqkvc_gather;
+
 typedef struct tqkvc_store {
     tqkvc_shape shape;
     const uint8_t *image;
     tqkv_cuda_store_args args;
     uint32_t page_bytes[TQKV_TIERS_MAX];
     uint32_t n_tiers, tiers[TQKV_TIERS_MAX]; /* that have slots */
+    bool is_one_side; /* a launch of `side` alone: of a latent layer */
+    uint32_t side;
 } tqkvc_store;
 
 typedef struct tqkvc_unpack {
@@ -85,6 +114,9 @@ size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t 
 tqkv_status tqkvc_launch_prefill(const tqkvc_prefill *prefill, void *stream);
 uint32_t tqkvc_prefill_rows_of_block(uint32_t dim);
 uint32_t tqkvc_prefill_blocks_of_tile(uint32_t dim); /* of 16 tokens */
+tqkv_status tqkvc_launch_latent_decode(const tqkvc_latent_decode *decode, void *stream);
+uint32_t tqkvc_latent_shared_bytes(uint32_t row_tiles, uint32_t staged_bytes, uint32_t n_stages);
+tqkv_status tqkvc_launch_gather(const tqkvc_gather *gather, void *stream);
 tqkv_status tqkvc_launch_store(const tqkvc_store *store, void *stream);
 tqkv_status tqkvc_launch_unpack(const tqkvc_unpack *unpack, void *stream);
 tqkv_status tqkvc_launch_merge(void *out_a, float *lse_a, const void *out_b, const float *lse_b,

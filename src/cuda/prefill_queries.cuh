@@ -291,7 +291,7 @@ static __device__ void put_sums(const tqkvc_prefill_task<D> &t, const tqkvc_pref
             t.shared.shares[row] = (sum - zero) * inverse;
             if (to.lse && row < to.n_rows)
                 to.lse[t.shared.places[row] - to.first_place] =
-                    sum > 0 ? (rows.top[h] + t.shared.means[row] + log2f(sum)) * 0.69314718f : -INFINITY;
+                    sum > 0 ? (rows.top[h] + t.shared.means[row] + log2f(sum)) * TQKVC_LN_2 : -INFINITY;
         }
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {

@@ -28,6 +28,7 @@ template <int D, int ROWS> struct store_memory {
     union {
         float z[D * shape::Z_STRIDE];
         float y[ROWS * shape::Y_STRIDE];
+        tqkvc_shared_row<D / 16> shared_rows[D > 256 ? ROWS : 1];
     };
     tqkvc_place places[ROWS];
     uint64_t found[shape::OCTETS];
@@ -35,19 +36,20 @@ template <int D, int ROWS> struct store_memory {
 };
 
 /* What a block works on. */
-struct store_head {
+template <int D> struct store_head {
     uint32_t tier, g, side;
     const tqkvc_layout &layout;
     const float *matrix, *weights;
 
     __device__ __forceinline__ store_head(const tqkvc_store &p)
-        : tier(p.tiers[blockIdx.z]), g(blockIdx.y / 2), side(blockIdx.y % 2),
+        : tier(p.tiers[blockIdx.z]), g(p.is_one_side ? 0 : blockIdx.y / 2),
+          side(p.is_one_side ? p.side : blockIdx.y % 2),
           layout(reinterpret_cast<const tqkvc_layout *>(
               p.image + p.shape.parts.layouts)[tier * p.shape.n_kv_heads + g]),
           matrix(reinterpret_cast<const float *>(p.image + p.shape.parts.transform[side]) +
-                 (size_t)g * p.shape.dim * p.shape.dim),
+                 (size_t)g * D * D),
           weights(reinterpret_cast<const float *>(p.image + p.shape.parts.weight[side]) +
-                  g * (p.shape.dim / TQKV_UNIT_CHANNELS))
+                  g * (D / TQKV_UNIT_CHANNELS))
     {
     }
 };
@@ -75,14 +77,15 @@ __device__ __forceinline__ void load_y(const store_memory<D, ROWS> &memory, cons
 /* One row by this octet, or by several octets of the block, each with some of the candidates. */
 template <int D, int ROWS>
 __device__ __forceinline__ void
-encode_row(store_memory<D, ROWS> &memory, const tqkvc_row_layout<D / 16> &layout, uint32_t side,
-           uint32_t row, bool zero_mean, const float (&y)[D / 16][2])
+encode_row(store_memory<D, ROWS> &memory, const tqkvc_row_layout<D / 16> &layout, const uint64_t (&widths)[2],
+           uint32_t side, uint32_t row, bool zero_mean, const float (&y)[D / 16][2])
 {
     constexpr int OF_ROW = tqkvc_store_shape<D, ROWS>::OF_ROW;
     const uint32_t octet = threadIdx.x / 8;
     const tqkvc_place place = memory.places[row];
-    bool is_finite = true, writes = place.section != nullptr;
-    uint64_t found = 0;
+    const bool writes = place.section != nullptr;
+    bool is_finite = true;
+    uint64_t found = 0, best = TQKVC_NO_PLACE; /* of all octets of the row */
 
 #pragma unroll
     for (int u = 0; u < D / 16; u++)
@@ -98,11 +101,18 @@ encode_row(store_memory<D, ROWS> &memory, const tqkvc_row_layout<D / 16> &layout
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < OF_ROW; i++)
-            writes = writes && found <= memory.found[octet / OF_ROW * OF_ROW + i];
+            best = min(best, memory.found[octet / OF_ROW * OF_ROW + i]);
     }
     encoder.choose_form();
     const bool zero = !is_good || (encoder.scale == 1 && zero_mean && encoder.zero);
-    put_row(place, side, encoder, zero, writes);
+    if constexpr (D > 256) { /* all rows are under way at once, and nobody reads y any more */
+        if (found == best && (best != TQKVC_NO_PLACE || octet % OF_ROW == 0))
+            share_row(memory.shared_rows[row], encoder, zero);
+        __syncthreads();
+        put_units(place, side, memory.shared_rows[row], memory.tables, widths[0], widths[1], octet % OF_ROW, OF_ROW);
+    } else {
+        put_row(place, side, encoder, zero, writes && found <= best);
+    }
 }
 
 template <int D, int ROWS>
@@ -113,7 +123,7 @@ __global__ void __launch_bounds__(tqkvc_store_shape<D, ROWS>::THREADS,
     using shape = tqkvc_store_shape<D, ROWS>;
     extern __shared__ __align__(128) uint8_t bytes[];
     store_memory<D, ROWS> &memory = *reinterpret_cast<store_memory<D, ROWS> *>(bytes);
-    const store_head head(p);
+    const store_head<D> head(p);
     const uint32_t first = blockIdx.x * ROWS, octet = threadIdx.x / 8;
     /* The last threads find places: with one row, they have no pairs. */
     const uint32_t row_of_place = shape::THREADS - 1 - threadIdx.x;
@@ -121,7 +131,7 @@ __global__ void __launch_bounds__(tqkvc_store_shape<D, ROWS>::THREADS,
                              ? p.args.slots[head.tier][first + row_of_place]
                              : -1;
     /* Most tokens of a prompt have no place in a young tier. Few rows do not wait to know. */
-    if (shape::IS_MANY && !__syncthreads_or(slot >= 0))
+    if ((shape::IS_MANY || (D == TQKVC_LATENT_DIM && ROWS > 1)) && !__syncthreads_or(slot >= 0))
         return;
     tqkvc_row_loader<D, ROWS> loader(p, first, head.g, head.side);
     tqkvc_transform<D, ROWS> transform = {memory.stages, head.matrix};
@@ -135,7 +145,8 @@ __global__ void __launch_bounds__(tqkvc_store_shape<D, ROWS>::THREADS,
     copy_block(&memory.tables, p.image + offsetof(tqkvc_tables, encode), sizeof(memory.tables));
     copy_block(memory.weights, head.weights, sizeof(memory.weights));
     copy_commit();
-    const uint64_t widths = head.layout.widths[head.side]; /* on their way until they are used */
+    const uint64_t widths = head.layout.widths[head.side], /* on their way until they are used */
+        more_widths = D > 256 ? head.layout.more_widths : 0;
     const bool zero_mean = (head.layout.traits[head.side] & TQKVC_ZERO_MEAN) != 0;
     if (row_of_place < ROWS)
         memory.places[row_of_place] = find_place(p, head.tier, slot, head.layout, head.side);
@@ -147,14 +158,14 @@ __global__ void __launch_bounds__(tqkvc_store_shape<D, ROWS>::THREADS,
         __syncthreads();
     }
 
-    const tqkvc_row_layout<D / 16> layout(widths, memory.weights);
+    const tqkvc_row_layout<D / 16> layout(widths, more_widths, memory.weights);
     if (octet_lane() == 0)
         memory.octets[octet].factors[0] = {};
 #pragma unroll 1
     for (uint32_t row = octet / shape::OF_ROW; row < ROWS; row += shape::OCTETS / shape::OF_ROW) {
         float y[D / 16][2];
         load_y(memory, head.matrix, is_hadamard, row, y);
-        encode_row(memory, layout, head.side, row, zero_mean, y);
+        encode_row(memory, layout, {widths, more_widths}, head.side, row, zero_mean, y);
     }
 }
 
@@ -162,7 +173,8 @@ template <int D, int ROWS> tqkv_status launch(const tqkvc_store &p, cudaStream_t
 {
     using memory = store_memory<D, ROWS>;
     const auto kernel = store_kernel<D, ROWS>;
-    const dim3 grid((p.args.n_tokens + ROWS - 1) / ROWS, 2 * p.shape.n_kv_heads, p.n_tiers);
+    const dim3 grid((p.args.n_tokens + ROWS - 1) / ROWS, p.is_one_side ? 1 : 2 * p.shape.n_kv_heads,
+                    p.n_tiers);
 
     static_assert(sizeof(memory) <= 99 * 1024, "of a block, on any device");
     static_assert(offsetof(memory, stages) % 16 == 0 && offsetof(memory, z) % 16 == 0 &&
@@ -192,12 +204,23 @@ template <int D> tqkv_status launch_rows(const tqkvc_store &p, cudaStream_t stre
         (void)cudaGetLastError();
         return TQKV_ERR_UNSUPPORTED;
     }
-    const size_t n_rows = (size_t)p.args.n_tokens * p.shape.n_kv_heads * 2;
+    const size_t n_rows = (size_t)p.args.n_tokens * (p.is_one_side ? 1 : p.shape.n_kv_heads * 2);
     if (n_rows <= (size_t)n_sm)
         return launch<D, 1>(p, stream);
-    if (n_rows <= 40 * (size_t)n_sm)
-        return launch<D, 8>(p, stream);
-    return launch<D, MANY>(p, stream);
+    if constexpr (D < TQKVC_LATENT_DIM)
+        if (n_rows > 40 * (size_t)n_sm)
+            return launch<D, MANY>(p, stream);
+    return launch<D, 8>(p, stream);
+}
+
+/* Sides of a latent layer are of different sizes, so each is a launch. */
+tqkv_status launch_sides(tqkvc_store p, cudaStream_t stream)
+{
+    p.is_one_side = true;
+    p.side = TQKV_SIDE_V;
+    const tqkv_status status = launch_rows<TQKVC_LATENT_DIM>(p, stream);
+    p.side = TQKV_SIDE_K;
+    return status == TQKV_OK ? launch_rows<TQKVC_LATENT_K_DIM>(p, stream) : status;
 }
 
 } // namespace
@@ -206,6 +229,8 @@ extern "C" tqkv_status tqkvc_launch_store(const tqkvc_store *store, void *stream
 {
     const cudaStream_t s = static_cast<cudaStream_t>(stream);
 
+    if (store->shape.is_latent)
+        return launch_sides(*store, s);
     switch (store->shape.dim) {
     case 64:
         return launch_rows<64>(*store, s);

@@ -211,4 +211,51 @@ static __device__ __forceinline__ void put_row(const tqkvc_place &place, uint32_
     }
 }
 
+/* A row of many units on its way to the octets that share it: signed levels by unit and lane. */
+template <int N> struct tqkvc_shared_row {
+    uint32_t levels[N][8];
+    uint32_t scale; /* 0: the zero row */
+};
+
+template <int N>
+static __device__ __forceinline__ void share_row(tqkvc_shared_row<N> &to, const tqkvc_row_encoder<N> &row, bool zero)
+{
+#pragma unroll
+    for (int u = 0; u < N; u++)
+        to.levels[u][octet_lane()] = row.signed_levels(u);
+    if (octet_lane() == 0)
+        to.scale = zero ? 0 : (uint32_t)row.scale;
+}
+
+/* Codes of units start, start + step, ... of a shared row into its block. widths, more: four bits a unit. */
+template <int N>
+static __device__ __forceinline__ void put_units(const tqkvc_place &place, uint32_t side, const tqkvc_shared_row<N> &row,
+                                                 const tqkvc_encode_tables &tables, uint64_t widths, uint64_t more,
+                                                 uint32_t start, uint32_t step)
+{
+    const bool writes = place.section != nullptr;
+
+#pragma unroll 1
+    for (uint32_t u = start; u < N; u += step) {
+        const uint32_t bits = (uint32_t)((u < TQKVC_UNITS_MAX ? widths : more) >> 4 * (u % TQKVC_UNITS_MAX)) & 15u;
+        const uint32_t w = low_bits(bits), both = row.levels[u][octet_lane()];
+        const auto code = [&](uint32_t level) {
+            return row.scale == 0 ? 0u
+                                  : tqkvc_row_encoder<N>::find_code(tables, bits, level & 0x7fffu, (level & 0x8000u) != 0);
+        };
+        const uint32_t a = code(both & 0xffffu), b = code(both >> 16);
+        const uint32_t low = join_plane(w, a, b), high = join_plane(bits - w, a >> w, b >> w);
+        uint32_t offset = 0;
+        for (uint32_t i = 0; i < u; i++)
+            offset += (uint32_t)((i < TQKVC_UNITS_MAX ? widths : more) >> 4 * (i % TQKVC_UNITS_MAX)) & 15u;
+        if (!writes)
+            continue;
+        uint8_t *unit = place.section + TQKVC_BLOCK_TOKENS + 32 * offset;
+        put_plane(unit, side, place.slot, w, low);
+        put_plane(unit + 32 * w, side, place.slot, bits - w, high);
+    }
+    if (writes && start == 0 && octet_lane() == 0)
+        place.section[place.slot] = (uint8_t)row.scale;
+}
+
 #endif /* TQKVC_STORE_ROWS_CUH */

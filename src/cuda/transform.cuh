@@ -22,6 +22,8 @@ template <int D, int ROWS> struct tqkvc_store_shape {
         !IS_MANY ? (ROWS == 8 && D < 256 ? 2 : 1) : D == 128 ? 4 : D == 64 ? 3 : 2;
     static constexpr int OCTETS = THREADS / 8;
     static constexpr int OF_ROW = OCTETS > ROWS ? OCTETS / ROWS : 1; /* octets */
+    static constexpr bool IS_DIRECT = ROWS == 1 && D > 256; /* the matrix does not pass through shared memory */
+    static constexpr int CHANNELS = IS_MANY || D <= THREADS ? 1 : D / THREADS; /* of a thread that has no tile */
     static constexpr int STEP = IS_MANY ? 8 : 4096 / D; /* rows of the matrix in a stage */
     static constexpr int STEPS = D / STEP;
     static constexpr int STAGES = IS_MANY ? 2 : STEPS < 4 ? STEPS : 4;
@@ -56,10 +58,12 @@ template <int D, int ROWS> struct tqkvc_transform {
     /* All stages but the last are groups of their own; what is copied next goes with that one. */
     __device__ __forceinline__ void start()
     {
-        for (int step = 0; step < shape::STAGES - 1; step++)
-            fetch(step);
-        copy_block(stages[shape::STAGES - 1], matrix + (size_t)(shape::STAGES - 1) * shape::STEP * D,
-                   shape::STAGE_BYTES);
+        if constexpr (!shape::IS_DIRECT) {
+            for (int step = 0; step < shape::STAGES - 1; step++)
+                fetch(step);
+            copy_block(stages[shape::STAGES - 1], matrix + (size_t)(shape::STAGES - 1) * shape::STEP * D,
+                       shape::STAGE_BYTES);
+        }
     }
 
     /* Calls add(rows of the matrix, number of the first) for one stage after the other. */
@@ -85,23 +89,25 @@ template <int D, int ROWS> struct tqkvc_transform {
     {
         if constexpr (shape::IS_MANY)
             multiply_tiles(z, y);
+        else if constexpr (shape::IS_DIRECT)
+            multiply_directly(z, y);
         else
             multiply_channels(z, y);
         __syncthreads();
     }
 
-    /* A thread has a channel of all rows, which are 1 or 8. */
+    /* A thread has CHANNELS channels, THREADS apart, of all rows, which are 1 or 8. */
     __device__ __forceinline__ void multiply_channels(const float *z, float *y)
     {
+        constexpr int CHANNELS = shape::CHANNELS;
         const uint32_t d = threadIdx.x;
-        float sum[ROWS] = {};
+        float sum[CHANNELS][ROWS] = {};
 
         for_each_step([&](const float *m, int first) {
             if (d >= D)
                 return;
 #pragma unroll 8
             for (int i = 0; i < shape::STEP; i++) {
-                const float factor = m[i * D + d];
                 float rows[ROWS];
                 if constexpr (ROWS == 1) {
                     rows[0] = z[first + i];
@@ -110,14 +116,37 @@ template <int D, int ROWS> struct tqkvc_transform {
                     load_4(z + (first + i) * ROWS + 4, rows + 4);
                 }
 #pragma unroll
-                for (int r = 0; r < ROWS; r++)
-                    sum[r] = __fmaf_rn(factor, rows[r], sum[r]);
+                for (int c = 0; c < CHANNELS; c++) {
+                    const float factor = m[i * D + c * shape::THREADS + d];
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++)
+                        sum[c][r] = __fmaf_rn(factor, rows[r], sum[c][r]);
+                }
             }
         });
         if (d < D)
 #pragma unroll
-            for (int r = 0; r < ROWS; r++)
-                y[r * shape::Y_STRIDE + d] = sum[r];
+            for (int i = 0; i < CHANNELS * ROWS; i++)
+                y[i % ROWS * shape::Y_STRIDE + i / ROWS * shape::THREADS + d] = sum[i / ROWS][i % ROWS];
+    }
+
+    /* One row, so that nothing of the matrix is read twice: a thread has two channels, and many loads on their way. */
+    __device__ __forceinline__ void multiply_directly(const float *z, float *y)
+    {
+        const float2 *of_thread = reinterpret_cast<const float2 *>(matrix) + threadIdx.x;
+        float2 sum = {};
+
+        static_assert(shape::CHANNELS == 2 || !shape::IS_DIRECT, "two channels");
+        copy_wait<0>();
+        __syncthreads();
+#pragma unroll 32
+        for (int i = 0; i < D; i++) {
+            const float2 factors = __ldg(of_thread + i * (D / 2));
+            sum.x = __fmaf_rn(factors.x, z[i], sum.x);
+            sum.y = __fmaf_rn(factors.y, z[i], sum.y);
+        }
+        __syncthreads(); /* y may be where z is */
+        *reinterpret_cast<float2 *>(y + 2 * threadIdx.x) = sum;
     }
 
     /*

@@ -4,6 +4,7 @@
  * K and V. Values in coded space become columns, the inverse is applied on tensor cores, K is turned
  * back. The matrix of K is stored for queries, so here its operands are transposed.
  */
+#include "cuda/coded_row.cuh"
 #include "cuda/columns.cuh"
 #include "cuda/launch.h"
 
@@ -12,54 +13,28 @@ namespace
 
 constexpr uint32_t TOKENS = 32, WARPS = 4;
 
-/* Code of channel d of a plane of w bits of the token in a slot. */
-__device__ uint32_t plane_code(const uint8_t *plane, uint32_t side, uint32_t slot, uint32_t w,
-                               uint32_t d)
-{
-    const uint32_t n = 2 * w, i = d % n;
-    const uint32_t at = side == TQKV_SIDE_V ? slot / 4 * 4 * n + 4 * i + slot % 4
-                                            : i / 4 * 64 + min(n, 4u) * slot + i % 4;
-    return (uint32_t)plane[at] >> (d / n * w) & ((1u << w) - 1);
-}
-
-/* Level times step of channel d of a unit. */
-__device__ float unit_value(const uint8_t *unit, const tqkvc_width &width, uint32_t bits,
-                            uint32_t side, uint32_t slot, uint32_t d)
-{
-    if (bits == 0)
-        return 0.0f;
-    const uint32_t low = bits >= 4 ? 4 : bits >= 2 ? 2 : 1, half = 1u << (bits - 1);
-    uint32_t code = plane_code(unit, side, slot, low, d);
-    if (bits > low)
-        code |= plane_code(unit + 32 * low, side, slot, bits - low, d) << low;
-    if (bits == 8)
-        return (float)max((int)code - 128, -127) * width.step;
-    const int level =
-        code >= half ? (int)width.magnitude[code - half] : -(int)width.magnitude[half - 1 - code];
-    return (float)level * width.step;
-}
-
-/* The token as a column, divided by what is returned; 0 for the zero row. */
+/* The token as a column, divided by what is returned; 0 for the zero row, and past the last token. */
 template <int D>
-__device__ float load_column(const tqkvc_unpack &p, const uint8_t *section, uint64_t widths,
-                             const float *row_scale, uint32_t side, uint32_t slot, uint32_t column,
-                             uint32_t lane, tqkvc_columns<D, TOKENS> &columns)
+__device__ float load_column(const tqkvc_unpack &p, uint32_t token, uint32_t g, uint32_t side, const float *row_scale,
+                             uint32_t column, uint32_t lane, tqkvc_columns<D, TOKENS> &columns)
 {
     const tqkvc_tables &tables = *reinterpret_cast<const tqkvc_tables *>(p.image);
-    const float scale = section ? tables.encode.scale_values[section[slot]] : 0.0f;
-    float v[D / 32], largest = 0;
+    const uint32_t slot = token % TQKVC_BLOCK_TOKENS;
+    float v[D / 32] = {}, largest = 0, scale = 0;
 
+    if (token < p.args.first + p.args.n_tokens) {
+        const tqkvc_sections at =
+            find_sections(p.args.pages, p.shape, p.image, p.page_bytes, p.args.sequence, token, g);
+        const uint8_t *section = side == TQKV_SIDE_V ? at.v : at.k;
+        scale = tables.encode.scale_values[section[slot]];
+        if (scale != 0)
+            for_each_coded<D / 16>(tables, section + TQKVC_BLOCK_TOKENS, at.layout->widths[side], 0, side, slot, lane,
+                                   [&](uint32_t d, float x) { v[d / 32] = scale * x; });
+    }
+#pragma unroll
     for (int i = 0; i < D / 32; i++) {
-        const uint32_t j = 32 * i + lane, u = j / 16;
-        uint32_t offset = TQKVC_BLOCK_TOKENS;
-        for (uint32_t k = 0; k < u; k++)
-            offset += 32 * ((uint32_t)(widths >> (4 * k)) & 15u);
-        const uint32_t bits = (uint32_t)(widths >> (4 * u)) & 15u;
-        v[i] = scale == 0 ? 0.0f
-                          : scale * unit_value(section + offset, tables.widths[bits], bits, side,
-                                               slot, j % 16);
         if (side == TQKV_SIDE_K) /* its matrix has rows where the transposed one has columns */
-            v[i] *= row_scale[j];
+            v[i] *= row_scale[32 * i + lane];
         largest = fmaxf(largest, fabsf(v[i]));
     }
     largest =
@@ -67,26 +42,6 @@ __device__ float load_column(const tqkvc_unpack &p, const uint8_t *section, uint
     for (int i = 0; i < D / 32; i++)
         columns.set(column, 32 * i + lane, v[i] / largest);
     return scale == 0 ? 0.0f : largest;
-}
-
-/* Section of the block that holds a token; NULL past the last one. */
-__device__ const uint8_t *find_section(const tqkvc_unpack &p, uint32_t token, uint32_t g,
-                                       uint32_t side, uint64_t *widths)
-{
-    if (token >= p.args.first + p.args.n_tokens)
-        return nullptr;
-    const tqkv_cuda_pages &pages = p.args.pages;
-    const uint32_t tier = pages.tiers ? pages.tiers[(size_t)p.args.sequence * pages.tiers_stride +
-                                                    token / TQKV_CUDA_TILE_TOKENS]
-                                      : p.shape.n_tiers - 1;
-    const tqkvc_layout &layout = reinterpret_cast<const tqkvc_layout *>(
-        p.image + p.shape.parts.layouts)[tier * p.shape.n_kv_heads + g];
-    const int32_t page =
-        pages.block_table[(size_t)p.args.sequence * pages.table_stride + token / pages.page_tokens];
-    *widths = layout.widths[side];
-    return static_cast<const uint8_t *>(pages.pool[tier]) + (size_t)page * p.page_bytes[tier] +
-           (size_t)(token % pages.page_tokens / TQKVC_BLOCK_TOKENS) * p.shape.block_bytes[tier] +
-           layout.offset + (side == TQKV_SIDE_V ? layout.bytes[0] : 0);
 }
 
 /* Mean, turn, output of one token. x: [D], product of the matrix and the column. */
@@ -136,10 +91,7 @@ __global__ void __launch_bounds__(32 * WARPS) unpack_kernel(const __grid_constan
     float c[D / 16 / WARPS][TOKENS / 8][4];
 
     for (uint32_t i = warp; i < TOKENS; i += WARPS) {
-        uint64_t widths = 0;
-        const uint8_t *section = find_section(p, first + i, g, side, &widths);
-        const float f = load_column<D>(p, section, widths, row_scale, side,
-                                       (first + i) % TQKVC_BLOCK_TOKENS, i, lane, memory.columns);
+        const float f = load_column<D>(p, first + i, g, side, row_scale, i, lane, memory.columns);
         if (lane == 0)
             factor[i] = f;
     }

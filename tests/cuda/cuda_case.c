@@ -62,17 +62,17 @@ void to_host(void *to, const void *from, size_t n)
 
 /* ---- a layer ---- */
 
-/* n_tiers: 1 for the plan of 8 bits without calibration. */
-layer make_layer_of(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
-                    uint32_t style, uint32_t n_tiers)
+static layer layer_of_shape(test_random *random, tqkv_plan_layer shape, uint32_t style, uint32_t n_tiers)
 {
-    layer l = {.dim = dim, .n_heads = n_heads, .n_kv_heads = n_kv_heads};
-    tqkv_plan_layer shape = test_shape(n_heads, n_kv_heads, dim, dim);
+    layer l = {.dim = shape.k_dim,
+               .n_heads = shape.n_heads,
+               .n_kv_heads = shape.n_kv_heads,
+               .dims = {shape.k_dim, shape.v_dim}};
     size_t n;
 
     shape.rope.style = style;
     if (style == TQKV_ROPE_PAIRS)
-        shape.rope.n_rot = dim / 2;
+        shape.rope.n_rot = shape.k_dim / 2;
     if (style == TQKV_ROPE_NONE)
         shape.rope = (tqkv_rope){.style = TQKV_ROPE_NONE};
     if (n_tiers == 1)
@@ -85,6 +85,21 @@ layer make_layer_of(test_random *random, uint32_t dim, uint32_t n_heads, uint32_
     const void *image = tqkv_cuda_layer_image(l.cuda, &n);
     l.image = device_bytes(image, n);
     return l;
+}
+
+/* n_tiers: 1 for the plan of 8 bits without calibration. */
+layer make_layer_of(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
+                    uint32_t style, uint32_t n_tiers)
+{
+    return layer_of_shape(random, test_shape(n_heads, n_kv_heads, dim, dim), style, n_tiers);
+}
+
+layer make_latent_layer(test_random *random, uint32_t n_heads, uint32_t style, uint32_t n_tiers)
+{
+    tqkv_plan_layer shape = test_shape(n_heads, 1, 64, 512);
+
+    shape.is_latent = 1;
+    return layer_of_shape(random, shape, style, n_tiers);
 }
 
 layer make_layer(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
@@ -130,7 +145,7 @@ void put_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t 
     uint8_t codes[TQKVI_ROW_BYTES_MAX], scale;
     uint8_t *section = block + section_offset(l, tier, g, side);
     assert_int_equal(tqkv_codec_encode(l->codec, g, side, tier, base_of(l, side, position), x,
-                                       l->dim, 1, &scale, codes, NULL),
+                                       l->dims[side], 1, &scale, codes, NULL),
                      TQKV_OK);
     section[slot] = scale;
     tqkvi_block_put_row(tqkvi_codec_layout(l->codec, side, g, tier), side, section + 16, slot,
@@ -145,7 +160,7 @@ void get_row(const layer *l, uint32_t tier, uint32_t g, tqkv_side side, int32_t 
     tqkvi_block_get_row(tqkvi_codec_layout(l->codec, side, g, tier), side, section + 16, slot,
                         codes);
     assert_int_equal(tqkv_codec_decode(l->codec, g, side, tier, base_of(l, side, position),
-                                       section + slot, codes, 1, x, l->dim),
+                                       section + slot, codes, 1, x, l->dims[side]),
                      TQKV_OK);
 }
 
@@ -225,7 +240,7 @@ sequences make_sequences(test_random *random, const layer *l, const int32_t *len
                          uint32_t n, uint32_t page_tokens, bool tiers)
 {
     sequences s = {.n = n, .page_tokens = page_tokens};
-    float *x = random_rows(random, 1, l->dim, 1.0f);
+    float *x = random_rows(random, 1, l->dims[TQKV_SIDE_V], 1.0f); /* no less than those of K */
 
     for (uint32_t i = 0; i < n; i++)
         s.max_tokens = (uint32_t)lengths[i] > s.max_tokens ? (uint32_t)lengths[i] : s.max_tokens;
@@ -258,10 +273,10 @@ sequences make_sequences(test_random *random, const layer *l, const int32_t *len
         for (uint32_t t = 0; t < (uint32_t)lengths[i]; t++) {
             for (uint32_t g = 0; g < l->n_kv_heads; g++) {
                 for (int side = 0; side < 2; side++) {
-                    for (uint32_t d = 0; d < l->dim; d++)
+                    for (uint32_t d = 0; d < l->dims[side]; d++)
                         x[d] = test_random_normal(random) + (d == 3 ? 2.0f : 0.0f);
                     if (test_random_u32(random) % 50 == 0)
-                        memset(x, 0, l->dim * sizeof(*x));
+                        memset(x, 0, l->dims[side] * sizeof(*x));
                     put_row(l, s.tiers[i * s.tiers_stride + t / 64], g, (tqkv_side)side, (int32_t)t,
                             x, block_of(l, &s, i, t), t % 16);
                 }
@@ -337,11 +352,11 @@ void decode_rows(const layer *l, const sequences *s, uint32_t seq, uint32_t g, f
     const uint32_t n = (uint32_t)s->lengths[seq];
 
     for (int side = 0; side < 2; side++) {
-        rows[side] = malloc(((size_t)n + 1) * l->dim * 4);
+        rows[side] = malloc(((size_t)n + 1) * l->dims[side] * 4);
         assert_non_null(rows[side]);
         for (uint32_t t = 0; t < n; t++)
             get_row(l, s->tiers[seq * s->tiers_stride + t / 64], g, (tqkv_side)side, (int32_t)t,
-                    block_of(l, s, seq, t), t % 16, rows[side] + (size_t)t * l->dim);
+                    block_of(l, s, seq, t), t % 16, rows[side] + (size_t)t * l->dims[side]);
     }
 }
 

@@ -26,7 +26,8 @@ typedef struct layer {
     tqkv_codec *codec;
     tqkv_cuda_layer *cuda;
     void *image;
-    uint32_t dim, n_heads, n_kv_heads;
+    uint32_t dim, n_heads, n_kv_heads; /* dim: of K */
+    uint32_t dims[2];                  /* by side */
 } layer;
 
 typedef struct sequences {
@@ -48,6 +49,8 @@ layer make_layer_of(test_random *random, uint32_t dim, uint32_t n_heads, uint32_
                     uint32_t style, uint32_t n_tiers);
 layer make_layer(test_random *random, uint32_t dim, uint32_t n_heads, uint32_t n_kv_heads,
                  uint32_t style);
+/* A latent layer of 64 and 512 channels. */
+layer make_latent_layer(test_random *random, uint32_t n_heads, uint32_t style, uint32_t n_tiers);
 void free_layer(layer *l);
 uint32_t section_offset(const layer *l, uint32_t tier, uint32_t g, tqkv_side side);
 uint32_t block_bytes(const layer *l, uint32_t tier);
