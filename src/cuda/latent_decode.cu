@@ -10,6 +10,7 @@
 namespace
 {
 
+constexpr uint32_t WARPS = TQKVC_LATENT_WARPS, THREADS = 32 * WARPS;
 constexpr uint32_t TOKENS = TQKVC_LATENT_TOKENS, BLOCKS = TOKENS / 16;
 constexpr uint32_t V = TQKVC_LATENT_DIM, K = TQKVC_LATENT_K_DIM, ALL = 0xffffffffu;
 constexpr float Q_MAX = 16384.0f; /* of a row in f16 */
@@ -43,8 +44,7 @@ struct latent_spot {
 
 template <int M> struct latent_block {
     using memory_type = tqkvc_latent_memory<M>;
-    static constexpr uint32_t ROWS = 16 * M, THREADS = memory_type::THREADS, WARPS = memory_type::WARPS;
-    static constexpr int MINE = memory_type::MINE;
+    static constexpr uint32_t ROWS = 16 * M;
 
     const tqkvc_latent_decode &p;
     memory_type &memory;
@@ -108,16 +108,21 @@ template <int M> struct latent_block {
     {
         const float *mean = reinterpret_cast<const float *>(p.image + p.shape.parts.coded_mean);
         const uint32_t lane = threadIdx.x % 32;
+        uint32_t at[V / 32];
 
-#pragma unroll 2
+#pragma unroll
+        for (uint32_t i = 0; i < V / 32; i++)
+            at[i] = 32 * i;
+#pragma unroll 1
         for (uint32_t r = threadIdx.x / 32; r < ROWS; r += WARPS) {
-            float x[V / 32], largest = 0, bias = 0;
+            const size_t row[1] = {row_at(min(r, p.n_rows - first_row - 1)) * (V + K) + lane};
+            float loaded[1][V / 32], x[V / 32], largest = 0, bias = 0;
+            load_rows(p.q, row, at, p.type, loaded);
 #pragma unroll
             for (uint32_t i = 0; i < V / 32; i++) {
-                const uint32_t d = 32 * i + lane;
-                x[i] = first_row + r < p.n_rows ? load_value(p.q, row_at(r) * (V + K) + d, p.type) : 0.0f;
+                x[i] = first_row + r < p.n_rows ? loaded[0][i] : 0.0f;
                 largest = fmaxf(largest, fabsf(x[i]));
-                bias += x[i] * mean[d];
+                bias += x[i] * mean[32 * i + lane];
             }
             const float factor = row_factor(max_of_warp(largest)), inverse = 1.0f / factor;
             bias = sum_of_warp(bias);
@@ -131,7 +136,7 @@ template <int M> struct latent_block {
         }
     }
 
-    /* The rotated part, for keys of a frame: turned back by its base, times the matrix. Ends without a barrier. */
+    /* The rotated part, for keys of a frame: turned back by its base, times the matrix. */
     __device__ __forceinline__ void load_key_queries(int32_t base) const
     {
         const float *mean = reinterpret_cast<const float *>(p.image + p.shape.parts.mean[TQKV_SIDE_K]);
@@ -142,15 +147,20 @@ template <int M> struct latent_block {
         const tqkvc_pair pair = find_pair(p.shape, lane);
         float sine = 0.0f, cosine = 1.0f, sums[OF_WARP][2] = {};
 
+        const uint32_t of_pair[2] = {pair.a, pair.b};
+        size_t row[OF_WARP];
+        float q[OF_WARP][2];
+#pragma unroll
+        for (int i = 0; i < OF_WARP; i++)
+            row[i] = row_at(min(WARPS * i + warp, p.n_rows - first_row - 1)) * (V + K) + V;
+        load_rows(p.q, row, of_pair, p.type, q);
         if (pair.turns)
             turn_fast(turns_per_position(inv_freq[lane]), base, sine, cosine);
 #pragma unroll
         for (int i = 0; i < OF_WARP; i++) {
             const uint32_t r = WARPS * i + warp;
             const bool is_there = first_row + r < p.n_rows;
-            const size_t at = row_at(r) * (V + K) + V;
-            const float a = is_there ? load_value(p.q, at + pair.a, p.type) : 0.0f;
-            const float b = is_there ? load_value(p.q, at + pair.b, p.type) : 0.0f;
+            const float a = is_there ? q[i][0] : 0.0f, b = is_there ? q[i][1] : 0.0f;
             const float x = a * cosine + b * sine, y = b * cosine - a * sine;
             memory.turned[r][pair.a] = x;
             memory.turned[r][pair.b] = y;
@@ -159,7 +169,7 @@ template <int M> struct latent_block {
                 memory.bias[TQKV_SIDE_K][r] = bias * p.scale_log2;
         }
         __syncwarp();
-#pragma unroll 8
+#pragma unroll 16
         for (uint32_t k = 0; k < K; k++) {
             const float2 m = __ldg(&matrix[k * (K / 2) + lane]);
 #pragma unroll
@@ -181,6 +191,7 @@ template <int M> struct latent_block {
             if (lane == 0)
                 memory.factor[TQKV_SIDE_K][r] = factor * p.scale_log2;
         }
+        __syncthreads();
     }
 
     /* Tokens before which a row sees. */
@@ -190,7 +201,7 @@ template <int M> struct latent_block {
     }
 
     /* Tiles [tile, end). */
-    __device__ __forceinline__ void read(uint32_t tile, uint32_t end, tqkvc_latent_row &mine, float (&sums)[MINE][8][4])
+    __device__ __forceinline__ void read(uint32_t tile, uint32_t end, tqkvc_latent_row &mine, float (&sums)[M][8][4])
     {
         const bool fetches = threadIdx.x < 32, has_two = p.n_stages == 2;
         const int32_t limit = limit_of(threadIdx.x / (THREADS / ROWS));
@@ -218,27 +229,25 @@ template <int M> struct latent_block {
             const uint32_t tier = memory.tiers[stage];
             expand(memory, staged + stage * p.staged_bytes, p.shape.block_bytes[tier], tier,
                    min((uint32_t)length - first, TOKENS));
+            score(memory);
             __syncthreads();
             if (!has_two && fetches && tile + 1 < end) {
                 fetch(next, 0);
                 next = find(tile + 2);
             }
-            score(memory);
-            __syncthreads();
             weigh(memory, mine, (int32_t)first, limit);
             __syncthreads();
             add_values(memory, sums);
-            __syncthreads();
+            __syncwarp();
         }
     }
 
     /* To the output, or to a part. */
-    __device__ __forceinline__ void write(const tqkvc_latent_row &mine, const float (&sums)[MINE][8][4]) const
+    __device__ __forceinline__ void write(const tqkvc_latent_row &mine, const float (&sums)[M][8][4]) const
     {
         constexpr uint32_t OF_ROW = THREADS / ROWS;
         const float *mean = reinterpret_cast<const float *>(p.image + p.shape.parts.coded_mean);
-        const uint32_t lane = threadIdx.x % 32, row = threadIdx.x / OF_ROW,
-                       group = threadIdx.x / 32 / TQKVC_LATENT_GROUP, warp = threadIdx.x / 32 % TQKVC_LATENT_GROUP;
+        const uint32_t lane = threadIdx.x % 32, row = threadIdx.x / OF_ROW;
         const bool is_part = p.n_splits > 1;
         float sum = mine.sum, of_mean = mine.sum_of_mean;
 
@@ -259,14 +268,14 @@ template <int M> struct latent_block {
         }
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < 2 * MINE; i++) {
-            const uint32_t r = 16 * MINE * group + 8 * i + lane / 4;
+        for (int i = 0; i < 2 * M; i++) {
+            const uint32_t r = 8 * i + lane / 4;
             if (first_row + r >= p.n_rows)
                 continue;
             const float factor = memory.end[0][r], of_means = memory.end[1][r];
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const uint32_t d = warp * 64 + 8 * j + lane % 4 * 2;
+                const uint32_t d = threadIdx.x / 32 * TQKVC_LATENT_CHANNELS + 8 * j + lane % 4 * 2;
                 const float *x = &sums[i / 2][j][i % 2 * 2];
                 const float a = x[0] * factor + mean[d] * of_means, b = x[1] * factor + mean[d + 1] * of_means;
                 if (is_part) {
@@ -282,7 +291,7 @@ template <int M> struct latent_block {
 };
 
 template <int M>
-__global__ void __launch_bounds__(tqkvc_latent_memory<M>::THREADS, M == 1 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, M == 1 ? 2 : 1)
     latent_kernel(const __grid_constant__ tqkvc_latent_decode p)
 {
     extern __shared__ __align__(128) uint8_t bytes[];
@@ -293,7 +302,7 @@ __global__ void __launch_bounds__(tqkvc_latent_memory<M>::THREADS, M == 1 ? 2 : 
     const uint32_t n_tiles = (uint32_t)(max(block.length, 0) + TOKENS - 1) / TOKENS,
                    of_part = (n_tiles + p.n_splits - 1) / p.n_splits, first = blockIdx.x * of_part;
     tqkvc_latent_row mine;
-    float sums[tqkvc_latent_memory<M>::MINE][8][4] = {};
+    float sums[M][8][4] = {};
 
     if (threadIdx.x < 2)
         ring_barrier_init(&memory.barriers[threadIdx.x]);
@@ -344,7 +353,7 @@ template <int M> tqkv_status launch(const tqkvc_latent_decode &p, cudaStream_t s
         (void)cudaGetLastError();
         return TQKV_ERR_UNSUPPORTED;
     }
-    kernel<<<grid, tqkvc_latent_memory<M>::THREADS, bytes, stream>>>(p);
+    kernel<<<grid, THREADS, bytes, stream>>>(p);
     if (p.n_splits > 1)
         merge_kernel<<<p.n_seqs * p.n_rows, V / 4, 0, stream>>>(p);
     return cudaGetLastError() == cudaSuccess ? TQKV_OK : TQKV_ERR_UNSUPPORTED;

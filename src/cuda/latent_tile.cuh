@@ -1,13 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One tile of 32 tokens of a latent layer in a block of threads: codes to f16 in shared memory, scores, weights, sums.
- * A latent is key and value, so its levels are made once and read twice: with channels as the inner dimension for
- * scores (ldmatrix transposes them), with tokens for sums. A block has eight warps and 16 query rows, or twice eight and
- * 16 or 32 rows for each eight.
+ * One tile of 32 tokens of a latent layer in a block of eight warps. A latent is key and value, so its levels are made
+ * once, by the warp that owns these 64 channels, and read twice by the same warp: with channels as the inner dimension for
+ * scores (ldmatrix transposes them), with tokens for sums. Warps meet over scores and weights alone.
  *
- *     codes ── expand ── v [channel][token], k [token][channel]        level times step, which rounds to f16
- *     score ── scores [half of the channels][row][token]                each warp eight tokens and a half
- *     weigh ── p [row][token], factors of older sums                    running maximum by row
+ *     codes ── expand ── v [channel][token], k [token][channel]    level times step, which rounds to f16
+ *     score ── scores [warp][row][token]                           of the channels of each warp
+ *     weigh ── p [row][token], factors of older sums               running maximum by row
  *     add   ── sums [row][64 channels of a warp]
  */
 #ifndef TQKVC_LATENT_TILE_CUH
@@ -21,27 +20,26 @@
 #include "cuda/levels.cuh"
 #include "cuda/ring.cuh"
 
-constexpr int TQKVC_LATENT_TOKENS = 32, TQKVC_LATENT_GROUP = 8; /* warps that share query rows */
+constexpr int TQKVC_LATENT_TOKENS = 32, TQKVC_LATENT_WARPS = 8;
+constexpr int TQKVC_LATENT_CHANNELS = TQKVC_LATENT_DIM / TQKVC_LATENT_WARPS; /* of a warp */
 
 /* Pads put rows that ldmatrix reads together into different banks. M: tiles of 16 query rows. */
 template <int M> struct tqkvc_latent_memory {
-    static constexpr int ROWS = 16 * M, T = TQKVC_LATENT_TOKENS;
-    static constexpr int GROUPS = M == 1 ? 1 : 2, WARPS = GROUPS * TQKVC_LATENT_GROUP, THREADS = 32 * WARPS;
-    static constexpr int MINE = M / GROUPS; /* tiles of rows of a warp */
+    static constexpr int ROWS = 16 * M, T = TQKVC_LATENT_TOKENS, WARPS = TQKVC_LATENT_WARPS;
 
     __align__(16) __half v[TQKVC_LATENT_DIM][T + 8];
-    __align__(16) __half k[T][TQKVC_LATENT_K_DIM + 8];                       /* channels of a unit in the order of levels.cuh */
+    __align__(16) __half k[T][TQKVC_LATENT_K_DIM + 8];                       /* units in the order of levels.cuh */
     __align__(16) __half q[ROWS][TQKVC_LATENT_DIM + TQKVC_LATENT_K_DIM + 8]; /* divided by their factors, K as k */
     __align__(16) __half p[ROWS][T + 8];
     union __align__(16) {
-        float scores[2][ROWS][T + 4];
+        float scores[WARPS][ROWS][T + 4];
         float turned[ROWS][TQKVC_LATENT_K_DIM];
     };
     float factor[2][ROWS], bias[2][ROWS]; /* by side: of products with q; score of the mean */
     float alpha[ROWS];                    /* of older sums */
     float end[2][ROWS];                   /* factors of sums and of the mean, at last */
-    __align__(16) float scale[2][T];
-    float largest_scale;     /* scale: of the tokens, 0: zero row, or no token; the largest of V */
+    __align__(16) float scale[WARPS][2][T]; /* of the tokens, 0: zero row, or no token; the same for all warps */
+    float largest_scale;                    /* of V */
     float scale_values[256];
     __align__(16) uint32_t tables[TQKVC_WIDTHS][TQKVC_WORDS + 1];
     __align__(8) tqkvc_latent_units units[TQKV_TIERS_MAX];
@@ -94,15 +92,17 @@ static __device__ __forceinline__ void expand_v(tqkvc_latent_memory<M> &memory, 
         const auto table = load_level_table<BITS>(tables);
         const __half2 step = __float2half2_rn(BITS == 0 ? 0.0f : tables.step(BITS));
         __half *to = &memory.v[16 * u + lane % 8][lane / 8 * 4];
+        uint4 levels[N * 2];
 #pragma unroll
-        for (int i = 0; i < N; i++)
+        for (int i = 0; i < N * 2; i++) /* all loads before any store, which might be to the same place */
+            levels[i] = v_row_levels<BITS>(unit + i % 2 * block_bytes + i / 2 * 32 * BITS, lane, table);
 #pragma unroll
-            for (int b = 0; b < TQKVC_LATENT_TOKENS / 16; b++) {
-                const uint4 x = v_row_levels<BITS>(unit + b * block_bytes + i * 32 * BITS, lane, table);
-                __half *at = to + 16 * i * STRIDE + 16 * b;
-                *reinterpret_cast<uint2 *>(at) = make_uint2(times(x.x, step), times(x.y, step));
-                *reinterpret_cast<uint2 *>(at + 8 * STRIDE) = make_uint2(times(x.z, step), times(x.w, step));
-            }
+        for (int i = 0; i < N * 2; i++) {
+            const uint4 x = levels[i];
+            __half *at = to + 16 * (i / 2) * STRIDE + 16 * (i % 2);
+            *reinterpret_cast<uint2 *>(at) = make_uint2(times(x.x, step), times(x.y, step));
+            *reinterpret_cast<uint2 *>(at + 8 * STRIDE) = make_uint2(times(x.z, step), times(x.w, step));
+        }
     });
 }
 
@@ -127,83 +127,110 @@ static __device__ __forceinline__ void expand_k(tqkvc_latent_memory<M> &memory, 
     });
 }
 
-/* codes: the tile's blocks, each K and V of 16 tokens. n: tokens that are there. Ends without a barrier. */
+/*
+ * What this warp reads of a tile: four units of V, one of K of a block, scales. codes: the tile's blocks, each
+ * K and V of 16 tokens. n: tokens that are there. Ends with what only this warp waits for.
+ */
 template <int M>
 static __device__ __forceinline__ void expand(tqkvc_latent_memory<M> &memory, const uint8_t *codes,
                                               uint32_t block_bytes, uint32_t tier, uint32_t n)
 {
-    constexpr uint32_t WARPS = tqkvc_latent_memory<M>::WARPS, OF_WARP = TQKVC_LATENT_V_UNITS / WARPS;
+    constexpr uint32_t OF_WARP = TQKVC_LATENT_CHANNELS / 16;
     const tqkvc_latent_units &units = memory.units[tier];
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = WARPS - 1 - warp;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint8_t *section = codes + lane / 16 * block_bytes + lane % 16;
+    const float of_k = lane < n ? memory.scale_values[section[0]] : 0.0f,
+                of_v = lane < n ? memory.scale_values[section[units.v_section]] : 0.0f;
 
-    static_assert(TQKVC_LATENT_K_UNITS * 2 == TQKVC_LATENT_GROUP, "a unit of a block each");
-    if (warp < TQKVC_LATENT_GROUP) {
-        const uint32_t k = warp / 2, block = warp % 2;
-        expand_k(memory, codes + block * block_bytes + units.offset[TQKVC_LATENT_V_UNITS + k], k, block,
-                 units.bits[TQKVC_LATENT_V_UNITS + k], lane);
-    }
-    if (side < 2) { /* the last warps: scales */
-        const uint8_t *section = codes + lane / 16 * block_bytes + (side == TQKV_SIDE_V ? units.v_section : 0);
-        const float scale = lane < n ? memory.scale_values[section[lane % 16]] : 0.0f;
-        memory.scale[side][lane] = scale;
-        const uint32_t largest = __reduce_max_sync(0xffffffffu, __float_as_uint(scale));
-        if (side == TQKV_SIDE_V && lane == 0)
+    memory.scale[warp][TQKV_SIDE_K][lane] = of_k;
+    memory.scale[warp][TQKV_SIDE_V][lane] = of_v;
+    if (warp == 0) {
+        const uint32_t largest = __reduce_max_sync(0xffffffffu, __float_as_uint(of_v));
+        if (lane == 0)
             memory.largest_scale = __uint_as_float(largest);
     }
-    const uint32_t u = warp * OF_WARP, bits = units.bits[u];
-    bool is_alike = true;
-#pragma unroll
-    for (uint32_t i = 1; i < OF_WARP; i++)
-        is_alike = is_alike && units.bits[u + i] == bits;
-    if (is_alike) {
+    static_assert(TQKVC_LATENT_K_UNITS * 2 == TQKVC_LATENT_WARPS && OF_WARP == 4, "what a warp has");
+    const uint32_t k = TQKVC_LATENT_V_UNITS + warp / 2, block = warp % 2;
+    expand_k(memory, codes + block * block_bytes + units.offset[k], warp / 2, block, units.bits[k], lane);
+    const uint32_t u = warp * OF_WARP, all_bits = *reinterpret_cast<const uint32_t *>(&units.bits[u]),
+                   bits = all_bits & 255u;
+    if (all_bits == bits * 0x01010101u) {
         expand_v<OF_WARP>(memory, codes + units.offset[u], block_bytes, u, bits, lane);
-        return;
-    }
+    } else {
 #pragma unroll 1
-    for (uint32_t i = u; i < u + OF_WARP; i++)
-        expand_v<1>(memory, codes + units.offset[i], block_bytes, i, units.bits[i], lane);
+        for (uint32_t i = u; i < u + OF_WARP; i++)
+            expand_v<1>(memory, codes + units.offset[i], block_bytes, i, units.bits[i], lane);
+    }
+    __syncwarp();
 }
 
-/* Scores without the means: those of eight tokens and half of the channels of either side, by each warp of a group. */
+/* A step of 16 channels of q, from `column` on, times these channels of N * 8 tokens: b by eight tokens. */
+template <int N, int M>
+static __device__ __forceinline__ void add_products(const tqkvc_latent_memory<M> &memory, uint32_t column,
+                                                    const uint2 (&b)[N], float (&sums)[M][N][4])
+{
+    const uint32_t lane = threadIdx.x % 32;
+
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        const uint4 a = load_matrices(&memory.q[16 * m + lane % 16][column + lane / 16 * 8]);
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            multiply_f16(sums[m][n], a, b[n].x, b[n].y);
+    }
+}
+
+/* Adds a unit of K of 16 tokens, from `first` on, to scores that this warp has written. */
+template <int M>
+static __device__ __forceinline__ void score_keys(const tqkvc_latent_memory<M> &memory, uint32_t unit, uint32_t first,
+                                                  float (&scores)[16 * M][TQKVC_LATENT_TOKENS + 4])
+{
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint4 x = load_matrices(&memory.k[first + lane / 16 * 8 + lane % 8][16 * unit + lane / 8 % 2 * 8]);
+    const uint2 b[2] = {{x.x, x.y}, {x.z, x.w}};
+    float sums[M][2][4] = {};
+
+    add_products(memory, TQKVC_LATENT_DIM + 16 * unit, b, sums);
+#pragma unroll
+    for (int i = 0; i < 2 * 2 * M; i++) { /* row half, eight tokens */
+        const uint32_t row = i / 2 * 8 + lane / 4, t = first + i % 2 * 8 + lane % 4 * 2;
+        const float factor = memory.factor[TQKV_SIDE_K][row];
+        const float2 scale = *reinterpret_cast<const float2 *>(&memory.scale[warp][TQKV_SIDE_K][t]);
+        const float *key = &sums[i / 4][i % 2][i / 2 % 2 * 2];
+        float2 *to = reinterpret_cast<float2 *>(&scores[row][t]); /* of this lane */
+        *to = make_float2(to->x + factor * scale.x * key[0], to->y + factor * scale.y * key[1]);
+    }
+}
+
+/* What the channels of this warp add to the scores, without the means. */
 template <int M> static __device__ __forceinline__ void score(tqkvc_latent_memory<M> &memory)
 {
-    constexpr int MINE = tqkvc_latent_memory<M>::MINE;
-    constexpr uint32_t V_STEPS = TQKVC_LATENT_DIM / 64, K_AT = TQKVC_LATENT_DIM; /* 32 channels a step */
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 % TQKVC_LATENT_GROUP,
-                   first_row = threadIdx.x / 32 / TQKVC_LATENT_GROUP * MINE * 16;
-    const uint32_t first = warp % 4 * 8, half = warp / 4;
-    float latent[MINE][2][4] = {}, key[MINE][4] = {}; /* two chains of products */
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float sums[M][4][4] = {};
 
 #pragma unroll
-    for (uint32_t i = 0; i < V_STEPS; i++) {
-        const uint32_t column = 32 * (half * V_STEPS + i);
-        const uint4 b = load_transposed(&memory.v[column + lane][first]);
-#pragma unroll
-        for (int m = 0; m < MINE; m++) {
-            const __half *row = &memory.q[first_row + 16 * m + lane % 16][column + lane / 16 * 8];
-            multiply_f16(latent[m][0], load_matrices(row), b.x, b.y);
-            multiply_f16(latent[m][1], load_matrices(row + 16), b.z, b.w);
-        }
+    for (uint32_t i = 0; i < TQKVC_LATENT_CHANNELS / 16; i++) {
+        const uint32_t channel = warp * TQKVC_LATENT_CHANNELS + 16 * i;
+        const __half *row = &memory.v[channel + lane % 16][lane / 16 * 8];
+        const uint4 x = load_transposed(row), y = load_transposed(row + 16);
+        const uint2 b[4] = {{x.x, x.y}, {x.z, x.w}, {y.x, y.y}, {y.z, y.w}};
+        add_products(memory, channel, b, sums);
     }
-    const uint4 b = load_matrices(&memory.k[first + lane % 8][32 * half + lane / 8 * 8]);
+    const uint32_t t = lane % 4 * 2;
 #pragma unroll
-    for (int m = 0; m < MINE; m++) {
-        const __half *row = &memory.q[first_row + 16 * m + lane % 16][K_AT + 32 * half + lane / 16 * 8];
-        multiply_f16(key[m], load_matrices(row), b.x, b.y);
-        multiply_f16(key[m], load_matrices(row + 16), b.z, b.w);
+    for (int i = 0; i < 4 * 2 * M; i++) { /* row half, eight tokens */
+        const float v = memory.factor[TQKV_SIDE_V][i / 4 * 8 + lane / 4];
+        const float2 scale = *reinterpret_cast<const float2 *>(&memory.scale[warp][TQKV_SIDE_V][i % 4 * 8 + t]);
+        float *x = &sums[i / 8][i % 4][i / 4 % 2 * 2];
+        x[0] *= v * scale.x;
+        x[1] *= v * scale.y;
     }
-
-    const uint32_t t = first + lane % 4 * 2;
-    const float2 of_k = *reinterpret_cast<const float2 *>(&memory.scale[TQKV_SIDE_K][t]),
-                 of_v = *reinterpret_cast<const float2 *>(&memory.scale[TQKV_SIDE_V][t]);
 #pragma unroll
-    for (int i = 0; i < 2 * MINE; i++) {
-        const uint32_t row = first_row + 8 * i + lane / 4;
-        const float k = memory.factor[TQKV_SIDE_K][row], v = memory.factor[TQKV_SIDE_V][row];
-        const float *a = &key[i / 2][i % 2 * 2], *x = &latent[i / 2][0][i % 2 * 2], *y = &latent[i / 2][1][i % 2 * 2];
-        *reinterpret_cast<float2 *>(&memory.scores[half][row][t]) = make_float2(
-            k * of_k.x * a[0] + v * of_v.x * (x[0] + y[0]), k * of_k.y * a[1] + v * of_v.y * (x[1] + y[1]));
+    for (int i = 0; i < 4 * 2 * M; i++) {
+        const float *x = &sums[i / 8][i % 4][i / 4 % 2 * 2];
+        *reinterpret_cast<float2 *>(&memory.scores[warp][i / 4 * 8 + lane / 4][i % 4 * 8 + t]) = make_float2(x[0], x[1]);
     }
+    score_keys(memory, warp / 2, warp % 2 * 16, memory.scores[warp]);
 }
 
 /* What a thread keeps of its row; `sum` and `sum_of_mean` of its own tokens only. */
@@ -220,7 +247,7 @@ template <int M>
 static __device__ __forceinline__ void weigh(tqkvc_latent_memory<M> &memory, tqkvc_latent_row &mine, int32_t first,
                                              int32_t limit)
 {
-    constexpr uint32_t OF_ROW = tqkvc_latent_memory<M>::THREADS / (16 * M), N = TQKVC_LATENT_TOKENS / OF_ROW;
+    constexpr uint32_t OF_ROW = TQKVC_LATENT_WARPS * 32 / (16 * M), N = TQKVC_LATENT_TOKENS / OF_ROW;
     const uint32_t row = threadIdx.x / OF_ROW, start = threadIdx.x % OF_ROW * N;
     const float bias_k = memory.bias[TQKV_SIDE_K][row], bias_v = memory.bias[TQKV_SIDE_V][row];
     const float unit = fmaxf(mine.unit, memory.largest_scale);
@@ -230,9 +257,11 @@ static __device__ __forceinline__ void weigh(tqkvc_latent_memory<M> &memory, tqk
 #pragma unroll
     for (uint32_t i = 0; i < N; i++) {
         const uint32_t t = start + i;
-        s[i] = memory.scores[0][row][t] + memory.scores[1][row][t] +
-               (memory.scale[TQKV_SIDE_K][t] != 0.0f ? bias_k : 0.0f) +
-               (memory.scale[TQKV_SIDE_V][t] != 0.0f ? bias_v : 0.0f);
+        s[i] = (memory.scale[0][TQKV_SIDE_K][t] != 0.0f ? bias_k : 0.0f) +
+               (memory.scale[0][TQKV_SIDE_V][t] != 0.0f ? bias_v : 0.0f);
+#pragma unroll
+        for (uint32_t w = 0; w < TQKVC_LATENT_WARPS; w++)
+            s[i] += memory.scores[w][row][t];
         if (first + (int32_t)t >= limit)
             s[i] = -INFINITY;
         top = fmaxf(top, s[i]);
@@ -246,7 +275,7 @@ static __device__ __forceinline__ void weigh(tqkvc_latent_memory<M> &memory, tqk
     mine.sum_of_mean *= alpha;
 #pragma unroll
     for (uint32_t i = 0; i < N; i++) {
-        const float p = exp2_fast(s[i] - from), scale = memory.scale[TQKV_SIDE_V][start + i];
+        const float p = exp2_fast(s[i] - from), scale = memory.scale[0][TQKV_SIDE_V][start + i];
         mine.sum += p;
         mine.sum_of_mean += scale != 0.0f ? p : 0.0f;
         memory.p[row][start + i] = __float2half_rn(p * (scale * inverse));
@@ -257,22 +286,19 @@ static __device__ __forceinline__ void weigh(tqkvc_latent_memory<M> &memory, tqk
     mine.unit = unit;
 }
 
-/* Adds the tile to the sums of this warp's 64 channels: [row tile][channels in eights][as a product]. */
+/* Adds the tile to the sums of this warp's channels: [row tile][channels in eights][as a product]. */
 template <int M>
-static __device__ __forceinline__ void add_values(tqkvc_latent_memory<M> &memory,
-                                                  float (&sums)[tqkvc_latent_memory<M>::MINE][8][4])
+static __device__ __forceinline__ void add_values(const tqkvc_latent_memory<M> &memory, float (&sums)[M][8][4])
 {
-    constexpr int MINE = tqkvc_latent_memory<M>::MINE;
-    const uint32_t lane = threadIdx.x % 32, channel = threadIdx.x / 32 % TQKVC_LATENT_GROUP * 64,
-                   first_row = threadIdx.x / 32 / TQKVC_LATENT_GROUP * MINE * 16;
-    uint4 p[MINE][2];
+    const uint32_t lane = threadIdx.x % 32, channel = threadIdx.x / 32 * TQKVC_LATENT_CHANNELS;
+    uint4 p[M][2];
 
 #pragma unroll
-    for (int m = 0; m < MINE; m++) {
-        const uint32_t row = first_row + 16 * m;
-        const float upper = memory.alpha[row + lane / 4], lower = memory.alpha[row + 8 + lane / 4];
-        p[m][0] = load_matrices(&memory.p[row + lane % 16][lane / 16 * 8]);
-        p[m][1] = load_matrices(&memory.p[row + lane % 16][lane / 16 * 8 + 16]);
+    for (int m = 0; m < M; m++) {
+        const __half *row = &memory.p[16 * m + lane % 16][lane / 16 * 8];
+        const float upper = memory.alpha[16 * m + lane / 4], lower = memory.alpha[16 * m + 8 + lane / 4];
+        p[m][0] = load_matrices(row);
+        p[m][1] = load_matrices(row + 16);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             sums[m][i][0] *= upper;
@@ -285,7 +311,7 @@ static __device__ __forceinline__ void add_values(tqkvc_latent_memory<M> &memory
     for (int i = 0; i < 8; i++) {
         const uint4 b = load_matrices(&memory.v[channel + 8 * i + lane % 8][lane / 8 * 8]);
 #pragma unroll
-        for (int m = 0; m < MINE; m++) {
+        for (int m = 0; m < M; m++) {
             multiply_f16(sums[m][i], p[m][0], b.x, b.y);
             multiply_f16(sums[m][i], p[m][1], b.z, b.w);
         }

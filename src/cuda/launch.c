@@ -21,7 +21,7 @@
 #define TILES_OF_PREFILL_BLOCK 8.0f /* tiles that take as long as the rest of what a block does */
 #define LATENT_TOKENS 32u /* of a tile */
 #define LATENT_TILES_OF_BLOCK 6.0f /* as above */
-#define LATENT_TILES_MIN 4u /* of a part */
+#define LATENT_TILES_MIN 1u /* of a part */
 
 static bool type_is_good(tqkv_cuda_type type)
 {
@@ -240,15 +240,13 @@ static bool plan_latent(const tqkvc_shape *shape, uint32_t n_seqs, uint32_t q_le
         p->staged_bytes = bytes > p->staged_bytes ? bytes : p->staged_bytes;
     }
     p->row_tiles = p->n_rows <= 16 ? 1 : p->n_rows <= 32 ? 2 : 4;
-    p->n_stages = 2;
-    while (tqkvc_latent_shared_bytes(p->row_tiles, p->staged_bytes, p->n_stages) > room && p->row_tiles > 1)
+    while (p->row_tiles > 1 && tqkvc_latent_shared_bytes(p->row_tiles, p->staged_bytes, 1) > room)
         p->row_tiles /= 2;
-    if (tqkvc_latent_shared_bytes(p->row_tiles, p->staged_bytes, p->n_stages) > room)
-        p->n_stages = 1;
-
-    const uint32_t bytes =
-        tqkvc_latent_shared_bytes(p->row_tiles, p->staged_bytes, p->n_stages) + SHARED_BYTES_RESERVED;
-    const uint32_t slots = n_sm * (p->row_tiles == 1 && 2 * bytes <= of_sm ? 2 : 1);
+    /* With 16 rows two blocks of a multiprocessor gain more than a second tile of codes. */
+    const uint32_t one = tqkvc_latent_shared_bytes(p->row_tiles, p->staged_bytes, 1) + SHARED_BYTES_RESERVED,
+                   two = one + p->staged_bytes, most = p->row_tiles == 1 && 2 * one <= of_sm ? 2 : 1;
+    p->n_stages = two - SHARED_BYTES_RESERVED <= room && most * two <= of_sm ? 2 : 1;
+    const uint32_t slots = n_sm * most;
     const uint32_t n = n_seqs * tqkvi_div_up(p->n_rows, 16 * p->row_tiles),
                    n_tiles = tqkvi_div_up(max_tokens, LATENT_TOKENS);
     p->n_splits = 1;
