@@ -146,6 +146,7 @@ class Engine:
         self.dtype, all_plans = dtype, plans()
         self.layers, names = [], [f"model.layers.{plan.index}.self_attn.attn" for plan in all_plans]
         stand_in()
+        self.config.compilation_config.pass_config.fuse_rope_kvcache_cat_mla = True
         with set_current_vllm_config(self.config):
             for plan, name in zip(all_plans, names):
                 layer = mla_attention.MLAAttention(
@@ -277,6 +278,7 @@ def check_mla_graphs():
         layer(torch.randn(4, tiny.HEADS, NOPE + ROTATED), torch.randn(4, LATENT), torch.randn(4, 1, ROTATED),
               output_shape=(4, tiny.HEADS * VALUE))
     assert layer.turboquant.plan.cuda.calls == []
+    assert engine.config.compilation_config.pass_config.fuse_rope_kvcache_cat_mla is False
     engine.config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     engine.config.compilation_config.splitting_ops = []
     for builder in engine.builders:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm import _custom_ops
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonBackend,
@@ -87,8 +88,14 @@ def refuse_graphs_of_updates(compilation):
     """Piecewise graphs are captured without the tables of a step, so the cache is written outside of them."""
     piecewise = compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_piecewise_cudagraphs()
     if piecewise and UPDATE_OP not in (compilation.splitting_ops or ()):
-        raise Refusal(f"piecewise CUDA graphs are not to hold {UPDATE_OP}: leave splitting_ops, "
-                      "use_inductor_graph_partition and fuse_attn_quant as they are")
+        raise Refusal(f"piecewise CUDA graphs cannot hold {UPDATE_OP} with turboquant: leave splitting_ops and "
+                      "use_inductor_graph_partition as they are")
+
+
+def leave_updates_to_us(compilation):
+    """A pass of vLLM's compiler would turn keys and write plain rows into the cache at once, past the implementation."""
+    if getattr(compilation.pass_config, "fuse_rope_kvcache_cat_mla", False):
+        compilation.pass_config.fuse_rope_kvcache_cat_mla = False
 
 
 class TurboquantMlaImpl(MLACommonImpl[MlaMetadata]):
@@ -104,6 +111,7 @@ class TurboquantMlaImpl(MLACommonImpl[MlaMetadata]):
         self.folded = {}  # by name, the parameters that fold() has made
         self.inverse = None  # [512, 512] in the model's type
         self.layer_name = self.setup = None  # from the first step on
+        leave_updates_to_us(get_current_vllm_config().compilation_config)
         read_ours_first()
 
     def bind(self, layer):
