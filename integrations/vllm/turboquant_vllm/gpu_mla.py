@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from vllm import _custom_ops
 from vllm.config import get_current_vllm_config
-from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonBackend,
     MLACommonImpl,
@@ -119,14 +119,14 @@ class TurboquantMlaImpl(MLACommonImpl[MlaMetadata]):
 
     def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale):
         """Slots are those of the step's tables, for all tiers; of slot_mapping only the length counts."""
-        metadata = get_forward_context().attn_metadata
-        if self.setup is None or metadata is None or slot_mapping is None:  # nothing that is to be kept
+        metadata = get_attention_context(self.layer_name)[0] if self.setup else None
+        if metadata is None or slot_mapping is None:  # nothing that is to be kept
             return
         n = slot_mapping.numel()
         key = k_pe.view(len(k_pe), -1)[:n]
         if self.setup.channel_order is not None:
             key = key[:, self.setup.channel_order]
-        self.setup.gpu.store(kv_cache.data_ptr(), metadata[self.layer_name].step.pages, key, kv_c_normed[:n])
+        self.setup.gpu.store(kv_cache.data_ptr(), metadata.step.pages, key, kv_c_normed[:n])
 
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
         latent, rotated = q if isinstance(q, tuple) else q.split((self.kv_lora_rank, self.qk_rope_head_dim), -1)
