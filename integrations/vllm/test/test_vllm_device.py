@@ -50,7 +50,6 @@ def latent_processes(model, tiny):
         "stock": (None, {"shared": shared}),
         "q8": ("q8", {"shared": shared, "graphs": shared | {"options": GRAPHS}}),
         "tiers": (tiny, {"plain": repeating | {"options": OPTIONS | whole},
-                         "cut": repeating | {"options": OPTIONS},
                          "drafts": repeating | {"options": GRAPHS | whole | DRAFTS}}),
     }
 
@@ -140,11 +139,6 @@ def test_drafts_over_latents(latents):
     metrics = latents["tiers"]["drafts"]["metrics"]
     assert 0 < metrics["vllm:spec_decode_num_accepted_tokens"] < metrics["vllm:spec_decode_num_draft_tokens"]
     assert_near(latents["tiers"]["drafts"], latents["tiers"]["plain"], .4, .1)
-
-
-def test_prompts_behind_stored_latents(latents):
-    """What a prompt sees of itself is stored where it is cut, in the young tiers while it is read."""
-    assert_near(latents["tiers"]["cut"], latents["tiers"]["plain"], .3, .3)
 
 
 def test_room_for_latents_grows_as_counted(latents):
