@@ -71,7 +71,7 @@ def f16(python, model):
 @pytest.fixture(scope="module")
 def tiered(python, model, tmp_path_factory):
     """Tiers of 8 and 6 bits, then 3 and 4."""
-    path = tiny_plan.write(tmp_path_factory.mktemp("plan") / "latent.tqkv", style=tiny_plan.PAIRS, latent=True)
+    path = tiny_plan.write_latent(tmp_path_factory.mktemp("plan") / "latent.tqkv")
     plain = {"model": model, "options": OPTIONS} | repeating_prompts()
     drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
     drafting = plain | {"options": OPTIONS | {"speculative_config": drafts}}  # last: vLLM starts no engine after drafts
@@ -109,7 +109,8 @@ def test_prompts_behind_stored_tokens(python, model, stock):
 @pytest.mark.parametrize("style", [tiny_plan.PAIRS, tiny_plan.HALVES])
 def test_eight_bits_are_near(python, model, stock, tmp_path, style):
     """Codes, of a plan that pairs channels of the rotated key as the model does or in halves."""
-    path = tiny_plan.write(tmp_path / "wide.tqkv", last_widths=(8, 8, 8), young_widths=(), style=style, latent=True)
+    path = tiny_plan.write(tmp_path / "wide.tqkv", last_widths=(8, 8, 8), young_widths=(), style=style,
+                           dims=(ROPE, LATENT), is_latent=True)
     got = python.serve(path, {"four": {"model": model, "options": OPTIONS} | four_prompts()})["four"]
     assert "error" not in got, got["error"]
     for ours, theirs in zip(outputs(got), outputs(stock["four"])):
@@ -122,7 +123,7 @@ def test_room_grows_as_counted(stock, tiered):
     result = tiered["plain"]
     assert "error" not in result, result["error"]
     stock_bytes = LAYERS * (LATENT + ROPE) * 4
-    bytes_now = sum(tiny_plan.token_bytes(width, latent=True) for width in (3, 4, 3))
+    bytes_now = sum((LATENT + ROPE) * width // 8 + 2 for width in (3, 4, 3))  # codes, scales of K and V
     beside = float(re.search(r"turboquant: ([\d.]+) GiB of 1.00 GiB", tiered["log"]).group(1))
     ratio = result["n_blocks"] / stock["four"]["n_blocks"]
     assert (1 - beside - .01) * stock_bytes / bytes_now <= ratio <= (1 - beside + .01) * stock_bytes / bytes_now

@@ -12,9 +12,8 @@ import turboquant
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType, MultipleOf
 
 from turboquant_vllm import model_plan, openmp
-from turboquant_vllm.model_plan import Refusal
+from turboquant_vllm.model_plan import PLAIN_DTYPES, Refusal
 
-PLAIN_DTYPES = ("auto", "float16", "bfloat16", "float32")
 READ_AGAIN_MOST = 512  # of a prefix hit, and at most half of it; README.md has what 128, 256 and 512 leave of the loss
 
 

@@ -20,8 +20,8 @@ from vllm.model_executor.layers.attention.mla_attention import (MLACommonMetadat
                                                                 QueryLenSupport)
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 
-from turboquant_vllm.attention_backend import PLAIN_DTYPES, LayerCache, TurboquantMetadata, to_rows
-from turboquant_vllm.model_plan import Refusal
+from turboquant_vllm.attention_backend import LayerCache, TurboquantMetadata, to_rows
+from turboquant_vllm.model_plan import PLAIN_DTYPES, Refusal
 
 
 class TurboquantMlaBackend(CPUMLABackend):

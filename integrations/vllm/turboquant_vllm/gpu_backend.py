@@ -15,6 +15,7 @@ from turboquant_vllm.attention_backend import TurboquantBackend, TurboquantImpl,
 from turboquant_vllm.gpu_pages import PAGE_TOKENS, Q_MAX
 from turboquant_vllm.model_plan import Refusal
 
+LATENT_SHAPE, LATENT_HEADS_MAX = (64, 512), 128  # channels of K and V
 NO_LIBRARY = ("turboquant's CUDA library is not installed: pip install ./integrations/cuda builds it, with CMake and "
               "nvcc; or name a libturboquant-cuda.so (cmake --preset cuda) in TQKV_CUDA_LIBRARY")
 
@@ -85,12 +86,16 @@ def cuda_layer(layer_plan):
     import tqkv_cuda
     if layer_plan.shape.window:
         raise Refusal("sliding windows have no CUDA kernels in turboquant")
+    shape = layer_plan.shape
+    if shape.is_latent and ((shape.k_dim, shape.v_dim) != LATENT_SHAPE or shape.n_heads > LATENT_HEADS_MAX):
+        raise Refusal(f"latents of {shape.v_dim} channels with a rotated key of {shape.k_dim} for {shape.n_heads} heads "
+                      "have no CUDA kernels in turboquant, only 512 with 64 for up to 128 heads")
     plan = cuda_plan(layer_plan.plan)
     try:
         layer = tqkv_cuda.Layer(library(), plan, layer_plan.index)
     except tqkv_cuda.Error as error:
-        raise Refusal("there are no CUDA kernels for this layer: heads have 64, 128 or 256 channels, K as many as V, "
-                      "all of them coded (the built-in plan f16 is not), in frames of whole 64 tokens") from error
+        raise Refusal("there are no CUDA kernels for this layer: heads have 64, 128 or 256 channels, K as many as V "
+                      "(but for latents), all of them coded (the built-in plan f16 is not), in frames of whole 64 tokens") from error
     if layer.page_bytes(layer_plan.old_tier, PAGE_TOKENS) != PAGE_TOKENS * layer_plan.token_bytes:
         raise Refusal("libturboquant-cuda is of another version than the turboquant package: install both anew")
     return layer
