@@ -21,7 +21,10 @@ def config(kind, window):
         return common | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     if kind == "deepseek":
         del common["head_dim"]
-        return common | {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
+        # YaRN by a factor of 1 turns as plain RoPE does, which the CPU build of vLLM 0.32.0 gets wrong in views of rows.
+        yarn = {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096, "mscale": 1.0,
+                "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
+        return common | {"rope_scaling": yarn, "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
                          "num_key_value_heads": HEADS, "q_lora_rank": None, "kv_lora_rank": LATENT,
                          "qk_nope_head_dim": HEAD_SIZE, "qk_rope_head_dim": ROPE, "v_head_dim": HEAD_SIZE,
                          "first_k_dense_replace": LAYERS, "n_routed_experts": 4}
