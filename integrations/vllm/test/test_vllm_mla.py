@@ -96,6 +96,13 @@ def test_preemption(stock, f16):
     assert_near(f16["growing"], stock["growing"])
 
 
+def test_two_ranks_are_the_stock_engine(python, model):
+    """Each has all of the latents and half of the query heads."""
+    job = {"model": model, "options": OPTIONS | {"tensor_parallel_size": 2}} | four_prompts()
+    stock, f16 = (python.serve(plan, {"two": job}, n_ranks=2)["two"] for plan in (None, "f16"))
+    assert_near(f16, stock)
+
+
 def test_prompts_behind_stored_tokens(python, model, stock):
     """Prompts that are cut, and prefix hits, beside decodes."""
     job = {"model": model, "options": OPTIONS} | shared_prompts()

@@ -131,9 +131,10 @@ class TurboquantImpl(AttentionImpl[TurboquantMetadata]):
         out = output[:n] if output.dtype == torch.float32 and output.is_contiguous() else torch.empty(
             output[:n].shape, dtype=torch.float32)
         order = self.cache.order
-        self.cache.write(to_rows(key[:n], order), to_rows(value[:n], None), attn_metadata)
+        query, key, value = to_rows(query[:n], order), to_rows(key[:n], order), to_rows(value[:n], None)
+        self.cache.write(key, value, attn_metadata)
         sinks = self.sinks.float().contiguous() if self.sinks is not None else None
-        self.cache.attend(to_rows(query[:n], order), out, self.scale, self.logits_soft_cap, sinks)
+        self.cache.attend(query, key, value, attn_metadata, out, self.scale, self.logits_soft_cap, sinks)
         if out.data_ptr() != output.data_ptr():
             output[:n] = out
         return output
@@ -180,17 +181,14 @@ class LayerCache:
         self.paged.batch.blocks = kv_cache.data_ptr()
         self.paged.batch.block_stride_bytes = kv_cache.stride(0)
         self.paged.batch.decode_tokens_max = 1 + setup.limits.num_drafts
-        self.taken = None
         LayerCache.of_this_process.add(self)
 
     def write(self, key, value, metadata):
-        """The new tokens of a step. key, value: of to_rows, [tokens, KV heads, channels]; seen by attend as they are."""
-        self.take(key, value, metadata)
+        """The new tokens of a step. key, value: of to_rows, [tokens, KV heads, channels]."""
+        self.name_tokens(key, value, metadata)
         self.paged.write(openmp.parallel())
 
-    def take(self, key, value, metadata):
-        """What was written, or some requests of it, for attend."""
-        self.taken = key, value, metadata  # the batch has their addresses
+    def name_tokens(self, key, value, metadata):
         batch = self.paged.batch
         batch.n_seqs = len(metadata.seq_lens)
         batch.query_start = metadata.query_start_loc.data_ptr()
@@ -199,13 +197,14 @@ class LayerCache:
         batch.block_table_stride = metadata.block_table.stride(0)
         batch.k, batch.v = key.data_ptr(), value.data_ptr()
 
-    def attend(self, query, out, scale, softcap=0.0, sinks=None, latent=None):
-        """Of the tokens that write or take named.
+    def attend(self, query, key, value, metadata, out, scale, softcap=0.0, sinks=None, latent=None):
+        """Of what was written, or of some requests of it.
 
         query: [tokens, heads, channels] f32, channels next to each other; latent: of latent layers, with the same strides.
         out: [tokens, heads, channels of V] f32. sinks: [heads] f32.
         """
-        metadata, args = self.taken[-1], self.paged.args
+        args = self.paged.args
+        self.name_tokens(key, value, metadata)
         scratch = workspace(self.paged.scratch_bytes(metadata.max_query_len, metadata.max_seq_len, openmp.n_workers()))
         args.n_q = len(query)
         args.q, args.q_token_stride, args.q_head_stride = query.data_ptr(), query.stride(0), query.stride(1)

@@ -65,7 +65,7 @@ class TurboquantMlaImpl(CPUMLAImpl):
         super().__init__(*arguments, kv_cache_dtype=kv_cache_dtype, indexer=indexer, **options)
         self.layer = None  # the MLAAttention that this belongs to, found at the first step
         self.cache = None  # LayerCache, made at the first step
-        self.rows = None  # rotated keys and latents of the step, [tokens, 1, channels]
+        self.rows = None  # rotated keys and latents, [tokens, 1, channels], of a step whose queries will meet them here
 
     def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale):
         if self.layer is None:
@@ -77,8 +77,10 @@ class TurboquantMlaImpl(CPUMLAImpl):
         if self.cache is None:
             self.cache = LayerCache(self.layer, kv_cache.unsqueeze(1))
         n = metadata.num_actual_tokens
-        self.rows = (to_rows(k_pe[:n].reshape(n, 1, -1), self.cache.order), to_rows(kv_c_normed[:n].unsqueeze(1), None))
-        self.cache.write(*self.rows, metadata.step)
+        rows = to_rows(k_pe[:n].reshape(n, 1, -1), self.cache.order), to_rows(kv_c_normed[:n].unsqueeze(1), None)
+        self.cache.write(*rows, metadata.step)
+        if metadata.num_decodes > 0 or is_behind_stored(metadata.prefill):
+            self.rows = rows
 
     def attend(self, ql_nope, q_pe, metadata, first, end):
         """Of requests [first, end) of the step. ql_nope, q_pe: of their tokens, [tokens, heads, channels].
@@ -86,11 +88,13 @@ class TurboquantMlaImpl(CPUMLAImpl):
         Returns weighted sums of latents, [tokens, heads, kv_lora_rank], in the type of the queries.
         """
         step, tokens = metadata.step.requests(first, end)
-        self.cache.take(*(rows[tokens] for rows in self.rows), step)
+        key, value = (rows[tokens] for rows in self.rows)
         query = torch.cat([to_rows(q_pe, self.cache.order), to_rows(ql_nope, None)], dim=-1)
         q_pe, latent = query.split([self.qk_rope_head_dim, self.kv_lora_rank], dim=-1)
         out = torch.empty(latent.shape, dtype=torch.float32)
-        self.cache.attend(q_pe, out, self.scale, latent=latent)
+        self.cache.attend(q_pe, key, value, step, out, self.scale, latent=latent)
+        if first == 0:  # decodes, if there are any, come after prompts
+            self.rows = None
         return out.to(ql_nope.dtype)
 
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
@@ -99,10 +103,15 @@ class TurboquantMlaImpl(CPUMLAImpl):
 
     def forward_mha(self, q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata, k_scale, output, output_scale=None):
         """Prompts behind stored tokens come where vLLM cuts prompts or finds prefixes, which it does not on the CPU."""
-        if attn_metadata.prefill.chunked_context is None:
+        if not is_behind_stored(attn_metadata.prefill):
             return super().forward_mha(q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata, k_scale, output,
                                        output_scale)
         q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         ql_nope = torch.bmm(q_nope.transpose(0, 1), self.layer.W_UK_T).transpose(0, 1)
         out = self.attend(ql_nope, q_pe, attn_metadata, attn_metadata.num_decodes, attn_metadata.num_reqs)
         self.layer._v_up_proj(out, output)
+
+
+def is_behind_stored(prefill):
+    """Whether some of the prompts of a step, None without any, have tokens stored before."""
+    return prefill is not None and prefill.chunked_context is not None
