@@ -59,7 +59,7 @@ TQKV_API void tqkv_paged_config_init(tqkv_paged_config *config);
 
 /*
  * Errors: TQKV_ERR_INVALID_ARG, TQKV_ERR_NO_MEMORY, TQKV_ERR_UNSUPPORTED (a plan whose frames are
- * not whole 16 tokens, a latent layer).
+ * not whole 16 tokens).
  */
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_paged_create(const tqkv_paged_config *config, tqkv_paged **out);
 TQKV_API void tqkv_paged_destroy(tqkv_paged *paged);
@@ -89,7 +89,8 @@ typedef struct tqkv_paged_batch {
     const int32_t *seq_lens;    /* [n_seqs] with the new tokens */
     const int32_t *block_table; /* [n_seqs][>= blocks of its sequence] */
     size_t block_table_stride;  /* elements */
-    const float *k, *v;         /* [n_tokens][n_kv_heads][dim] f32, RoPE applied, contiguous */
+    const float *k, *v;         /* [n_tokens][n_kv_heads][dim] f32, RoPE applied, contiguous; of a latent
+                                 * layer (plan.h): K the rotated key, V the latent */
     uint32_t decode_tokens_max; /* a sequence with at most that many new tokens is attended as if
                                  * each had come alone, so that drafts change nothing; default 1 */
 } tqkv_paged_batch;
@@ -106,9 +107,10 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_paged_write(tqkv_paged *paged, const tq
  * the tiers that the first one wants. A layer with a window (of the plan) sees that many tokens, its
  * own included.
  * Sequences that follow each other in the batch, have one new token each and the same first blocks
- * read those together, where it pays: faster, and rounded differently than alone.
- * args: n_q new tokens of the batch; q, out and lse have a row for each. stream, n_cells, causal are
- * not used; mask and slopes must be NULL.
+ * read those together, where it pays: faster, and rounded differently than alone. Not in latent layers.
+ * args: n_q new tokens of the batch; q, out and lse have a row for each, as has q_latent in latent
+ * layers, which want it, and nowhere else. stream, n_cells, causal are not used; mask and slopes must
+ * be NULL.
  */
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_paged_attend(tqkv_paged *paged, const tqkv_paged_batch *batch,
                                                       const tqkv_attend_args *args, const tqkv_parallel *parallel);

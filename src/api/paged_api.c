@@ -146,6 +146,8 @@ static bool are_attend_args(const tqkv_paged *paged, const tqkv_paged_batch *bat
         return false;
     if (args->mask || args->slopes)
         return false;
+    if ((args->q_latent != NULL) != paged->codec->layer->shape.is_latent)
+        return false;
     if ((uint64_t)args->n_q * paged->codec->layer->shape.n_heads > UINT32_MAX)
         return false;
     return isfinite(args->scale) && isfinite(args->softcap) && args->softcap >= 0;

@@ -233,6 +233,8 @@ static void attend_part(const attend *a, const part *p)
     own.n_q = p->n;
     own.n_cells = UINT32_MAX;
     own.q += p->token * own.q_token_stride;
+    if (own.q_latent)
+        own.q_latent += p->token * own.q_token_stride;
     own.out += p->token * own.out_token_stride;
     own.lse = p->lse;
     own.causal = 1;
@@ -279,14 +281,15 @@ static uint32_t common_blocks(const attend *a, uint32_t r, uint32_t s, uint32_t 
 
 /*
  * The sequences from r on that decode behind the same blocks, in the order of the batch. One that
- * would leave less than half of those does not join.
+ * would leave less than half of those does not join. Latents are read alone: all query heads share a
+ * tile of theirs already, and q' would be made twice, for the shared part and the rest.
  */
 static group find_group(const attend *a, uint32_t r)
 {
     const uint32_t newest = (uint32_t)(a->batch->seq_lens[r] - 1) / TQKVI_BLOCK_TOKENS;
     group g = {.first = r, .n = 1, .n_blocks = newest, .newest_min = newest, .newest_max = newest};
 
-    if (n_new(a, r) != 1 || a->shape->window > 0)
+    if (n_new(a, r) != 1 || a->shape->window > 0 || a->shape->is_latent)
         return g;
     for (uint32_t s = r + 1; s < a->batch->n_seqs && g.n < GROUP_MAX && n_new(a, s) == 1; s++) {
         const uint32_t block = (uint32_t)(a->batch->seq_lens[s] - 1) / TQKVI_BLOCK_TOKENS;

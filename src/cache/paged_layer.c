@@ -140,8 +140,6 @@ static tqkv_status init_paged(tqkv_paged *paged, const tqkv_paged_config *config
 {
     const measures m = measure(config);
 
-    if (config->plan->layers[config->layer].shape.is_latent)
-        return TQKV_ERR_UNSUPPORTED;
     paged->sinks = m.sinks;
     TQKV_TRY(
         tqkvi_codec_create(config->plan, config->layer, config->rope, config->mem, &paged->codec));

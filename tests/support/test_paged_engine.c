@@ -36,12 +36,19 @@ static uint32_t dim_of(const test_engine *e, int side)
     return side == 0 ? e->c->k_dim : e->c->v_dim;
 }
 
+/* Floats of one query of one head. */
+static uint32_t query_dim(const test_paged_case *c)
+{
+    return c->k_dim + (c->is_latent ? c->v_dim : 0);
+}
+
 static void make_plan(test_engine *e)
 {
     const test_paged_case *c = e->c;
     tqkv_plan_layer shape = test_shape(c->n_heads, c->n_kv_heads, c->k_dim, c->v_dim);
 
     shape.window = c->window;
+    shape.is_latent = c->is_latent;
     if (c->n_tiers == 0)
         assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_F16, &shape, &e->plan), TQKV_OK);
     else
@@ -81,7 +88,7 @@ void test_paged_setup(test_engine *e, const test_paged_case *c, uint64_t seed)
         e->rows[side] = get((size_t)e->n_blocks * c->block_tokens * floats * sizeof(float));
         e->new_rows[side] = get((size_t)TEST_SEQS_MAX * TEST_NEW_MAX * floats * sizeof(float));
     }
-    e->q = get((size_t)TEST_SEQS_MAX * TEST_NEW_MAX * c->n_heads * c->k_dim * sizeof(float));
+    e->q = get((size_t)TEST_SEQS_MAX * TEST_NEW_MAX * c->n_heads * query_dim(c) * sizeof(float));
     e->out = get((size_t)TEST_SEQS_MAX * TEST_NEW_MAX * c->n_heads * c->v_dim * sizeof(float));
     e->lse = get((size_t)TEST_SEQS_MAX * TEST_NEW_MAX * c->n_heads * sizeof(float));
     e->sinks = get(c->n_heads * sizeof(float));
@@ -270,14 +277,15 @@ tqkv_attend_args test_paged_args(const test_engine *e)
     tqkv_attend_args_init(&args);
     args.n_q = (uint32_t)e->query_start[e->n_seqs];
     args.q = e->q;
-    args.q_head_stride = c->k_dim;
-    args.q_token_stride = (size_t)c->n_heads * c->k_dim;
+    args.q_latent = c->is_latent ? e->q + c->k_dim : NULL;
+    args.q_head_stride = query_dim(c);
+    args.q_token_stride = (size_t)c->n_heads * args.q_head_stride;
     args.out = e->out;
     args.out_head_stride = c->v_dim;
     args.out_token_stride = (size_t)c->n_heads * c->v_dim;
     args.lse = e->lse;
     args.sinks = c->sinks ? e->sinks : NULL;
-    args.scale = 1.0f / sqrtf((float)c->k_dim);
+    args.scale = 1.0f / sqrtf((float)query_dim(c));
     args.softcap = c->softcap;
     args.scratch = e->scratch;
     return args;
@@ -324,16 +332,32 @@ static uint32_t tier_of(const test_engine *e, const test_sequence *seq, uint32_t
     return old_tier(e);
 }
 
+/* Adds to *terms the sizes of what is summed. */
 static double dot(const float *a, const float *b, uint32_t n, double *terms)
 {
     double sum = 0;
 
-    *terms = 0;
     for (uint32_t d = 0; d < n; d++) {
         sum += (double)a[d] * (double)b[d];
         *terms += fabs((double)a[d] * (double)b[d]);
     }
     return sum;
+}
+
+/* Softmax score of a key; terms: out, the sum of the sizes of its terms. */
+static double score(const test_paged_case *c, const float *q, const float *k, const float *v,
+                    double *terms)
+{
+    const double scale = 1.0 / sqrt((double)query_dim(c));
+    double s;
+
+    *terms = 0;
+    s = dot(q, k, c->k_dim, terms);
+    if (c->is_latent)
+        s += dot(q + c->k_dim, v, c->v_dim, terms);
+    s *= scale;
+    *terms *= scale;
+    return c->softcap > 0 ? (double)c->softcap * tanh(s / (double)c->softcap) : s;
 }
 
 /* Whether the task of token i of n that are attended together reads codes as integers. */
@@ -343,10 +367,12 @@ static bool has_few_rows(const test_engine *e, uint32_t i, uint32_t n, uint32_t 
     const uint32_t block = tqkvi_attn_rows(&e->codec->layer->shape);
     const uint32_t first = (i * group + h % group) / block * block;
 
-    return (n * group - first < block ? n * group - first : block) <= TQKVI_CODE_ROWS_MAX;
+    return !e->c->is_latent &&
+           (n * group - first < block ? n * group - first : block) <= TQKVI_CODE_ROWS_MAX;
 }
 
-void test_check_row(const test_engine *e, uint32_t b, uint32_t token, uint32_t h)
+/* is_exact: rows as they came, and the error that halves of them have, instead of what is stored. */
+static void check_row(const test_engine *e, uint32_t b, uint32_t token, uint32_t h, bool is_exact)
 {
     const test_paged_case *c = e->c;
     const test_sequence *seq = &e->seqs[e->of[b]];
@@ -356,11 +382,12 @@ void test_check_row(const test_engine *e, uint32_t b, uint32_t token, uint32_t h
     const uint32_t start = n_new <= 1 + c->n_drafts ? position : (uint32_t)e->seq_lens[b] - n_new;
     const uint32_t first = c->window && position >= c->window ? position - c->window + 1 : 0;
     const uint32_t g = h / (c->n_heads / c->n_kv_heads);
-    const double scale = 1.0 / sqrt((double)c->k_dim);
+    const double scale = 1.0 / sqrt((double)query_dim(c));
     static double scores[TEST_LEN_MAX];
-    static float values[TEST_LEN_MAX][64];
+    static float values[TEST_LEN_MAX][TEST_DIM_MAX];
+    const double half = is_exact ? ldexp(1, -11) : 0;
     double top = c->sinks ? (double)e->sinks[h] : -INFINITY, error = 0, sum = 0, terms;
-    const float *q = e->q + ((size_t)token * c->n_heads + h) * c->k_dim;
+    const float *q = e->q + ((size_t)token * c->n_heads + h) * query_dim(c);
     const bool is_rounded =
         c->n_tiers > 0 && has_few_rows(e, position - start, start == position ? 1 : n_new, h);
     uint8_t codes[2 * 16 * TQKV_UNITS_MAX];
@@ -374,21 +401,18 @@ void test_check_row(const test_engine *e, uint32_t b, uint32_t token, uint32_t h
             own ? 0
                 : tier_of(e, seq, p / TEST_BLOCK, left < TEST_BLOCK ? left : TEST_BLOCK,
                           start / TEST_BLOCK);
-        read_row(e, seq, 1, g, p, own, tier, values[p], codes);
-        const uint8_t size = read_row(e, seq, 0, g, p, own, tier, k, codes);
+        read_row(e, seq, 1, g, p, own || is_exact, tier, values[p], codes);
+        const uint8_t size = read_row(e, seq, 0, g, p, own || is_exact, tier, k, codes);
         double slack = 0;
         if (is_rounded && !own) {
             test_largest_query(e->codec, g, true, base_of(e, p), q, largest_q);
             slack = test_rounding_slack(e->codec, g, tier, size, codes, largest_q) * scale;
         }
-        double s = dot(q, k, c->k_dim, &terms);
-        s *= scale;
-        if (c->softcap > 0)
-            s = (double)c->softcap * tanh(s / (double)c->softcap);
-        scores[p] = s;
-        top = s > top ? s : top;
+        scores[p] = score(c, q, k, values[p], &terms);
+        top = scores[p] > top ? scores[p] : top;
         const double bound =
-            slack + (double)FLT_EPSILON * (CONDITION * (terms * scale + 1) * 8 + fabs(s) * 4);
+            slack + half * terms +
+            (double)FLT_EPSILON * (CONDITION * (terms + 1) * 8 + fabs(scores[p]) * 4);
         error = bound > error ? bound : error;
     }
     for (uint32_t p = first; p <= position; p++)
@@ -404,7 +428,8 @@ void test_check_row(const test_engine *e, uint32_t b, uint32_t token, uint32_t h
         /* Weights are rounded too: each by at most 1/32766 of the largest. */
         const double weights = is_rounded ? position * largest / TQKVK_WEIGHT_MAX : 0;
         const double bound =
-            2 * (error + CONDITION * 8 * (double)FLT_EPSILON) * (largest + 1) + weights;
+            2 * (error + CONDITION * 8 * (double)FLT_EPSILON) * (largest + 1) + weights +
+            half * largest;
         if (!(fabs(got - want) <= bound))
             fail_msg("%s: position %u head %u d %u: %.9g, not %.9g (bound %.3g)", c->name, position,
                      h, d, got, want, bound);
@@ -415,12 +440,22 @@ void test_check_row(const test_engine *e, uint32_t b, uint32_t token, uint32_t h
                  top + log(sum));
 }
 
+void test_check_row(const test_engine *e, uint32_t b, uint32_t token, uint32_t h)
+{
+    check_row(e, b, token, h, false);
+}
+
+void test_check_exact(const test_engine *e, uint32_t b, uint32_t token, uint32_t h)
+{
+    check_row(e, b, token, h, true);
+}
+
 void test_run_batch(test_engine *e, const tqkv_parallel *parallel)
 {
     const tqkv_paged_batch batch = test_paged_batch(e);
     const tqkv_attend_args args = test_paged_args(e);
 
-    test_fill_normal(&e->random, 1, e->q, (size_t)args.n_q * e->c->n_heads * e->c->k_dim);
+    test_fill_normal(&e->random, 1, e->q, (size_t)args.n_q * args.q_token_stride);
     assert_int_equal(tqkv_paged_write(e->paged, &batch, parallel), TQKV_OK);
     assert_int_equal(tqkv_paged_attend(e->paged, &batch, &args, parallel), TQKV_OK);
 }

@@ -16,6 +16,7 @@
 #define TEST_LEN_MAX 512
 #define TEST_NEW_MAX 96
 #define TEST_SINKS 3  /* index of the sinks among the copies */
+#define TEST_DIM_MAX 512
 #define TEST_ALL 1000 /* sequences: a copy for every block, none is ever replaced */
 
 typedef struct test_paged_case {
@@ -26,6 +27,7 @@ typedef struct test_paged_case {
     uint32_t n_drafts;
     bool sinks;
     float softcap;
+    bool is_latent;
 } test_paged_case;
 
 typedef struct test_sequence {
@@ -50,7 +52,8 @@ typedef struct test_engine {
     uint32_t n_seqs, of[TEST_SEQS_MAX];
     int32_t query_start[TEST_SEQS_MAX + 1], seq_lens[TEST_SEQS_MAX];
     int32_t tables[TEST_SEQS_MAX][TEST_LEN_MAX / TEST_BLOCK];
-    float *new_rows[2], *q, *out, *lse, *sinks;
+    float *new_rows[2], *out, *lse, *sinks;
+    float *q; /* [tokens][n_heads] of K, and of the latent behind it */
     void *scratch;
 } test_engine;
 
@@ -78,5 +81,7 @@ tqkv_attend_args test_paged_args(const test_engine *e);
 void test_run_batch(test_engine *e, const tqkv_parallel *parallel);
 /* One query head of one new token of the batch. */
 void test_check_row(const test_engine *e, uint32_t b, uint32_t token, uint32_t h);
+/* The same against rows as they came, where halves hold them. */
+void test_check_exact(const test_engine *e, uint32_t b, uint32_t token, uint32_t h);
 
 #endif /* TEST_PAGED_ENGINE_H */

@@ -50,14 +50,19 @@ static void take_back(test_engine *e)
 }
 
 static const test_paged_case cases[] = {
-    {"f16", 4, 2, 32, 48, 0, 16, 4, 0, 0, false, 0},
-    {"one tier", 2, 1, 32, 32, 1, 32, 4, 0, 2, true, 0},
-    {"four tiers", 4, 2, 32, 32, 4, 32, TEST_ALL, 0, 3, false, 0},
-    {"four tiers, large blocks", 6, 2, 64, 32, 4, 128, TEST_ALL, 0, 5, true, 5},
-    {"no copies", 4, 2, 32, 32, 4, 16, 0, 0, 1, false, 0},
-    {"window", 4, 2, 32, 32, 3, 32, TEST_ALL, 70, 2, false, 0},
-    {"window of two tiers", 4, 2, 32, 32, 4, 32, TEST_ALL, 53, 2, true, 0},
-    {"window in the raw rows", 2, 2, 16, 16, 2, 16, TEST_ALL, 9, 0, true, 3},
+    {"f16", 4, 2, 32, 48, 0, 16, 4, 0, 0, false, 0, false},
+    {"one tier", 2, 1, 32, 32, 1, 32, 4, 0, 2, true, 0, false},
+    {"four tiers", 4, 2, 32, 32, 4, 32, TEST_ALL, 0, 3, false, 0, false},
+    {"four tiers, large blocks", 6, 2, 64, 32, 4, 128, TEST_ALL, 0, 5, true, 5, false},
+    {"no copies", 4, 2, 32, 32, 4, 16, 0, 0, 1, false, 0, false},
+    {"window", 4, 2, 32, 32, 3, 32, TEST_ALL, 70, 2, false, 0, false},
+    {"window of two tiers", 4, 2, 32, 32, 4, 32, TEST_ALL, 53, 2, true, 0, false},
+    {"window in the raw rows", 2, 2, 16, 16, 2, 16, TEST_ALL, 9, 0, true, 3, false},
+    {"latents, f16", 4, 1, 16, 64, 0, 16, 4, 0, 0, false, 0, true},
+    {"latents, four tiers", 5, 1, 32, 48, 4, 32, TEST_ALL, 0, 3, true, 0, true},
+    {"latents, large blocks", 20, 1, 16, 32, 3, 128, TEST_ALL, 0, 5, false, 5, true},
+    {"latents, no copies", 3, 1, 64, 32, 4, 16, 0, 0, 1, false, 0, true},
+    {"latents, window", 2, 1, 16, 16, 3, 32, TEST_ALL, 70, 2, false, 0, true},
 };
 
 static void test_random_steps(void **state)
@@ -124,30 +129,63 @@ static uint64_t decode_behind_prompt(const test_paged_case *c)
 static void test_shared_prefix(void **state)
 {
     static const test_paged_case shared[] = {
-        {"shared, f16", 4, 2, 32, 48, 0, 16, 4, 0, 0, false, 0},
-        {"shared, sinks", 4, 2, 32, 32, 4, 32, TEST_ALL, 0, 0, true, 0},
-        {"shared, unpacked", 12, 2, 32, 32, 3, 64, TEST_ALL, 0, 0, false, 5},
-        {"shared, no copies", 2, 1, 64, 32, 4, 32, 0, 0, 0, true, 0},
+        {"shared, f16", 4, 2, 32, 48, 0, 16, 4, 0, 0, false, 0, false},
+        {"shared, sinks", 4, 2, 32, 32, 4, 32, TEST_ALL, 0, 0, true, 0, false},
+        {"shared, unpacked", 12, 2, 32, 32, 3, 64, TEST_ALL, 0, 0, false, 5, false},
+        {"shared, no copies", 2, 1, 64, 32, 4, 32, 0, 0, 0, true, 0, false},
     };
     static const test_paged_case window = {"window", 4, 2, 32, 32, 3, 32, TEST_ALL, 400, 0, false,
-                                           0};
+                                           0, false};
+    static const test_paged_case latents = {"not shared, latents", 4, 1, 32, 32, 4, 32, TEST_ALL, 0,
+                                            0, true, 0, true};
 
     (void)state;
     for (size_t i = 0; i < sizeof(shared) / sizeof(shared[0]); i++)
         assert_true(decode_behind_prompt(&shared[i]) > 500);
     assert_int_equal(decode_behind_prompt(&window), 0);
+    assert_int_equal(decode_behind_prompt(&latents), 0);
+}
+
+/* DeepSeek's shape: a prompt in chunks, a second sequence behind it, drafts; by codes, and exactly. */
+static void test_deepseek_latents(void **state)
+{
+    static const test_paged_case c[] = {
+        {"DeepSeek, f16", 16, 1, 64, 512, 0, 16, 4, 0, 3, false, 0, true},
+        {"DeepSeek, tiers", 16, 1, 64, 512, 4, 16, TEST_ALL, 0, 3, false, 0, true},
+    };
+    static test_engine e;
+    static const uint32_t n_new[][2] = {{96, 0}, {96, 0}, {40, 7}, {1, 96}, {1, 1}, {4, 4}, {4, 1}};
+
+    (void)state;
+    for (size_t i = 0; i < 2; i++) {
+        test_paged_setup(&e, &c[i], 23);
+        for (size_t n = 0; n < sizeof(n_new) / sizeof(n_new[0]); n++) {
+            e.n_seqs = 0;
+            for (uint32_t s = 0; s < 2; s++)
+                if (n_new[n][s] > 0)
+                    test_add_to_batch(&e, s, n_new[n][s]);
+            test_run_batch(&e, NULL);
+            for (uint32_t b = 0; b < e.n_seqs; b++)
+                for (uint32_t t = 0; t < 2; t++) {
+                    const uint32_t token = (uint32_t)e.query_start[b + t] - t;
+                    test_check_row(&e, b, token, test_random_below(&e.random, 16));
+                    if (c[i].n_tiers == 0)
+                        test_check_exact(&e, b, token, test_random_below(&e.random, 16));
+                }
+            take_back(&e);
+        }
+        test_paged_teardown(&e);
+    }
 }
 
 /* A step with drafts that are all rejected, and one without: later outputs have the same bits. */
-static void test_drafts_leave_nothing(void **state)
+static void drafts_leave_nothing(const test_paged_case *c)
 {
-    static const test_paged_case c = {"drafts", 4, 2, 32, 32, 4, 32, 2, 0, 5, false, 0};
     static float outs[2][200][4 * 32];
 
-    (void)state;
     for (uint32_t way = 0; way < 2; way++) {
         static test_engine e;
-        test_paged_setup(&e, &c, 9);
+        test_paged_setup(&e, c, 9);
         test_add_to_batch(&e, 0, 40);
         test_run_batch(&e, NULL);
         for (uint32_t n = 0; n < 200; n++) {
@@ -158,8 +196,8 @@ static void test_drafts_leave_nothing(void **state)
             test_run_batch(&e, NULL);
             memcpy(outs[way][n], e.out, sizeof(outs[way][n]));
             for (uint32_t p = e.seqs[0].len - (way == 0 ? 0 : 5); p < e.seqs[0].len; p++)
-                if (p % c.block_tokens == 0)
-                    e.users[e.seqs[0].table[p / c.block_tokens]]--;
+                if (p % c->block_tokens == 0)
+                    e.users[e.seqs[0].table[p / c->block_tokens]]--;
             e.seqs[0].len -= way == 0 ? 0 : 5;
         }
         test_paged_teardown(&e);
@@ -167,10 +205,21 @@ static void test_drafts_leave_nothing(void **state)
     assert_memory_equal(outs[0], outs[1], sizeof(outs[0]));
 }
 
+static void test_drafts_leave_nothing(void **state)
+{
+    static const test_paged_case plain = {"drafts", 4, 2, 32, 32, 4, 32, 2, 0, 5, false, 0, false};
+    static const test_paged_case latents = {"drafts, latents", 4, 1, 16, 32, 4, 32, 2, 0, 5, false, 0,
+                                            true};
+
+    (void)state;
+    drafts_leave_nothing(&plain);
+    drafts_leave_nothing(&latents);
+}
+
 /* Room for as many sequences as there are: no copy is replaced while it is in reach. */
 static void test_enough_copies(void **state)
 {
-    static const test_paged_case c = {"enough", 2, 1, 16, 16, 4, 32, TEST_SEQS_MAX, 0, 3, false, 0};
+    static const test_paged_case c = {"enough", 2, 1, 16, 16, 4, 32, TEST_SEQS_MAX, 0, 3, false, 0, false};
     static test_engine e;
     tqkv_paged_stats stats;
 
@@ -196,7 +245,7 @@ static void test_enough_copies(void **state)
 /* Copies for one sequence, and four that want them: older tiers serve, nothing breaks. */
 static void test_too_few_copies(void **state)
 {
-    static const test_paged_case c = {"few", 4, 2, 32, 32, 4, 32, 1, 0, 0, false, 0};
+    static const test_paged_case c = {"few", 4, 2, 32, 32, 4, 32, 1, 0, 0, false, 0, false};
     static test_engine e;
     tqkv_paged_stats stats;
     uint32_t n_lost = 0;
@@ -227,7 +276,7 @@ static void test_too_few_copies(void **state)
  */
 static void test_kept_prefix(void **state)
 {
-    static const test_paged_case c = {"kept", 4, 2, 32, 32, 2, 32, 2, 0, 0, false, 0};
+    static const test_paged_case c = {"kept", 4, 2, 32, 32, 2, 32, 2, 0, 0, false, 0, false};
     static test_engine e;
 
     (void)state;
@@ -254,7 +303,7 @@ static void test_kept_prefix(void **state)
 
 static void test_bad_config(void **state)
 {
-    static const test_paged_case c = {"bad", 4, 2, 32, 32, 2, 32, 1, 0, 0, false, 0};
+    static const test_paged_case c = {"bad", 4, 2, 32, 32, 2, 32, 1, 0, 0, false, 0, false};
     static test_engine e;
     tqkv_paged *paged;
 
@@ -275,12 +324,6 @@ static void test_bad_config(void **state)
     NO_OBJECT(config.block_tokens = 24, TQKV_ERR_INVALID_ARG);
     NO_OBJECT(config.n_blocks = 0, TQKV_ERR_INVALID_ARG);
     NO_OBJECT(config.n_blocks = 1u << 31, TQKV_ERR_INVALID_ARG);
-    tqkv_plan_layer latent = test_shape(4, 1, 32, 32);
-    tqkv_plan *plan;
-    latent.is_latent = 1;
-    assert_int_equal(tqkv_plan_builtin(TQKV_BUILTIN_Q8, &latent, &plan), TQKV_OK);
-    NO_OBJECT(config.plan = plan, TQKV_ERR_UNSUPPORTED);
-    tqkv_plan_destroy(plan);
     assert_int_equal(tqkv_paged_create(NULL, &paged), TQKV_ERR_INVALID_ARG);
     assert_int_equal(tqkv_paged_bytes(NULL), 0);
     assert_int_equal(tqkv_paged_create(&config, NULL), TQKV_ERR_INVALID_ARG);
@@ -291,7 +334,7 @@ static void test_bad_config(void **state)
 
 static void test_bad_batch(void **state)
 {
-    static const test_paged_case c = {"bad", 4, 2, 32, 32, 2, 32, 1, 0, 0, false, 0};
+    static const test_paged_case c = {"bad", 4, 2, 32, 32, 2, 32, 1, 0, 0, false, 0, false};
     static test_engine e;
 
     (void)state;
@@ -349,13 +392,30 @@ static void test_bad_batch(void **state)
     NOT_ATTENDED(args.slopes = e.sinks);
     NOT_ATTENDED(args.scale = NAN);
     NOT_ATTENDED(args.softcap = -1);
+    NOT_ATTENDED(args.q_latent = args.q); /* the layer is not latent */
     assert_int_equal(tqkv_paged_attend(e.paged, &good, &good_args, NULL), TQKV_OK);
+    test_paged_teardown(&e);
+}
+
+static void test_latents_want_their_query(void **state)
+{
+    static const test_paged_case c = {"latent", 4, 1, 32, 32, 2, 32, 1, 0, 0, false, 0, true};
+    static test_engine e;
+
+    (void)state;
+    test_paged_setup(&e, &c, 11);
+    test_add_to_batch(&e, 0, 40);
+    test_run_batch(&e, NULL);
+    const tqkv_paged_batch batch = test_paged_batch(&e);
+    tqkv_attend_args args = test_paged_args(&e);
+    args.q_latent = NULL;
+    assert_int_equal(tqkv_paged_attend(e.paged, &batch, &args, NULL), TQKV_ERR_INVALID_ARG);
     test_paged_teardown(&e);
 }
 
 static void test_memory_fails(void **state)
 {
-    static const test_paged_case c = {"memory", 4, 2, 32, 32, 4, 32, 2, 0, 0, false, 0};
+    static const test_paged_case c = {"memory", 4, 2, 32, 32, 4, 32, 2, 0, 0, false, 0, false};
     static test_engine e;
 
     (void)state;
@@ -392,7 +452,8 @@ int main(void)
         cmocka_unit_test(test_drafts_leave_nothing), cmocka_unit_test(test_kept_prefix),
         cmocka_unit_test(test_too_few_copies), cmocka_unit_test(test_enough_copies),
         cmocka_unit_test(test_bad_config),     cmocka_unit_test(test_bad_batch),
-        cmocka_unit_test(test_memory_fails),
+        cmocka_unit_test(test_memory_fails),   cmocka_unit_test(test_deepseek_latents),
+        cmocka_unit_test(test_latents_want_their_query),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -573,6 +573,27 @@ static void shares_have_the_heads_of_their_rank(void **unused)
     tqkv_plan_destroy(plan);
 }
 
+static void shares_of_latents_have_all_of_them(void **unused)
+{
+    (void)unused;
+    tqkv_plan_layer shape = test_shape(16, 1, 32, 48);
+    shape.is_latent = 1;
+    tqkv_plan *plan, *share;
+    assert_int_equal(test_plan_make(NULL, 6, &shape, 1, 3, &plan), TQKV_OK);
+    for (uint32_t rank = 0; rank < 4; rank++) {
+        assert_int_equal(tqkv_plan_share(plan, rank, 4, &share), TQKV_OK);
+        const tqkv_plan_layer *own = &share->layers[0].shape;
+        assert_int_equal(own->n_heads, 4);
+        assert_int_equal(own->n_kv_heads, 1);
+        assert_int_equal(own->is_latent, 1);
+        assert_memory_equal(own->token_bytes, plan->layers[0].shape.token_bytes, sizeof(own->token_bytes));
+        assert_same_head(&share->layers[0].heads[0][0], &plan->layers[0].heads[0][0], 32);
+        assert_same_head(&share->layers[0].heads[1][0], &plan->layers[0].heads[1][0], 48);
+        tqkv_plan_destroy(share);
+    }
+    tqkv_plan_destroy(plan);
+}
+
 static void shares_that_do_not_exist_are_refused(void **unused)
 {
     (void)unused;
@@ -673,6 +694,7 @@ int main(void)
         cmocka_unit_test(builtins_refuse_what_they_cannot_do),
         cmocka_unit_test(builtins_survive_a_lack_of_memory),
         cmocka_unit_test(shares_have_the_heads_of_their_rank),
+        cmocka_unit_test(shares_of_latents_have_all_of_them),
         cmocka_unit_test(shares_that_do_not_exist_are_refused),
         cmocka_unit_test(weights_are_told),
         cmocka_unit_test(questions_out_of_range_are_refused),

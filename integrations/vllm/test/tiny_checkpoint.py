@@ -4,6 +4,7 @@ import json
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS = 512, 256, 3, 4, 2
 HEAD_SIZE = HIDDEN // HEADS  # 64, the least that has CUDA kernels
+LATENT, ROPE = 512, 64  # of DeepSeek, whose heads have HEAD_SIZE channels beside those that RoPE turns
 
 
 def config(kind, window):
@@ -18,7 +19,28 @@ def config(kind, window):
         return common | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     if kind == "mistral":
         return common | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    if kind == "deepseek":
+        del common["head_dim"]
+        # YaRN by a factor of 1 turns as plain RoPE does, which the CPU build of vLLM 0.32.0 gets wrong in views of rows.
+        yarn = {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096, "mscale": 1.0,
+                "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
+        return common | {"rope_scaling": yarn, "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
+                         "num_key_value_heads": HEADS, "q_lora_rank": None, "kv_lora_rank": LATENT,
+                         "qk_nope_head_dim": HEAD_SIZE, "qk_rope_head_dim": ROPE, "v_head_dim": HEAD_SIZE,
+                         "first_k_dense_replace": LAYERS, "n_routed_experts": 4}
     raise ValueError(kind)
+
+
+def projections(kind):
+    """(outputs, inputs) of the matrices of a layer."""
+    mlp = {"mlp.gate_proj": (256, HIDDEN), "mlp.up_proj": (256, HIDDEN), "mlp.down_proj": (HIDDEN, 256)}
+    if kind == "deepseek":
+        return mlp | {"self_attn.q_proj": (HEADS * (HEAD_SIZE + ROPE), HIDDEN),
+                      "self_attn.kv_a_proj_with_mqa": (LATENT + ROPE, HIDDEN),
+                      "self_attn.kv_b_proj": (HEADS * 2 * HEAD_SIZE, LATENT),
+                      "self_attn.o_proj": (HIDDEN, HEADS * HEAD_SIZE)}
+    return {"self_attn.q_proj": (HEADS * HEAD_SIZE, HIDDEN), "self_attn.k_proj": (KV_HEADS * HEAD_SIZE, HIDDEN),
+            "self_attn.v_proj": (KV_HEADS * HEAD_SIZE, HIDDEN), "self_attn.o_proj": (HIDDEN, HEADS * HEAD_SIZE)} | mlp
 
 
 def make(folder, kind="llama", window=None, seed=0):
@@ -34,15 +56,14 @@ def make(folder, kind="llama", window=None, seed=0):
                "lm_head.weight": normal(VOCAB, HIDDEN, std=0.3), "model.norm.weight": torch.ones(HIDDEN)}
     for i in range(LAYERS):
         layer = f"model.layers.{i}."
-        shapes = {"self_attn.q_proj": (HEADS * HEAD_SIZE, HIDDEN), "self_attn.k_proj": (KV_HEADS * HEAD_SIZE, HIDDEN),
-                  "self_attn.v_proj": (KV_HEADS * HEAD_SIZE, HIDDEN), "self_attn.o_proj": (HIDDEN, HEADS * HEAD_SIZE),
-                  "mlp.gate_proj": (256, HIDDEN), "mlp.up_proj": (256, HIDDEN), "mlp.down_proj": (HIDDEN, 256)}
-        for name, shape in shapes.items():
+        for name, shape in projections(kind).items():
             tensors[f"{layer}{name}.weight"] = normal(*shape, std=1.5 / shape[1] ** 0.5)
             if kind == "qwen2" and name[10:] in ("q_proj", "k_proj", "v_proj"):
                 tensors[f"{layer}{name}.bias"] = normal(shape[0], std=0.5)
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{layer}{name}.weight"] = torch.ones(HIDDEN)
+        if kind == "deepseek":
+            tensors[f"{layer}self_attn.kv_a_layernorm.weight"] = torch.ones(LATENT)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config(kind, window)))

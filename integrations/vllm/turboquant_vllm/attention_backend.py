@@ -5,16 +5,15 @@ A layer's cache is uint8 [blocks, 1, block_size, token_bytes]. Within a block li
 one after another; vLLM moves, shares and forgets blocks without looking into them.
 """
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import turboquant
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType, MultipleOf
 
 from turboquant_vllm import model_plan, openmp
-from turboquant_vllm.model_plan import Refusal
+from turboquant_vllm.model_plan import PLAIN_DTYPES, Refusal
 
-PLAIN_DTYPES = ("auto", "float16", "bfloat16", "float32")
 READ_AGAIN_MOST = 512  # of a prefix hit, and at most half of it; README.md has what 128, 256 and 512 leave of the loss
 
 
@@ -68,16 +67,12 @@ class TurboquantMetadata:
     seq_lens: torch.Tensor  # [num_reqs] int32, new tokens included
     block_table: torch.Tensor  # [num_reqs, blocks] int32
 
-
-class TurboquantMetadataBuilder(AttentionMetadataBuilder[TurboquantMetadata]):
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
-    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
-        common = common_attn_metadata
+    @classmethod
+    def of(cls, common):
+        """common: vLLM's CommonAttentionMetadata."""
         if common.causal is not True:
             raise Refusal("attention that is not causal is not supported by turboquant")
-        return TurboquantMetadata(
+        return cls(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
@@ -86,19 +81,28 @@ class TurboquantMetadataBuilder(AttentionMetadataBuilder[TurboquantMetadata]):
             block_table=common.block_table_tensor[:common.num_reqs],
         )
 
+    def requests(self, first, end):
+        """The step of these requests alone, and which of all tokens are theirs."""
+        starts = self.query_start_loc[first:end + 1]
+        tokens = slice(int(starts[0]), int(starts[-1]))
+        return replace(self, num_actual_tokens=tokens.stop - tokens.start, max_query_len=int(starts.diff().max()),
+                       query_start_loc=starts - starts[0], seq_lens=self.seq_lens[first:end],
+                       block_table=self.block_table[first:end]), tokens
+
+
+class TurboquantMetadataBuilder(AttentionMetadataBuilder[TurboquantMetadata]):
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        return TurboquantMetadata.of(common_attn_metadata)
+
 
 class TurboquantImpl(AttentionImpl[TurboquantMetadata]):
     def __init__(self, num_heads, head_size, scale, num_kv_heads=None, alibi_slopes=None, sliding_window=None,
                  kv_cache_dtype="auto", logits_soft_cap=None, attn_type=AttentionType.DECODER,
                  kv_sharing_target_layer_name=None, sinks=None, **unknown):
-        if attn_type != AttentionType.DECODER:
-            raise Refusal(f"attention of type {attn_type} is not supported by turboquant, only causal self-attention")
-        if alibi_slopes is not None:
-            raise Refusal("ALiBi is not supported by turboquant")
-        if kv_cache_dtype not in PLAIN_DTYPES:
-            raise Refusal(f"--kv-cache-dtype {kv_cache_dtype} contradicts TQKV_PLAN: leave it at auto")
-        if kv_sharing_target_layer_name is not None:
-            raise Refusal(f"a layer shares the cache of {kv_sharing_target_layer_name}, which turboquant does not support")
+        refuse_options(attn_type, alibi_slopes, kv_cache_dtype, kv_sharing_target_layer_name)
         if unknown:
             raise Refusal(f"turboquant does not know the attention options {sorted(unknown)}")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
@@ -119,10 +123,25 @@ class TurboquantImpl(AttentionImpl[TurboquantMetadata]):
         n = attn_metadata.num_actual_tokens
         out = output[:n] if output.dtype == torch.float32 and output.is_contiguous() else torch.empty(
             output[:n].shape, dtype=torch.float32)
-        self.cache.step(self, query[:n], key[:n], value[:n], attn_metadata, out)
+        order = self.cache.order
+        query, key, value = to_rows(query[:n], order), to_rows(key[:n], order), to_rows(value[:n], None)
+        self.cache.write(key, value, attn_metadata)
+        sinks = self.sinks.float().contiguous() if self.sinks is not None else None
+        self.cache.attend(query, key, value, attn_metadata, out, self.scale, self.logits_soft_cap, sinks)
         if out.data_ptr() != output.data_ptr():
             output[:n] = out
         return output
+
+
+def refuse_options(attn_type, alibi_slopes, kv_cache_dtype, kv_sharing_target_layer_name):
+    if attn_type != AttentionType.DECODER:
+        raise Refusal(f"attention of type {attn_type} is not supported by turboquant, only causal self-attention")
+    if alibi_slopes is not None:
+        raise Refusal("ALiBi is not supported by turboquant")
+    if kv_cache_dtype not in PLAIN_DTYPES:
+        raise Refusal(f"--kv-cache-dtype {kv_cache_dtype} contradicts TQKV_PLAN: leave it at auto")
+    if kv_sharing_target_layer_name is not None:
+        raise Refusal(f"a layer shares the cache of {kv_sharing_target_layer_name}, which turboquant does not support")
 
 
 def refuse_scales(*of_output):
@@ -168,27 +187,37 @@ class LayerCache:
         self.paged.batch.decode_tokens_max = 1 + setup.limits.num_drafts
         LayerCache.of_this_process.add(self)
 
-    def step(self, impl, query, key, value, metadata, out):
-        """out: [tokens, heads, head_size] f32 contiguous."""
-        query, key, value = (to_rows(query, self.order), to_rows(key, self.order), to_rows(value, None))
-        parallel = openmp.parallel()
-        scratch = workspace(self.paged.scratch_bytes(metadata.max_query_len, metadata.max_seq_len, openmp.n_workers()))
-        sinks = impl.sinks.float().contiguous() if impl.sinks is not None else None
-        batch, args = self.paged.batch, self.paged.args
+    def write(self, key, value, metadata):
+        """The new tokens of a step. key, value: of to_rows, [tokens, KV heads, channels]."""
+        self.name_tokens(key, value, metadata)
+        self.paged.write(openmp.parallel())
+
+    def name_tokens(self, key, value, metadata):
+        batch = self.paged.batch
         batch.n_seqs = len(metadata.seq_lens)
         batch.query_start = metadata.query_start_loc.data_ptr()
         batch.seq_lens = metadata.seq_lens.data_ptr()
         batch.block_table = metadata.block_table.data_ptr()
         batch.block_table_stride = metadata.block_table.stride(0)
         batch.k, batch.v = key.data_ptr(), value.data_ptr()
-        self.paged.write(parallel)
+
+    def attend(self, query, key, value, metadata, out, scale, softcap=0.0, sinks=None, latent=None):
+        """Of what was written, or of some requests of it.
+
+        query: [tokens, heads, channels] f32, channels next to each other; latent: of latent layers, with the same strides.
+        out: [tokens, heads, channels of V] f32. sinks: [heads] f32.
+        """
+        args = self.paged.args
+        self.name_tokens(key, value, metadata)
+        scratch = workspace(self.paged.scratch_bytes(metadata.max_query_len, metadata.max_seq_len, openmp.n_workers()))
         args.n_q = len(query)
         args.q, args.q_token_stride, args.q_head_stride = query.data_ptr(), query.stride(0), query.stride(1)
         args.out, args.out_token_stride, args.out_head_stride = out.data_ptr(), out.stride(0), out.stride(1)
         args.sinks = sinks.data_ptr() if sinks is not None else None
-        args.scale, args.softcap = impl.scale, impl.logits_soft_cap
+        args.q_latent = latent.data_ptr() if latent is not None else None
+        args.scale, args.softcap = scale, softcap
         args.scratch = scratch
-        self.paged.attend(parallel)
+        self.paged.attend(openmp.parallel())
 
 
 def to_rows(x, order):

@@ -21,6 +21,11 @@ def windows(config):
 
 
 def layer_plans(plan, config):
+    if hasattr(config, "index_topk"):
+        raise Refusal("attention to tokens that an indexer chooses (DeepSeek V3.2) is not supported by turboquant")
+    if getattr(config, "kv_lora_rank", None):
+        return [LayerPlan(plan, index, config.num_attention_heads, 1, config.qk_rope_head_dim, config.kv_lora_rank, None,
+                          is_latent=True) for index in range(config.num_hidden_layers)]
     n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return [LayerPlan(plan, index, config.num_attention_heads, n_kv_heads, head_size, head_size, window)
@@ -39,7 +44,8 @@ def print_layers(plans, dtype_bytes):
         stock = shape.n_kv_heads * (shape.k_dim + shape.v_dim) * dtype_bytes
         tiers = " ".join(map(str, shape.token_bytes[:plan.n_tiers]))
         label = f"{first}" if index == first + 1 else f"{first}-{index - 1}"
-        print(f"{label:<11} {shape.n_kv_heads} x {shape.k_dim:<17} {stock:>8} {plan.token_bytes:>12}   {tiers}")
+        kind = f"{shape.v_dim} + {shape.k_dim}, latent" if shape.is_latent else f"{shape.n_kv_heads} x {shape.k_dim}"
+        print(f"{label:<11} {kind:<21} {stock:>8} {plan.token_bytes:>12}   {tiers}")
         first = index
 
 

@@ -15,6 +15,7 @@ import turboquant
 from turboquant import Builtin, Plan, PlanLayer, RopeStyle
 
 BUILTINS = {"f16": Builtin.F16, "q8": Builtin.Q8}
+PLAIN_DTYPES = ("auto", "float16", "bfloat16", "float32")  # of vLLM's cache, that do not contradict a plan
 
 
 class Refusal(ValueError):
@@ -53,17 +54,25 @@ def fingerprint(name):
 
 
 class LayerPlan:
-    """The plan of one attention layer, heads of one rank: plan, index of its layer, shape (turboquant.PlanLayer)."""
+    """The plan of one attention layer, heads of one rank: plan, index of its layer, shape (turboquant.PlanLayer).
 
-    def __init__(self, name, index, n_heads, n_kv_heads, head_size, head_size_v, window, rank=0, n_ranks=1):
+    Of a latent layer (turboquant/plan.h) head_size is that of the rotated key, head_size_v that of the latent.
+    """
+
+    def __init__(self, name, index, n_heads, n_kv_heads, head_size, head_size_v, window, rank=0, n_ranks=1,
+                 is_latent=False):
         loaded = load_share(name, rank, n_ranks)
-        self.plan = loaded or Plan.builtin(
-            BUILTINS[name], PlanLayer(n_heads, n_kv_heads, head_size, head_size_v, window or 0))
+        self.plan = loaded or Plan.builtin(BUILTINS[name], PlanLayer(
+            n_heads, n_kv_heads, head_size, head_size_v, window or 0, is_latent=is_latent))
         self.index = index if loaded else 0
         self.cuda = None  # the tqkv_cuda.Layer on a device
         if self.index >= self.plan.n_layers:
             raise Refusal(f"layer {index}: the plan has {self.plan.n_layers} layers; it is of another model")
         self.shape = self.plan.layer(self.index)
+        if is_latent != self.shape.is_latent:
+            kinds = ("keys and values of its own", "latents (MLA)")
+            raise Refusal(f"layer {index} has {kinds[is_latent]} in the model and {kinds[self.shape.is_latent]} in the "
+                          "plan; it is of another model")
         has = (n_heads, n_kv_heads, head_size, head_size_v, window or 0)
         wants = (self.shape.n_heads, self.shape.n_kv_heads, self.shape.k_dim, self.shape.v_dim, self.shape.window)
         if has != wants:

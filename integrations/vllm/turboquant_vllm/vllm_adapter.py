@@ -2,9 +2,10 @@
 """What ties the backend into vLLM, each part behind a test for the feature that it needs; vllm_features has those that
 differ between generations of vLLM.
 
-    register_backend(CPU_ATTN or CUSTOM)    whose attention runs
-    CudaPlatform.get_attn_backend_cls       CUSTOM without being asked for
-    Attention.get_kv_cache_spec             bytes of a token, layer by layer
+    register_backend                        whose attention runs: CPU_ATTN, CPU_MLA, or CUSTOM
+    Platform.get_attn_backend_cls           CUSTOM without being asked for; no other kind of latent attention
+    Attention.get_kv_cache_spec             bytes of a token, layer by layer; of MLAAttention too
+    MLAAttention.process_weights_after_loading  on devices, absorbed weights for latents as the kernels see them
     Worker.determine_available_memory       copies of young tokens are taken off the room for blocks
     kv_cache_utils                          prefix hashes of two plans differ
     KVCacheManager.get_computed_blocks      the newest tokens of a prefix hit are read again if their copies are gone
@@ -19,15 +20,17 @@ import turboquant
 from vllm.logger import init_logger
 
 from turboquant_vllm import model_plan, vllm_features
-from turboquant_vllm.model_plan import LayerPlan, Limits, Refusal
+from turboquant_vllm.model_plan import PLAIN_DTYPES, LayerPlan, Limits, Refusal
 
 logger = init_logger("vllm.turboquant")
 DRAFTS_WITHOUT_A_MODEL = ("ngram", "suffix")
+BACKENDS = {False: "turboquant_vllm.gpu_backend.TurboquantGpuBackend",  # on devices, by whether it is for MLA
+            True: "turboquant_vllm.gpu_mla.TurboquantMlaBackend"}
 
 
 @dataclass
 class LayerSetup:
-    """What a layer's cache is made from; layer.turboquant of each Attention."""
+    """What a layer's cache is made from; layer.turboquant of each Attention or MLAAttention."""
     plan: LayerPlan
     channel_order: torch.Tensor | None
     limits: Limits
@@ -84,32 +87,63 @@ def install(plan):
     """plan: of TQKV_PLAN. Does its work once in a process."""
     name()
     from vllm.model_executor.layers.attention import Attention, MLAAttention
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     model_plan.load_plan(plan)
     if on_device():
-        from vllm.platforms import current_platform
-        register_backend(AttentionBackendEnum.CUSTOM, "turboquant_vllm.gpu_backend.TurboquantGpuBackend")
+        register_backend(AttentionBackendEnum.CUSTOM, BACKENDS[False])
         choose_custom(type(current_platform))
+        MLAAttention.process_weights_after_loading = folding(MLAAttention.process_weights_after_loading, plan)
     else:
         register_backend(AttentionBackendEnum.CPU_ATTN, "turboquant_vllm.attention_backend.TurboquantBackend")
-    Attention.get_kv_cache_spec = compressed_spec(Attention.get_kv_cache_spec, plan)
-    MLAAttention.get_kv_cache_spec = refuse_mla
+        if "CPU_MLA" in AttentionBackendEnum.__members__:
+            register_backend(AttentionBackendEnum.CPU_MLA, "turboquant_vllm.cpu_mla.TurboquantMlaBackend")
+        insist_on_cpu_mla(type(current_platform))
+    for layer in (Attention, MLAAttention):
+        layer.get_kv_cache_spec = compressed_spec(layer.get_kv_cache_spec, plan)
     vllm_features.tell_plans_apart(model_plan.fingerprint(plan).hex())
     KVCacheManager.get_computed_blocks = worth_finding(KVCacheManager.get_computed_blocks, plan)
 
 
 def choose_custom(platform):
-    """vLLM checks the backend against the model as one that the user has named."""
+    """vLLM checks the backend against the model as one that the user has named. CUSTOM is one of two, by the model."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    get_attn_backend_cls = platform.get_attn_backend_cls.__func__
+
+    @functools.wraps(get_attn_backend_cls)
+    def chosen(cls, selected_backend, attn_selector_config, *arguments, **options):
+        if selected_backend not in (None, AttentionBackendEnum.CUSTOM):
+            raise Refusal(f"--attention-backend {selected_backend.name} contradicts TQKV_PLAN: leave it away")
+        refuse_sparse(attn_selector_config)
+        if attn_selector_config.use_mla and not vllm_features.gathers_latents():
+            raise Refusal("this vLLM reads the latents before a prompt in a way that turboquant does not know")
+        register_backend(AttentionBackendEnum.CUSTOM, BACKENDS[attn_selector_config.use_mla])
+        return get_attn_backend_cls(cls, AttentionBackendEnum.CUSTOM, attn_selector_config, *arguments, **options)
+    platform.get_attn_backend_cls = classmethod(chosen)
+
+
+def insist_on_cpu_mla(platform):
+    """The platform decides by itself which backend serves MLA; of these only CPU_MLA is ours."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     get_attn_backend_cls = platform.get_attn_backend_cls.__func__
 
     @functools.wraps(get_attn_backend_cls)
-    def chosen(cls, selected_backend, *arguments, **options):
-        if selected_backend not in (None, AttentionBackendEnum.CUSTOM):
-            raise Refusal(f"--attention-backend {selected_backend.name} contradicts TQKV_PLAN: leave it away")
-        return get_attn_backend_cls(cls, AttentionBackendEnum.CUSTOM, *arguments, **options)
+    def chosen(cls, selected_backend, attn_selector_config, *arguments, **options):
+        refuse_sparse(attn_selector_config)
+        if attn_selector_config.use_mla and "CPU_MLA" not in AttentionBackendEnum.__members__:
+            raise Refusal("this vLLM has no CPU_MLA backend, which turboquant needs for multi-head latent attention")
+        path = get_attn_backend_cls(cls, selected_backend, attn_selector_config, *arguments, **options)
+        if attn_selector_config.use_mla and path != AttentionBackendEnum.CPU_MLA.get_path():
+            raise Refusal(f"vLLM takes {path.rsplit('.')[-1]} for multi-head latent attention here, which turboquant "
+                          "does not replace: add --attention-backend CPU_MLA")
+        return path
     platform.get_attn_backend_cls = classmethod(chosen)
+
+
+def refuse_sparse(attn_selector_config):
+    if attn_selector_config.use_sparse:
+        raise Refusal("attention to tokens that an indexer chooses (DeepSeek V3.2) is not supported by turboquant")
 
 
 def worth_finding(get_computed_blocks, plan):
@@ -131,18 +165,31 @@ def worth_finding(get_computed_blocks, plan):
     return found
 
 
-def refuse_mla(self, vllm_config):
-    raise Refusal(f"{self.layer_name}: multi-head latent attention (MLA) is not supported by turboquant")
-
-
 def compressed_spec(get_kv_cache_spec, plan):
     @functools.wraps(get_kv_cache_spec)
     def spec_of(self, vllm_config):
         refuse_config(vllm_config)
         reserve_memory()
-        self.turboquant = setup = set_up(self, vllm_config, plan)
-        return vllm_features.byte_spec(vllm_config.cache_config.block_size, setup.plan.token_bytes, self)
+        token_bytes = setup_of(self, vllm_config, plan).plan.token_bytes
+        return vllm_features.byte_spec(vllm_config.cache_config.block_size, token_bytes, self)
     return spec_of
+
+
+def folding(process_weights_after_loading, plan):
+    """Called again when weights are loaded anew."""
+    @functools.wraps(process_weights_after_loading)
+    def process(self, act_dtype):
+        from turboquant_vllm import gpu_mla
+        process_weights_after_loading(self, act_dtype)
+        gpu_mla.fold(self, setup_of(self, self._vllm_config, plan).plan)
+    return process
+
+
+def setup_of(layer, vllm_config, plan):
+    """Made when an MLAAttention has its weights, otherwise when vLLM asks for the bytes of a token."""
+    if not hasattr(layer, "turboquant"):
+        layer.turboquant = set_up(layer, vllm_config, plan)
+    return layer.turboquant
 
 
 def set_up(layer, vllm_config, plan):
@@ -151,9 +198,9 @@ def set_up(layer, vllm_config, plan):
     from vllm.model_executor.models.utils import extract_layer_index
     speculative = vllm_config.speculative_config
     try:
-        layer_plan = LayerPlan(plan, extract_layer_index(layer.layer_name), layer.num_heads, layer.num_kv_heads,
-                               layer.head_size, layer.head_size_v, layer.sliding_window,
-                               get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        layer_plan = LayerPlan(plan, extract_layer_index(layer.layer_name), *shape_of(layer),
+                               get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(),
+                               is_mla(layer))
         if on_device():
             from turboquant_vllm import gpu_backend
             layer_plan.cuda = gpu_backend.cuda_layer(layer_plan)
@@ -166,10 +213,26 @@ def set_up(layer, vllm_config, plan):
         raise Refusal(f"{layer.layer_name}: {error}") from error
 
 
+def is_mla(layer):
+    return hasattr(layer, "kv_lora_rank")
+
+
+def shape_of(layer):
+    """(heads, KV heads, channels of K, of V, window) of an Attention or, as a plan has them, of an MLAAttention."""
+    if not is_mla(layer):
+        return layer.num_heads, layer.num_kv_heads, layer.head_size, layer.head_size_v, layer.sliding_window
+    if layer.kv_cache_dtype not in PLAIN_DTYPES:
+        raise Refusal(f"--kv-cache-dtype {layer.kv_cache_dtype} contradicts TQKV_PLAN: leave it at auto")
+    if getattr(layer, "sliding_window", None):
+        raise Refusal("latent attention in a sliding window is not supported by turboquant")
+    return layer.num_heads, 1, layer.qk_rope_head_dim, layer.kv_lora_rank, None
+
+
 def refuse_config(vllm_config):
-    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
     parallel, cache, speculative = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.speculative_config
-    for option in ("pipeline_parallel_size", "decode_context_parallel_size", "num_ubatches"):
+    for option in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size",
+                   "num_ubatches"):
         if getattr(parallel, option, 1) > 1:
             raise Refusal(f"{option} above 1 is not supported by turboquant")
     if vllm_config.kv_transfer_config is not None or getattr(cache, "kv_offloading_size", None):
@@ -186,9 +249,14 @@ def refuse_config(vllm_config):
         unit = gpu_backend.PAGE_TOKENS
     if cache.block_size % unit != 0:
         raise Refusal(f"--block-size {cache.block_size} is not a multiple of {unit}, which turboquant needs")
+    kinds = set()
     for layer_name, layer in vllm_config.compilation_config.static_forward_context.items():
-        if hasattr(layer, "get_kv_cache_spec") and type(layer) is not Attention:
-            raise Refusal(f"{layer_name}: a cache of {type(layer).__name__} is not supported by turboquant")
+        if hasattr(layer, "get_kv_cache_spec"):
+            kinds.add(type(layer))
+            if type(layer) not in (Attention, MLAAttention):
+                raise Refusal(f"{layer_name}: a cache of {type(layer).__name__} is not supported by turboquant")
+    if len(kinds) > 1:
+        raise Refusal("models of latent (MLA) and other attention layers are not supported by turboquant")
 
 
 @functools.cache

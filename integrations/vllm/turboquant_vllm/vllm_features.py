@@ -4,9 +4,11 @@
     bytes of a token    fields of the spec that vLLM makes the shape from, or one head of as many uint8 channels
     prefix hashes       the seed of all of them, or the parent of a first block's hash
     a shorter hit       KVCacheManager.truncate_computed_blocks, or a slice of the blocks
+    latents of a context  ops.gather_and_maybe_dequant_cache, on devices
 """
 import dataclasses
 import functools
+import inspect
 
 import torch
 
@@ -20,14 +22,15 @@ def spec_gives_shape():
 
 
 def byte_spec(block_size, token_bytes, layer):
-    """The FullAttentionSpec of an Attention layer whose tokens take token_bytes, K and V together.
+    """The FullAttentionSpec of an Attention or MLAAttention layer whose tokens take token_bytes, K and V together.
 
-    Either way its cache is uint8 [blocks, 1, block_size, token_bytes], and its pages are counted as that.
+    Either way its cache is uint8 [blocks, 1, block_size, token_bytes], without the 1 in an MLAAttention, and its pages
+    are counted as that. (MLAAttentionSpec would do, but some generations take layers of unlike bytes for the same.)
     """
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     if spec_gives_shape():
         return FullAttentionSpec(block_size=block_size, num_kv_heads=layer.num_kv_heads, head_size=layer.head_size,
-                                 head_size_v=layer.head_size_v, dtype=torch.uint8, num_head_slots=1,
+                                 head_size_v=getattr(layer, "head_size_v", 0), dtype=torch.uint8, num_head_slots=1,
                                  state_content_bytes=token_bytes)
     return FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=token_bytes, head_size_v=0,
                              dtype=torch.uint8)
@@ -40,6 +43,14 @@ def counts_bytes():
     if spec_gives_shape():
         return PACKED_FIELDS <= fields
     return "head_size_v" in fields and byte_spec(16, 100, None).page_size_bytes == 16 * 100
+
+
+def gathers_latents():
+    """Whether MLA on devices takes what is stored before a prompt from one function, with what gpu_mla reads of it."""
+    from vllm import _custom_ops
+    gather = getattr(_custom_ops, "gather_and_maybe_dequant_cache", None)
+    return gather is not None and {"src_cache", "dst", "block_table", "cu_seq_lens", "num_tokens",
+                                   "seq_starts"} <= inspect.signature(gather).parameters.keys()
 
 
 def tells_plans_apart():
