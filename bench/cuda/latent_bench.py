@@ -7,7 +7,7 @@ latents in f16, all of a shape in one run.
 
 Pages of random codes and shuffled tables, more than eight times L2 in a cycle; replays of graphs, microseconds: median of
 60, fastest, slowest. Outputs are compared with float64 over gathered rows before anything is timed. With --vllm, of which
-a device build has to be importable, its Triton kernel is among those over f16.
+a device build has to be importable, its kernels are among those over f16.
 """
 import argparse
 import json
@@ -74,8 +74,8 @@ class Compressed:
             at += 16 * (1 + n_bytes)
         self.tables = torch.randperm(n_pages * self.n_sets, device="cuda").to(torch.int32).view(self.n_sets, n_seqs, -1)
         self.lengths = torch.full((n_seqs,), tokens, dtype=torch.int32, device="cuda")
-        self.q = torch.randn(n_seqs, 1, n_heads, LATENT + ROTATED, device="cuda").bfloat16()
-        self.out = torch.empty(n_seqs, 1, n_heads, LATENT, dtype=torch.bfloat16, device="cuda")
+        self.q = torch.randn(n_seqs, 1, n_heads, LATENT + ROTATED, device="cuda").half()
+        self.out = torch.empty(n_seqs, 1, n_heads, LATENT, dtype=torch.float16, device="cuda")
         self.lse = torch.empty(n_seqs, n_heads, device="cuda")
         self.workspace = aligned_bytes(self.layer.decode_bytes(n_seqs, 1, tokens)).zero_()
 
@@ -85,7 +85,7 @@ class Compressed:
     def launch(self, index):
         args = tqkv_cuda.DecodeArgs(self.pages(index), self.q.data_ptr(), self.out.data_ptr(), self.lse.data_ptr(),
                                     self.lengths.data_ptr(), self.workspace.data_ptr(), self.shape[1], 1, self.shape[2],
-                                    SCALE, tqkv_cuda.BF16)
+                                    SCALE, tqkv_cuda.F16)
         return lambda: self.layer.decode(args, stream())
 
     def gather(self, n_tokens, kind, dtype, seq=0):
@@ -178,10 +178,12 @@ def matrix_products(q, rows):
 
 
 def vllm_kernels(n_seqs, tokens):
-    """The decode of vLLM's Triton backend."""
+    """What vLLM decodes latents with on Hopper: FlashAttention 3, by default, and its Triton kernel."""
     from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
     table = torch.arange(n_seqs * tokens // PAGE_TOKENS, dtype=torch.int32, device="cuda").view(n_seqs, -1)
     lengths = torch.full((n_seqs,), tokens, dtype=torch.int32, device="cuda")
+    starts = torch.arange(n_seqs + 1, dtype=torch.int32, device="cuda")
     one = torch.ones(1, device="cuda")
 
     def in_pages(rows):
@@ -197,15 +199,21 @@ def vllm_kernels(n_seqs, tokens):
             return out
         return run
 
-    return [(f"vllm triton {n} splits", of_triton(n)) for n in (4, 16, 64)]
+
+    def flash(q, rows):
+        pages = in_pages(rows)
+        return flash_attn_varlen_func(q=q[..., LATENT:], k=pages[..., LATENT:], v=pages[..., :LATENT], q_v=q[..., :LATENT],
+                                      max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=tokens, seqused_k=lengths,
+                                      block_table=table, softmax_scale=SCALE, causal=True, fa_version=3)
+    return [*((f"vllm triton {n} splits", of_triton(n)) for n in (4, 16, 64)), ("vllm flash attention 3", flash)]
 
 
 def best_f16(shape, with_vllm):
-    """(name, (median, fastest, slowest)) of the fastest attention over latents in bf16, and the medians of all."""
+    """(name, (median, fastest, slowest)) of the fastest attention over latents in f16, and the medians of all."""
     n_heads, n_seqs, tokens = shape
     n_sets = max(2, -(-CYCLE_BYTES // (2 * n_seqs * tokens * (LATENT + ROTATED))))
-    sets = [torch.randn(n_seqs, tokens, LATENT + ROTATED, dtype=torch.bfloat16, device="cuda") for _ in range(n_sets)]
-    q = torch.randn(n_seqs, n_heads, LATENT + ROTATED, dtype=torch.bfloat16, device="cuda")
+    sets = [torch.randn(n_seqs, tokens, LATENT + ROTATED, dtype=torch.float16, device="cuda") for _ in range(n_sets)]
+    q = torch.randn(n_seqs, n_heads, LATENT + ROTATED, dtype=torch.float16, device="cuda")
     want = matrix_products(q.float(), sets[0].float()) if n_seqs * tokens <= 1 << 18 else None
     found = [("matrix products", matrix_products)]
     tiles = n_seqs * -(-n_heads // 16)
@@ -234,13 +242,13 @@ def time_moves(library):
     """Store and gather of one layer, 5x."""
     case = Compressed(library, (16, 1, 8192), "5x")
     for n in COUNTS:
-        k, v = (torch.randn(n, dim, dtype=torch.bfloat16, device="cuda") for dim in (ROTATED, LATENT))
+        k, v = (torch.randn(n, dim, dtype=torch.float16, device="cuda") for dim in (ROTATED, LATENT))
         positions = torch.arange(n, dtype=torch.int32, device="cuda")
         slots = torch.randperm(8192, device="cuda")[:n].contiguous()
         args = tqkv_cuda.StoreArgs(k.data_ptr(), v.data_ptr(), ROTATED, LATENT, positions.data_ptr(), [slots.data_ptr()],
-                                   [case.pool.data_ptr()], n, PAGE_TOKENS, tqkv_cuda.BF16)
+                                   [case.pool.data_ptr()], n, PAGE_TOKENS, tqkv_cuda.F16)
         store = time_launches([lambda: case.layer.store(args, stream())] * 4)
-        gather = time_launches([case.gather(n, tqkv_cuda.BF16, torch.bfloat16)[1]] * 4)
+        gather = time_launches([case.gather(n, tqkv_cuda.F16, torch.float16)[1]] * 4)
         yield {"tokens": n, "store_us": [round(x, 1) for x in store], "gather_us": [round(x, 1) for x in gather]}
 
 
@@ -278,7 +286,7 @@ def main():
     parser.add_argument("--json")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--shapes", default="", help="numbers of shapes, such as 0,2,3; all without")
-    parser.add_argument("--vllm", action="store_true", help="the Triton kernel of vLLM among the baselines")
+    parser.add_argument("--vllm", action="store_true", help="kernels of vLLM among the baselines")
     parser.add_argument("--no-f16", action="store_true", help="no baselines")
     measure(parser.parse_args())
 
