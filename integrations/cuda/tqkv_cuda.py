@@ -11,6 +11,7 @@ import pathlib
 F32, F16, BF16 = 0, 1, 2
 TILE_TOKENS = 64
 TIERS_MAX = 4
+LATENT_CHANNELS = 512
 
 
 class Error(RuntimeError):
@@ -65,6 +66,12 @@ class UnpackArgs(c.Structure):
                 ("n_tokens", c.c_uint32), ("type", c.c_int)]
 
 
+class GatherArgs(c.Structure):
+    """tqkv_cuda_gather_args."""
+    _fields_ = [("pages", Pages), ("out", c.c_void_p), ("out_stride", c.c_size_t), ("starts", c.c_void_p),
+                ("firsts", c.c_void_p), ("n_seqs", c.c_uint32), ("n_tokens", c.c_uint32), ("type", c.c_int)]
+
+
 def check(status):
     if status != 0:
         raise Error(f"turboquant: status {status}")
@@ -76,6 +83,7 @@ class Library:
     def __init__(self, path):
         self.lib = lib = c.CDLL(str(path))
         lib.tqkv_cuda_layer_image.restype = c.c_void_p
+        lib.tqkv_cuda_layer_inverse.restype = c.c_void_p
         lib.tqkv_cuda_page_bytes.restype = c.c_size_t
         lib.tqkv_cuda_decode_bytes.restype = c.c_size_t
         lib.tqkv_cuda_prefill_bytes.restype = c.c_size_t
@@ -111,6 +119,11 @@ class Layer:
         self.lib.tqkv_cuda_layer_destroy(self.handle)
         self.handle = c.c_void_p()
 
+    def inverse(self):
+        """Of a latent layer: f32 bytes of [512][512], as turboquant/cuda.h has it; None of another."""
+        address = self.lib.tqkv_cuda_layer_inverse(self.handle)
+        return c.string_at(address, 4 * LATENT_CHANNELS**2) if address else None
+
     def page_bytes(self, tier, page_tokens):
         return self.lib.tqkv_cuda_page_bytes(self.handle, c.c_uint32(tier), c.c_uint32(page_tokens))
 
@@ -138,3 +151,6 @@ class Layer:
 
     def unpack(self, args, stream):
         self._launch(self.lib.tqkv_cuda_unpack, args, stream)
+
+    def gather(self, args, stream):
+        self._launch(self.lib.tqkv_cuda_gather, args, stream)

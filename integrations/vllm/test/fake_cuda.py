@@ -24,10 +24,11 @@ def rounded(x, tier):
 class Layer:
     def __init__(self, n_heads, n_kv_heads, dim, n_tiers):
         self.n_heads, self.n_kv_heads, self.dim, self.n_tiers = n_heads, n_kv_heads, dim, n_tiers
+        self.cell = (2, n_kv_heads, dim)  # what a token is stored as: K and V
         self.image, self.device_image, self.calls = bytes(256), None, []
 
     def page_bytes(self, tier, page_tokens):
-        return page_tokens * self.n_kv_heads * self.dim * 2 * 4
+        return page_tokens * math.prod(self.cell) * 4
 
     def decode_bytes(self, n_seqs, q_len, max_tokens):
         return 256 * n_seqs * q_len
@@ -36,30 +37,33 @@ class Layer:
         return 128 * n_tokens
 
     def cells(self, pool, slots):
-        """K and V of these slots: [n][2][KV heads][dim], a view of none of them."""
-        n = int(slots.max()) + 1
-        return at(pool, torch.float32, n, 2, self.n_kv_heads, self.dim)
+        """Cells up to the last of these slots, where they are stored."""
+        return at(pool, torch.float32, int(slots.max()) + 1, *self.cell)
 
     def store(self, args, stream):
         self.calls.append("store")
-        shape = (args.n_tokens, self.n_kv_heads, self.dim)
-        rows = [at(x, DTYPES[args.type], *shape, stride=stride) for x, stride in ((args.k, args.k_token_stride),
-                                                                                (args.v, args.v_token_stride))]
+        new = self.encode(args)
         for tier in range(self.n_tiers):
             slots = at(args.slots[tier], torch.int64, args.n_tokens)
             live = slots >= 0
             if live.any():
-                self.cells(args.pool[tier], slots)[slots[live]] = rounded(torch.stack(rows, 1)[live], tier)
+                self.cells(args.pool[tier], slots)[slots[live]] = rounded(new[live], tier)
+
+    def encode(self, args):
+        """The cells of these tokens, before they are rounded."""
+        shape = (args.n_tokens, self.n_kv_heads, self.dim)
+        return torch.stack([at(x, DTYPES[args.type], *shape, stride=stride) for x, stride in (
+            (args.k, args.k_token_stride), (args.v, args.v_token_stride))], 1)
 
     def rows(self, pages, sequence, first, n):
-        """K and V of tokens of a sequence: [n][2][KV heads][dim]."""
-        got = torch.empty(n, 2, self.n_kv_heads, self.dim)
+        """Cells of tokens [first, first + n) of a sequence."""
+        got = torch.empty(n, *self.cell)
         for index in range(first // 64, -(-(first + n) // 64)):
             page = at(pages.block_table + 4 * (sequence * pages.table_stride + index), torch.int32, 1)
             tier = at(pages.tiers + sequence * pages.tiers_stride + index, torch.uint8, 1)
-            slots = int(page) * 64 + torch.arange(64)
-            here = slice(index * 64 - first, min(n, (index + 1) * 64 - first))
-            got[here] = self.cells(pages.pool[int(tier)], slots)[slots[:here.stop - here.start]]
+            positions = torch.arange(max(first, index * 64), min(first + n, (index + 1) * 64))
+            slots = int(page) * 64 + positions % 64
+            got[positions - first] = self.cells(pages.pool[int(tier)], slots)[slots]
         return got
 
     def decode(self, args, stream):
@@ -101,6 +105,58 @@ class Layer:
         total = torch.logaddexp(*sums)
         outs[0].copy_(sum(out.float() * (lse - total).exp().unsqueeze(1) for out, lse in zip(outs, sums)))
         sums[0].copy_(total)
+
+
+class LatentLayer(Layer):
+    """Cells are w and K: a latent is w @ inverse."""
+    LATENT, ROTATED = tqkv_cuda.LATENT_CHANNELS, 64
+
+    def __init__(self, n_heads, n_tiers, seed):
+        super().__init__(n_heads, 1, self.ROTATED, n_tiers)
+        self.cell = (self.LATENT + self.ROTATED,)
+        generator = torch.Generator().manual_seed(seed)
+        turn, _ = torch.linalg.qr(torch.randn(self.LATENT, self.LATENT, generator=generator, dtype=torch.float64))
+        self.plain_of_coded = (turn * (.5 + torch.rand(self.LATENT, generator=generator))).float()
+
+    def inverse(self):
+        return self.plain_of_coded.numpy().tobytes()
+
+    def coded(self, latent):
+        return torch.linalg.solve(self.plain_of_coded.double(), latent.double(), left=False)
+
+    def encode(self, args):
+        k, v = (at(x, DTYPES[args.type], args.n_tokens, dim, stride=stride) for x, dim, stride in (
+            (args.k, self.ROTATED, args.k_token_stride), (args.v, self.LATENT, args.v_token_stride)))
+        return torch.cat([self.coded(v), k.double()], 1)
+
+    def decode(self, args, stream):
+        self.calls.append(f"decode {args.n_seqs} x {args.q_len}")
+        shape, kind = (args.n_seqs, args.q_len, self.n_heads), DTYPES[args.type]
+        q, out = at(args.q, kind, *shape, *self.cell), at(args.out, kind, *shape, self.LATENT)
+        lse, lens = at(args.lse, torch.float32, *shape), at(args.seq_lens, torch.int32, args.n_seqs)
+        out.zero_(), lse.fill_(-math.inf)
+        for r, length in enumerate(lens.tolist()):
+            for i in range(args.q_len):
+                n = length - args.q_len + i + 1
+                if n > 0:
+                    rows = self.rows(args.pages, r, 0, n).unsqueeze(1).unsqueeze(1).expand(-1, 2, -1, -1)
+                    got, lse[r, i] = attention(q[r, i], rows, args.scale)
+                    out[r, i] = got[:, :self.LATENT]
+
+    def gather(self, args, stream):
+        self.calls.append(f"gather {args.n_tokens} of {args.n_seqs}")
+        starts = at(args.starts, torch.int32, args.n_seqs + 1).tolist()
+        firsts = at(args.firsts, torch.int32, args.n_seqs).tolist()
+        out = at(args.out, DTYPES[args.type], args.n_tokens, *self.cell, stride=args.out_stride)
+        assert starts[0] == 0 and starts[-1] == args.n_tokens and args.out_stride % 8 == 0
+        for r, first in enumerate(firsts):
+            if starts[r + 1] > starts[r]:
+                out[starts[r]:starts[r + 1]] = self.rows(args.pages, r, first, starts[r + 1] - starts[r])
+
+    def prefill(self, args, stream):
+        raise AssertionError("not for latent layers")
+
+    prefill_bytes = unpack = prefill
 
 
 def attention(q, rows, scale):

@@ -42,14 +42,36 @@ def processes(models, tiny):
     }
 
 
+def latent_processes(model, tiny):
+    shared = {"model": model, "options": OPTIONS} | on_cpu.shared_prompts()
+    repeating = {"model": model} | on_cpu.repeating_prompts()
+    whole = {"max_num_batched_tokens": 1024}
+    return {
+        "stock": (None, {"shared": shared}),
+        "q8": ("q8", {"shared": shared, "graphs": shared | {"options": GRAPHS}}),
+        "tiers": (tiny, {"plain": repeating | {"options": OPTIONS | whole},
+                         "drafts": repeating | {"options": GRAPHS | whole | DRAFTS}}),
+    }
+
+
+def run_all(engine, of_processes):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        runs = {name: pool.submit(engine.serve, plan, jobs) for name, (plan, jobs) in of_processes.items()}
+        return {name: run.result() for name, run in runs.items()}
+
+
 @pytest.fixture(scope="module")
 def results(engine, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     models = {kind: engine.make_checkpoint(folder / kind, kind) for kind in ("llama", "qwen2")}
-    tiny = tiny_plan.write(folder / "tiny.tqkv")
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        runs = {name: pool.submit(engine.serve, plan, jobs) for name, (plan, jobs) in processes(models, tiny).items()}
-        return {name: run.result() for name, run in runs.items()}
+    return run_all(engine, processes(models, tiny_plan.write(folder / "tiny.tqkv")))
+
+
+@pytest.fixture(scope="module")
+def latents(engine, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    return run_all(engine, latent_processes(engine.make_checkpoint(folder / "deepseek", "deepseek"),
+                                            tiny_plan.write_latent(folder / "tiny.tqkv")))
 
 
 def assert_near(ours, theirs, agreement_min, logprob_max):
@@ -102,3 +124,24 @@ def test_room_grows_as_counted(results):
     n_stock, n_ours = (result["n_blocks"] * result["block_size"] for result in (stock, ours))
     ratio = stock_bytes / (on_cpu.LAYERS * tiny_plan.token_bytes(8))
     assert n_ours / n_stock == pytest.approx(ratio, rel=.03)  # less what lies beside blocks
+
+
+def test_latents_of_8_bits_are_near_the_stock_engine(latents):
+    """Four requests at a time, prompts in chunks of 64 tokens, prefix hits."""
+    assert_near(latents["q8"]["shared"], latents["stock"]["shared"], .4, .3)
+
+
+def test_graphs_of_latents(latents):
+    assert_near(latents["q8"]["graphs"], latents["q8"]["shared"], .4, .1)
+
+
+def test_drafts_over_latents(latents):
+    metrics = latents["tiers"]["drafts"]["metrics"]
+    assert 0 < metrics["vllm:spec_decode_num_accepted_tokens"] < metrics["vllm:spec_decode_num_draft_tokens"]
+    assert_near(latents["tiers"]["drafts"], latents["tiers"]["plain"], .4, .1)
+
+
+def test_room_for_latents_grows_as_counted(latents):
+    n_stock, n_ours = (latents[name]["shared"]["n_blocks"] * latents[name]["shared"]["block_size"]
+                       for name in ("stock", "q8"))
+    assert n_ours / n_stock == pytest.approx((512 + 64) * 2 / (512 + 64 + 2), rel=.05)  # less what lies beside blocks

@@ -19,9 +19,10 @@ def head(rng, dim, widths):
             "weight": np.ones(units, np.float32), "matrix": matrix}
 
 
-def layer(rng, widths, style, window, dims=(tiny.HEAD_SIZE, tiny.HEAD_SIZE), is_latent=False):
+def layer(rng, widths, style, window, dims=(tiny.HEAD_SIZE, tiny.HEAD_SIZE), is_latent=False, inv_freq=None):
     """dims: channels of K and V."""
-    inv_freq = (10000.0 ** -(np.arange(dims[0] // 2) * 2.0 / dims[0])).astype(np.float32)
+    if inv_freq is None:
+        inv_freq = (10000.0 ** -(np.arange(dims[0] // 2) * 2.0 / dims[0])).astype(np.float32)
     return {"n_heads": tiny.HEADS, "k_dim": dims[0], "v_dim": dims[1] | is_latent << 31, "window": window,
             "rope": (style, dims[0], inv_freq), "tier_tokens": [32, 80][:len(widths) - 1] + [0],
             "sides": [[head(rng, dim, widths) for _ in range(1 if is_latent else tiny.KV_HEADS)] for dim in dims]}
@@ -37,9 +38,9 @@ def write(path, last_widths=(3, 4, 3), young_widths=(8, 6), style=HALVES, window
     return path
 
 
-def write_latent(path, **options):
+def write_latent(path, style=PAIRS, **options):
     """Of DeepSeek's shape: a rotated key of 64 channels, a latent of 512."""
-    return write(path, style=PAIRS, dims=(64, 512), is_latent=True, **options)
+    return write(path, style=style, dims=(64, 512), is_latent=True, **options)
 
 
 def token_bytes(width):

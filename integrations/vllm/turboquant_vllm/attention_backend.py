@@ -102,14 +102,7 @@ class TurboquantImpl(AttentionImpl[TurboquantMetadata]):
     def __init__(self, num_heads, head_size, scale, num_kv_heads=None, alibi_slopes=None, sliding_window=None,
                  kv_cache_dtype="auto", logits_soft_cap=None, attn_type=AttentionType.DECODER,
                  kv_sharing_target_layer_name=None, sinks=None, **unknown):
-        if attn_type != AttentionType.DECODER:
-            raise Refusal(f"attention of type {attn_type} is not supported by turboquant, only causal self-attention")
-        if alibi_slopes is not None:
-            raise Refusal("ALiBi is not supported by turboquant")
-        if kv_cache_dtype not in PLAIN_DTYPES:
-            raise Refusal(f"--kv-cache-dtype {kv_cache_dtype} contradicts TQKV_PLAN: leave it at auto")
-        if kv_sharing_target_layer_name is not None:
-            raise Refusal(f"a layer shares the cache of {kv_sharing_target_layer_name}, which turboquant does not support")
+        refuse_options(attn_type, alibi_slopes, kv_cache_dtype, kv_sharing_target_layer_name)
         if unknown:
             raise Refusal(f"turboquant does not know the attention options {sorted(unknown)}")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
@@ -138,6 +131,17 @@ class TurboquantImpl(AttentionImpl[TurboquantMetadata]):
         if out.data_ptr() != output.data_ptr():
             output[:n] = out
         return output
+
+
+def refuse_options(attn_type, alibi_slopes, kv_cache_dtype, kv_sharing_target_layer_name):
+    if attn_type != AttentionType.DECODER:
+        raise Refusal(f"attention of type {attn_type} is not supported by turboquant, only causal self-attention")
+    if alibi_slopes is not None:
+        raise Refusal("ALiBi is not supported by turboquant")
+    if kv_cache_dtype not in PLAIN_DTYPES:
+        raise Refusal(f"--kv-cache-dtype {kv_cache_dtype} contradicts TQKV_PLAN: leave it at auto")
+    if kv_sharing_target_layer_name is not None:
+        raise Refusal(f"a layer shares the cache of {kv_sharing_target_layer_name}, which turboquant does not support")
 
 
 def refuse_scales(*of_output):

@@ -20,7 +20,8 @@ NO_LIBRARY = ("turboquant's CUDA library is not installed: pip install ./integra
               "nvcc; or name a libturboquant-cuda.so (cmake --preset cuda) in TQKV_CUDA_LIBRARY")
 
 
-class TurboquantGpuBackend(TurboquantBackend):
+class DeviceBackend:
+    """What the backends of both kinds of attention have in common."""
     supported_dtypes = [torch.float16, torch.bfloat16]
 
     @staticmethod
@@ -28,20 +29,8 @@ class TurboquantGpuBackend(TurboquantBackend):
         return "CUSTOM"
 
     @staticmethod
-    def get_impl_cls():
-        return TurboquantGpuImpl
-
-    @staticmethod
-    def get_builder_cls():
-        return GpuMetadataBuilder
-
-    @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None):
         return [MultipleOf(PAGE_TOKENS)]
-
-    @classmethod
-    def get_supported_head_sizes(cls):
-        return [64, 128, 256]
 
     @classmethod
     def supports_compute_capability(cls, capability):
@@ -52,11 +41,25 @@ class TurboquantGpuBackend(TurboquantBackend):
         return False
 
     @classmethod
-    def supports_sink(cls):
+    def supports_device_cpu_query_lens_mismatch(cls):
         return False
 
+
+class TurboquantGpuBackend(DeviceBackend, TurboquantBackend):
+    @staticmethod
+    def get_impl_cls():
+        return TurboquantGpuImpl
+
+    @staticmethod
+    def get_builder_cls():
+        return GpuMetadataBuilder
+
     @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls):
+    def get_supported_head_sizes(cls):
+        return [64, 128, 256]
+
+    @classmethod
+    def supports_sink(cls):
         return False
 
 
@@ -126,13 +129,16 @@ class Sizes:
                    for cuda in layer_of_each_shape(plans))
 
     def prefill_bytes(self, plans):
+        """None for latents, whose prompts are vLLM's."""
         from turboquant_vllm import gpu_layer
-        return max(gpu_layer.prefill_bytes(cuda, self.max_tokens, self.max_seq_len) for cuda in layer_of_each_shape(plans))
+        return max((gpu_layer.prefill_bytes(cuda, self.max_tokens, self.max_seq_len)
+                    for cuda in layer_of_each_shape(with_heads(plans))), default=0)
 
     @staticmethod
     def slab_bytes(plans):
         from turboquant_vllm import gpu_layer
-        return gpu_layer.slab_bytes(max(plan.shape.n_kv_heads * plan.shape.k_dim for plan in plans))
+        return gpu_layer.slab_bytes(max((plan.shape.n_kv_heads * plan.shape.k_dim for plan in with_heads(plans)),
+                                        default=0))
 
     def fixed_bytes(self, plans):
         """Beside blocks and copies."""
@@ -144,6 +150,11 @@ class Sizes:
 def layer_of_each_shape(plans):
     """A tqkv_cuda.Layer for each shape of layers; the others need as much memory."""
     return {(plan.shape.n_heads, plan.shape.n_kv_heads, plan.shape.k_dim): plan.cuda for plan in plans}.values()
+
+
+def with_heads(plans):
+    """Those of layers that are not latent."""
+    return [plan for plan in plans if not plan.shape.is_latent]
 
 
 def tiers_for(plans, block_size, n_blocks, n_sequences):
@@ -199,13 +210,13 @@ class Shared:
             shared = cls.of_engines[key] = cls(vllm_config, device, n_blocks, block_size)
         return shared
 
-    def step(self, common, decode_threshold):
+    def step(self, common, decode_threshold, with_prompts=True):
         """The metadata of a step, which vLLM asks for once for each kind of layer."""
         if self.common is not common:
             max_seq_len = min(max(common.max_seq_len, 1), self.max_seq_len)  # what vLLM knows may be an upper bound
             self.fill(common, max_seq_len)
             self.common = common
-            self.metadata = GpuMetadata(self.pages, batch_of(common, decode_threshold, max_seq_len))
+            self.metadata = GpuMetadata(self.pages, batch_of(common, decode_threshold, max_seq_len, with_prompts))
         return self.metadata
 
     def fill(self, common, max_seq_len):
@@ -218,7 +229,7 @@ class Shared:
                         common.slot_mapping[:common.num_actual_tokens], max_seq_len)
 
 
-def batch_of(common, decode_threshold, max_seq_len):
+def batch_of(common, decode_threshold, max_seq_len, with_prompts):
     from turboquant_vllm.gpu_layer import Batch
     starts = common.query_start_loc_cpu[:common.num_reqs + 1].tolist()
     n_new = [end - start for start, end in zip(starts, starts[1:])]
@@ -232,7 +243,7 @@ def batch_of(common, decode_threshold, max_seq_len):
         row = torch.searchsorted(ends, token, right=True)
         places = (row + 1) * q_len - ends[row] + token
     return Batch(common.num_actual_tokens, n_decodes, q_len, max_seq_len, rows, places,
-                 prompts_of(common, starts, n_decodes))
+                 prompts_of(common, starts, n_decodes) if with_prompts else None)
 
 
 def prompts_of(common, starts, n_decodes):
@@ -248,32 +259,25 @@ def prompts_of(common, starts, n_decodes):
                       (ends - first, common.seq_lens[rows] - ends.diff()))
 
 
-class GpuMetadataBuilder(AttentionMetadataBuilder[GpuMetadata]):
+class StepTables:
+    """What the builders of both kinds of attention have in common: the tables of a step."""
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+    shared = None  # made at the first step, when the layers have their blocks
 
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.shared = None  # made at the first step, when the layers have their blocks
-
-    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
-        if common_attn_metadata.causal is not True:
+    def step_of(self, common, with_prompts=True):
+        if common.causal is not True:
             raise Refusal("attention that is not causal is not supported by turboquant")
         if self.shared is None:
             with torch.inference_mode(False):  # these tensors are written in later steps too
                 self.prepare()
-        return self.shared.step(common_attn_metadata, self.reorder_batch_threshold)
-
-    def build_for_cudagraph_capture(self, common_attn_metadata):
-        """A graph is replayed for sequences of any length."""
-        common_attn_metadata.max_seq_len = self.vllm_config.model_config.max_model_len
-        return self.build(0, common_attn_metadata)
+        return self.shared.step(common, self.reorder_batch_threshold, with_prompts)
 
     def prepare(self):
+        """Returns the layers of this builder."""
         from turboquant_vllm.gpu_layer import GpuLayer
         layers = [self.vllm_config.compilation_config.static_forward_context[name] for name in self.layer_names]
         for layer in layers:
-            n_blocks, _, block_size, _ = layer.kv_cache.shape
+            n_blocks, *_, block_size, _ = layer.kv_cache.shape
             if not layer.kv_cache.is_contiguous() or layer.kv_cache.data_ptr() % 16 != 0:
                 raise Refusal(f"{layer.layer_name}: the blocks of the KV cache layout are not contiguous")
             self.shared = Shared.of(self.vllm_config, self.device, n_blocks, block_size)
@@ -281,6 +285,21 @@ class GpuMetadataBuilder(AttentionMetadataBuilder[GpuMetadata]):
                                             self.shared.workspace, self.device)
             if layer.turboquant.channel_order is not None:
                 layer.turboquant.channel_order = layer.turboquant.channel_order.to(self.device)
+        return layers
+
+
+class GpuMetadataBuilder(StepTables, AttentionMetadataBuilder[GpuMetadata]):
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        return self.step_of(common_attn_metadata)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata):
+        """A graph is replayed for sequences of any length."""
+        common_attn_metadata.max_seq_len = self.vllm_config.model_config.max_model_len
+        return self.build(0, common_attn_metadata)
 
 
 class TurboquantGpuImpl(TurboquantImpl):

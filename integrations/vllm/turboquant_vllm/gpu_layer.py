@@ -10,7 +10,7 @@ import tqkv_cuda
 
 from turboquant_vllm.gpu_pages import PAGE_TOKENS
 
-TYPES = {torch.float16: tqkv_cuda.F16, torch.bfloat16: tqkv_cuda.BF16}
+TYPES = {torch.float32: tqkv_cuda.F32, torch.float16: tqkv_cuda.F16, torch.bfloat16: tqkv_cuda.BF16}
 LONG_TOKENS = 1024  # so many new tokens of a prompt see its context faster unpacked than in codes (docs/GPU.md)
 SLAB_TOKENS = 8192  # of a context that are unpacked at a time
 
@@ -147,6 +147,8 @@ class GpuLayer:
         return lse
 
     def decode(self, blocks, pages, batch, scale, query, out, lse):
+        """Of the tokens of the decodes, which come first. query, out: [tokens, heads, dim], lse: [tokens, heads] f32.
+        In a latent layer the kernels' own space is meant: turboquant/cuda.h, and gpu_mla."""
         n = batch.n_decodes * batch.q_len
         if batch.rows is None:
             q, to, sums = query[:n].contiguous(), out[:n], lse[:n]
@@ -160,6 +162,13 @@ class GpuLayer:
         if batch.rows is not None:
             out[:len(batch.places)] = to[batch.places]
             lse[:len(batch.places)] = sums[batch.places]
+
+    def gather(self, blocks, pages, first_row, starts, firsts, n_tokens, out):
+        """Latents and rotated keys of rows first_row on into the first n_tokens rows of out: of row r those from
+        position firsts[r] on to starts[r] .. starts[r + 1] - 1; both int32 on the device."""
+        self.cuda.gather(tqkv_cuda.GatherArgs(self.pages(blocks, pages, first_row), out.data_ptr(), out.stride(0),
+                                              starts.data_ptr(), firsts.data_ptr(), len(starts) - 1, n_tokens,
+                                              TYPES[out.dtype]), stream_of(out))
 
     def read_prompts(self, blocks, pages, prompts, scale, new, out, lse):
         """New tokens see each other as they came, and those before them as they are stored."""

@@ -92,6 +92,7 @@ def install(plan):
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     model_plan.load_plan(plan)
     if on_device():
+        register_backend(AttentionBackendEnum.CUSTOM, BACKENDS[False])
         choose_custom(type(current_platform))
         MLAAttention.process_weights_after_loading = folding(MLAAttention.process_weights_after_loading, plan)
     else:
