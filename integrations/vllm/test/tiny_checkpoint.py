@@ -4,7 +4,7 @@ import json
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS = 512, 256, 3, 4, 2
 HEAD_SIZE = HIDDEN // HEADS  # 64, the least that has CUDA kernels
-LATENT, ROPE = 512, 64  # of DeepSeek, whose heads have HEAD_SIZE channels beside those that RoPE turns
+LATENT, ROPE, NOPE = 512, 64, 128  # of DeepSeek: NOPE channels of a head of K do not turn, and as many has one of V
 
 
 def config(kind, window):
@@ -26,7 +26,7 @@ def config(kind, window):
                 "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
         return common | {"rope_scaling": yarn, "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
                          "num_key_value_heads": HEADS, "q_lora_rank": None, "kv_lora_rank": LATENT,
-                         "qk_nope_head_dim": HEAD_SIZE, "qk_rope_head_dim": ROPE, "v_head_dim": HEAD_SIZE,
+                         "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE, "v_head_dim": NOPE,
                          "first_k_dense_replace": LAYERS, "n_routed_experts": 4}
     raise ValueError(kind)
 
@@ -35,10 +35,10 @@ def projections(kind):
     """(outputs, inputs) of the matrices of a layer."""
     mlp = {"mlp.gate_proj": (256, HIDDEN), "mlp.up_proj": (256, HIDDEN), "mlp.down_proj": (HIDDEN, 256)}
     if kind == "deepseek":
-        return mlp | {"self_attn.q_proj": (HEADS * (HEAD_SIZE + ROPE), HIDDEN),
+        return mlp | {"self_attn.q_proj": (HEADS * (NOPE + ROPE), HIDDEN),
                       "self_attn.kv_a_proj_with_mqa": (LATENT + ROPE, HIDDEN),
-                      "self_attn.kv_b_proj": (HEADS * 2 * HEAD_SIZE, LATENT),
-                      "self_attn.o_proj": (HIDDEN, HEADS * HEAD_SIZE)}
+                      "self_attn.kv_b_proj": (HEADS * 2 * NOPE, LATENT),
+                      "self_attn.o_proj": (HIDDEN, HEADS * NOPE)}
     return {"self_attn.q_proj": (HEADS * HEAD_SIZE, HIDDEN), "self_attn.k_proj": (KV_HEADS * HEAD_SIZE, HIDDEN),
             "self_attn.v_proj": (KV_HEADS * HEAD_SIZE, HIDDEN), "self_attn.o_proj": (HIDDEN, HEADS * HEAD_SIZE)} | mlp
 
