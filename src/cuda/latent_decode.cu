@@ -200,12 +200,13 @@ template <int M> struct latent_block {
         return length - (int32_t)(p.q_len - 1) + (int32_t)((first_row + r) / p.shape.n_heads);
     }
 
-    /* Tiles [tile, end). */
-    __device__ __forceinline__ void read(uint32_t tile, uint32_t end, tqkvc_latent_row &mine, float (&sums)[M][8][4])
+    /* Tiles [tile, end). Returns the step of this warp's sums. */
+    __device__ __forceinline__ float read(uint32_t tile, uint32_t end, tqkvc_latent_row &mine, float (&sums)[M][8][4])
     {
         const bool fetches = threadIdx.x < 32, has_two = p.n_stages == 2;
         const int32_t limit = limit_of(threadIdx.x / (THREADS / ROWS));
         uint32_t frame_end = 0;
+        float step = 1.0f;
         latent_spot next = {};
 
         if (fetches) {
@@ -227,9 +228,10 @@ template <int M> struct latent_block {
             }
             ring_wait(&memory.barriers[stage], phase);
             const uint32_t tier = memory.tiers[stage];
-            expand(memory, staged + stage * p.staged_bytes, p.shape.block_bytes[tier], tier,
-                   min((uint32_t)length - first, TOKENS));
-            score(memory);
+            const tqkvc_latent_steps steps =
+                expand(memory, staged + stage * p.staged_bytes, p.shape.block_bytes[tier], tier,
+                       min((uint32_t)length - first, TOKENS));
+            score(memory, steps);
             __syncthreads();
             if (!has_two && fetches && tile + 1 < end) {
                 fetch(next, 0);
@@ -237,13 +239,15 @@ template <int M> struct latent_block {
             }
             weigh(memory, mine, (int32_t)first, limit);
             __syncthreads();
-            add_values(memory, sums);
+            add_values(memory, step == steps.v ? 1.0f : step / steps.v, sums);
+            step = steps.v;
             __syncwarp();
         }
+        return step;
     }
 
     /* To the output, or to a part. */
-    __device__ __forceinline__ void write(const tqkvc_latent_row &mine, const float (&sums)[M][8][4]) const
+    __device__ __forceinline__ void write(const tqkvc_latent_row &mine, float step, const float (&sums)[M][8][4]) const
     {
         constexpr uint32_t OF_ROW = THREADS / ROWS;
         const float *mean = reinterpret_cast<const float *>(p.image + p.shape.parts.coded_mean);
@@ -272,7 +276,7 @@ template <int M> struct latent_block {
             const uint32_t r = 8 * i + lane / 4;
             if (first_row + r >= p.n_rows)
                 continue;
-            const float factor = memory.end[0][r], of_means = memory.end[1][r];
+            const float factor = memory.end[0][r] * step, of_means = memory.end[1][r];
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 const uint32_t d = threadIdx.x / 32 * TQKVC_LATENT_CHANNELS + 8 * j + lane % 4 * 2;
@@ -309,9 +313,10 @@ __global__ void __launch_bounds__(THREADS, M == 1 ? 2 : 1)
     block.load_tables();
     block.load_latent_queries();
     __syncthreads();
+    float step = 1.0f;
     if (first < n_tiles)
-        block.read(first, min(first + of_part, n_tiles), mine, sums);
-    block.write(mine, sums);
+        step = block.read(first, min(first + of_part, n_tiles), mine, sums);
+    block.write(mine, step, sums);
 }
 
 /* One row: sums of all parts. */

@@ -4,7 +4,7 @@
  * once, by the warp that owns these 64 channels, and read twice by the same warp: with channels as the inner dimension for
  * scores (ldmatrix transposes them), with tokens for sums. Warps meet over scores and weights alone.
  *
- *     codes ── expand ── v [channel][token], k [token][channel]    level times step, which rounds to f16
+ *     codes ── expand ── v [channel][token], k [token][channel]    levels, which f16 holds
  *     score ── scores [warp][row][token]                           of the channels of each warp
  *     weigh ── p [row][token], factors of older sums               running maximum by row
  *     add   ── sums [row][64 channels of a warp]
@@ -79,8 +79,17 @@ static __device__ __forceinline__ uint32_t latent_k_place(uint32_t c)
     return 8 * (c % 8 / 4) + 2 * (c % 4) + c / 8;
 }
 
-/* N units of V of one width, one after another, of both blocks; by one warp. */
-template <int N, int M>
+/* Step of a width; 1 for width 0, whose levels are 0. */
+static __device__ __forceinline__ float step_of(tqkvc_rows tables, uint32_t bits)
+{
+    return bits == 0 ? 1.0f : tables.step((int)bits);
+}
+
+/*
+ * N units of V of one width, one after another, of both blocks; by one warp. With HAS_STEP levels are multiplied by their
+ * step, which rounds; otherwise v has them as they are.
+ */
+template <int N, bool HAS_STEP, int M>
 static __device__ __forceinline__ void expand_v(tqkvc_latent_memory<M> &memory, const uint8_t *unit,
                                                 uint32_t block_bytes, uint32_t u, uint32_t bits, uint32_t lane)
 {
@@ -90,23 +99,28 @@ static __device__ __forceinline__ void expand_v(tqkvc_latent_memory<M> &memory, 
     with_width(bits, [&](auto width) {
         constexpr int BITS = decltype(width)::value;
         const auto table = load_level_table<BITS>(tables);
-        const __half2 step = __float2half2_rn(BITS == 0 ? 0.0f : tables.step(BITS));
         __half *to = &memory.v[16 * u + lane % 8][lane / 8 * 4];
         uint4 levels[N * 2];
 #pragma unroll
         for (int i = 0; i < N * 2; i++) /* all loads before any store, which might be to the same place */
             levels[i] = v_row_levels<BITS>(unit + i % 2 * block_bytes + i / 2 * 32 * BITS, lane, table);
+        if constexpr (HAS_STEP) {
+            const __half2 step = __float2half2_rn(step_of(tables, BITS));
+#pragma unroll
+            for (int i = 0; i < N * 2; i++)
+                levels[i] = make_uint4(times(levels[i].x, step), times(levels[i].y, step), times(levels[i].z, step),
+                                       times(levels[i].w, step));
+        }
 #pragma unroll
         for (int i = 0; i < N * 2; i++) {
-            const uint4 x = levels[i];
             __half *at = to + 16 * (i / 2) * STRIDE + 16 * (i % 2);
-            *reinterpret_cast<uint2 *>(at) = make_uint2(times(x.x, step), times(x.y, step));
-            *reinterpret_cast<uint2 *>(at + 8 * STRIDE) = make_uint2(times(x.z, step), times(x.w, step));
+            *reinterpret_cast<uint2 *>(at) = make_uint2(levels[i].x, levels[i].y);
+            *reinterpret_cast<uint2 *>(at + 8 * STRIDE) = make_uint2(levels[i].z, levels[i].w);
         }
     });
 }
 
-/* A unit of K of one block, by one warp. */
+/* Levels of a unit of K of one block, by one warp. */
 template <int M>
 static __device__ __forceinline__ void expand_k(tqkvc_latent_memory<M> &memory, const uint8_t *unit, uint32_t u,
                                                 uint32_t block, uint32_t bits, uint32_t lane)
@@ -116,25 +130,28 @@ static __device__ __forceinline__ void expand_k(tqkvc_latent_memory<M> &memory, 
 
     with_width(bits, [&](auto width) {
         constexpr int BITS = decltype(width)::value;
-        const auto table = load_level_table<BITS>(tables);
-        const __half2 step = __float2half2_rn(BITS == 0 ? 0.0f : tables.step(BITS));
-        const uint2 x = k_row_levels<BITS>(unit, token, h, table);
+        const uint2 x = k_row_levels<BITS>(unit, token, h, load_level_table<BITS>(tables));
         const uint32_t low = x.x ^ TQKVC_BIASED, high = x.y ^ TQKVC_BIASED;
-        const uint4 halves = {
-            times(level_pair<false>(low, 0, 0x4140u), step), times(level_pair<false>(low, 0, 0x4342u), step),
-            times(level_pair<false>(high, 0, 0x4140u), step), times(level_pair<false>(high, 0, 0x4342u), step)};
-        *reinterpret_cast<uint4 *>(&memory.k[16 * block + token][16 * u + 8 * h]) = halves;
+        *reinterpret_cast<uint4 *>(&memory.k[16 * block + token][16 * u + 8 * h]) =
+            make_uint4(level_pair<false>(low, 0, 0x4140u), level_pair<false>(low, 0, 0x4342u),
+                       level_pair<false>(high, 0, 0x4140u), level_pair<false>(high, 0, 0x4342u));
     });
 }
+
+/* Of what a warp has expanded: what numbers in v and k are to be multiplied with. */
+struct tqkvc_latent_steps {
+    float v, k;
+};
 
 /*
  * What this warp reads of a tile: four units of V, one of K of a block, scales. codes: the tile's blocks, each
  * K and V of 16 tokens. n: tokens that are there. Ends with what only this warp waits for.
  */
 template <int M>
-static __device__ __forceinline__ void expand(tqkvc_latent_memory<M> &memory, const uint8_t *codes,
-                                              uint32_t block_bytes, uint32_t tier, uint32_t n)
+static __device__ __forceinline__ tqkvc_latent_steps expand(tqkvc_latent_memory<M> &memory, const uint8_t *codes,
+                                                            uint32_t block_bytes, uint32_t tier, uint32_t n)
 {
+    const tqkvc_rows tables = {shared_address(memory.tables)};
     constexpr uint32_t OF_WARP = TQKVC_LATENT_CHANNELS / 16;
     const tqkvc_latent_units &units = memory.units[tier];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -154,14 +171,17 @@ static __device__ __forceinline__ void expand(tqkvc_latent_memory<M> &memory, co
     expand_k(memory, codes + block * block_bytes + units.offset[k], warp / 2, block, units.bits[k], lane);
     const uint32_t u = warp * OF_WARP, all_bits = *reinterpret_cast<const uint32_t *>(&units.bits[u]),
                    bits = all_bits & 255u;
+    tqkvc_latent_steps steps = {1.0f, step_of(tables, units.bits[k])};
     if (all_bits == bits * 0x01010101u) {
-        expand_v<OF_WARP>(memory, codes + units.offset[u], block_bytes, u, bits, lane);
+        expand_v<OF_WARP, false>(memory, codes + units.offset[u], block_bytes, u, bits, lane);
+        steps.v = step_of(tables, bits);
     } else {
 #pragma unroll 1
         for (uint32_t i = u; i < u + OF_WARP; i++)
-            expand_v<1>(memory, codes + units.offset[i], block_bytes, i, units.bits[i], lane);
+            expand_v<1, true>(memory, codes + units.offset[i], block_bytes, i, units.bits[i], lane);
     }
     __syncwarp();
+    return steps;
 }
 
 /* A step of 16 channels of q, from `column` on, times these channels of N * 8 tokens: b by eight tokens. */
@@ -183,7 +203,7 @@ static __device__ __forceinline__ void add_products(const tqkvc_latent_memory<M>
 /* Adds a unit of K of 16 tokens, from `first` on, to scores that this warp has written. */
 template <int M>
 static __device__ __forceinline__ void score_keys(const tqkvc_latent_memory<M> &memory, uint32_t unit, uint32_t first,
-                                                  float (&scores)[16 * M][TQKVC_LATENT_TOKENS + 4])
+                                                  float step, float (&scores)[16 * M][TQKVC_LATENT_TOKENS + 4])
 {
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint4 x = load_matrices(&memory.k[first + lane / 16 * 8 + lane % 8][16 * unit + lane / 8 % 2 * 8]);
@@ -194,7 +214,7 @@ static __device__ __forceinline__ void score_keys(const tqkvc_latent_memory<M> &
 #pragma unroll
     for (int i = 0; i < 2 * 2 * M; i++) { /* row half, eight tokens */
         const uint32_t row = i / 2 * 8 + lane / 4, t = first + i % 2 * 8 + lane % 4 * 2;
-        const float factor = memory.factor[TQKV_SIDE_K][row];
+        const float factor = memory.factor[TQKV_SIDE_K][row] * step;
         const float2 scale = *reinterpret_cast<const float2 *>(&memory.scale[warp][TQKV_SIDE_K][t]);
         const float *key = &sums[i / 4][i % 2][i / 2 % 2 * 2];
         float2 *to = reinterpret_cast<float2 *>(&scores[row][t]); /* of this lane */
@@ -203,7 +223,8 @@ static __device__ __forceinline__ void score_keys(const tqkvc_latent_memory<M> &
 }
 
 /* What the channels of this warp add to the scores, without the means. */
-template <int M> static __device__ __forceinline__ void score(tqkvc_latent_memory<M> &memory)
+template <int M>
+static __device__ __forceinline__ void score(tqkvc_latent_memory<M> &memory, const tqkvc_latent_steps &steps)
 {
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float sums[M][4][4] = {};
@@ -219,7 +240,7 @@ template <int M> static __device__ __forceinline__ void score(tqkvc_latent_memor
     const uint32_t t = lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 4 * 2 * M; i++) { /* row half, eight tokens */
-        const float v = memory.factor[TQKV_SIDE_V][i / 4 * 8 + lane / 4];
+        const float v = memory.factor[TQKV_SIDE_V][i / 4 * 8 + lane / 4] * steps.v;
         const float2 scale = *reinterpret_cast<const float2 *>(&memory.scale[warp][TQKV_SIDE_V][i % 4 * 8 + t]);
         float *x = &sums[i / 8][i % 4][i / 4 % 2 * 2];
         x[0] *= v * scale.x;
@@ -230,7 +251,7 @@ template <int M> static __device__ __forceinline__ void score(tqkvc_latent_memor
         const float *x = &sums[i / 8][i % 4][i / 4 % 2 * 2];
         *reinterpret_cast<float2 *>(&memory.scores[warp][i / 4 * 8 + lane / 4][i % 4 * 8 + t]) = make_float2(x[0], x[1]);
     }
-    score_keys(memory, warp / 2, warp % 2 * 16, memory.scores[warp]);
+    score_keys(memory, warp / 2, warp % 2 * 16, steps.k, memory.scores[warp]);
 }
 
 /* What a thread keeps of its row; `sum` and `sum_of_mean` of its own tokens only. */
@@ -286,9 +307,13 @@ static __device__ __forceinline__ void weigh(tqkvc_latent_memory<M> &memory, tqk
     mine.unit = unit;
 }
 
-/* Adds the tile to the sums of this warp's channels: [row tile][channels in eights][as a product]. */
+/*
+ * Adds the tile to the sums of this warp's channels: [row tile][channels in eights][as a product]. shrink: of older sums,
+ * whose numbers had another step.
+ */
 template <int M>
-static __device__ __forceinline__ void add_values(const tqkvc_latent_memory<M> &memory, float (&sums)[M][8][4])
+static __device__ __forceinline__ void add_values(const tqkvc_latent_memory<M> &memory, float shrink,
+                                                  float (&sums)[M][8][4])
 {
     const uint32_t lane = threadIdx.x % 32, channel = threadIdx.x / 32 * TQKVC_LATENT_CHANNELS;
     uint4 p[M][2];
@@ -296,7 +321,8 @@ static __device__ __forceinline__ void add_values(const tqkvc_latent_memory<M> &
 #pragma unroll
     for (int m = 0; m < M; m++) {
         const __half *row = &memory.p[16 * m + lane % 16][lane / 16 * 8];
-        const float upper = memory.alpha[16 * m + lane / 4], lower = memory.alpha[16 * m + 8 + lane / 4];
+        const float upper = memory.alpha[16 * m + lane / 4] * shrink,
+                    lower = memory.alpha[16 * m + 8 + lane / 4] * shrink;
         p[m][0] = load_matrices(row);
         p[m][1] = load_matrices(row + 16);
 #pragma unroll

@@ -55,8 +55,19 @@ static void free_context(context *c)
     free(c->w);
 }
 
-/* Checks one row that sees n tokens. Returns the relative error of its output. */
-static double row_error_of(const context *c, uint32_t n, const float *q, double scale, const float *out, float lse)
+/* The relative error of an output, and the error of the log of its sum. */
+typedef struct errors {
+    double out, lse;
+} errors;
+
+static void keep_worst(errors *worst, errors one)
+{
+    worst->out = !(one.out <= worst->out) ? one.out : worst->out;
+    worst->lse = !(one.lse <= worst->lse) ? one.lse : worst->lse;
+}
+
+/* Of one row that sees n tokens. */
+static errors row_error_of(const context *c, uint32_t n, const float *q, double scale, const float *out, float lse)
 {
     double *s = malloc((n + 1) * sizeof(*s)), want[V_DIM] = {0}, top = -INFINITY, sum = 0, error = 0, norm = 0;
 
@@ -83,12 +94,9 @@ static double row_error_of(const context *c, uint32_t n, const float *q, double 
     }
     if (n == 0) {
         assert_true(error == 0 && isinf(lse) && lse < 0);
-        return 0;
+        return (errors){0};
     }
-    if (!(fabs((double)lse - (top + log(sum))) <= 3e-3))
-        fprintf(stderr, "lse %g, not %g, of %u tokens\n", (double)lse, top + log(sum), n);
-    assert_true(fabs((double)lse - (top + log(sum))) <= 3e-3);
-    return norm > 0 ? sqrt(error / norm) : sqrt(error);
+    return (errors){norm > 0 ? sqrt(error / norm) : sqrt(error), fabs((double)lse - (top + log(sum)))};
 }
 
 static void check_decode(test_random *random, const layer *l, const sequences *s, uint32_t q_len, tqkv_cuda_type type)
@@ -98,7 +106,7 @@ static void check_decode(test_random *random, const layer *l, const sequences *s
     const size_t bytes = tqkv_cuda_decode_bytes(l->cuda, s->n, q_len, s->max_tokens);
     float *q = random_rows(random, n, Q_DIM, 0.7f), *lse = malloc(n * 4);
     void *got = malloc(n * V_DIM * 4);
-    double worst = 0;
+    errors worst = {0};
 
     assert_true(bytes > 0 && lse && got);
     for (size_t i = 0; i < n * Q_DIM; i++) /* sizes from row to row */
@@ -124,15 +132,14 @@ static void check_decode(test_random *random, const layer *l, const sequences *s
         for (uint32_t row = 0; row < q_len * l->n_heads; row += c.n > 200 ? 3 : 1) {
             const size_t at = (size_t)seq * q_len * l->n_heads + row;
             const int64_t seen = (int64_t)c.n - q_len + row / l->n_heads + 1;
-            const double error = row_error_of(&c, seen > 0 ? (uint32_t)seen : 0, q + at * Q_DIM, scale,
-                                              out + at * V_DIM, lse[at]);
-            worst = !(error <= worst) ? error : worst;
+            keep_worst(&worst, row_error_of(&c, seen > 0 ? (uint32_t)seen : 0, q + at * Q_DIM, scale, out + at * V_DIM,
+                                            lse[at]));
         }
         free_context(&c);
     }
-    printf("latent decode heads %u q_len %u sequences %u max %u pages %u type %d workspace %zu: error %.2e\n", l->n_heads,
-           q_len, s->n, s->max_tokens, s->page_tokens, (int)type, bytes, worst);
-    assert_true(worst <= (type == TQKV_CUDA_BF16 ? 4e-3 : 1.5e-3));
+    printf("latent decode heads %u q_len %u sequences %u max %u pages %u type %d workspace %zu: error %.2e, lse %.2e\n",
+           l->n_heads, q_len, s->n, s->max_tokens, s->page_tokens, (int)type, bytes, worst.out, worst.lse);
+    assert_true(worst.out <= (type == TQKV_CUDA_BF16 ? 4e-3 : 1.5e-3) && worst.lse <= 2e-3);
     check(cudaFree((void *)(uintptr_t)args.q));
     check(cudaFree(args.out));
     check(cudaFree(args.lse));
@@ -224,6 +231,7 @@ static void test_latent_decode(void **state)
         {16, 1, TQKV_ROPE_PAIRS, 64, 1, TQKV_CUDA_F16},   {128, 1, TQKV_ROPE_HALVES, 128, 1, TQKV_CUDA_BF16},
         {3, 1, TQKV_ROPE_HALVES, 16, 1, TQKV_CUDA_F32},   {32, 2, TQKV_ROPE_NONE, 64, 0, TQKV_CUDA_F16},
         {20, 1, TQKV_ROPE_PAIRS, 32, 1, TQKV_CUDA_F32},   {16, 8, TQKV_ROPE_PAIRS, 64, 1, TQKV_CUDA_BF16},
+        {64, 1, TQKV_ROPE_PAIRS, 64, 1, TQKV_CUDA_F32},   {128, 1, TQKV_ROPE_PAIRS, 64, 1, TQKV_CUDA_F32},
     };
     static const int32_t lengths[] = {0, 1, 15, 16, 17, 31, 33, 63, 64, 65, 255, 257, 700};
     const uint32_t n = is_short ? 9 : sizeof(lengths) / sizeof(lengths[0]);
