@@ -2,7 +2,8 @@
 """DeepSeek's latent attention (MLA) in a real vLLM on the CPU: a tiny checkpoint with the true shape of the latents.
 
 Prompts see each other as they came in both engines, so first tokens are the same whatever the plan. The built-in plan
-`f16` rounds latents to f16 and moves a log probability here by less than .02 and no token; 8 bits move it by less than .5.
+`f16` rounds latents to f16 and moves a log probability here by less than .02, which may break a tie; 8 bits move it by
+less than .5.
 """
 import json
 import random
@@ -79,10 +80,15 @@ def tiered(python, model, tmp_path_factory):
 
 
 def assert_near(result, stock):
+    """The same tokens, but that one request may go on otherwise behind two tokens that are as likely."""
     assert "error" not in result, result["error"]
-    assert tokens(result) == tokens(stock)
+    parted = [ours != theirs for ours, theirs in zip(tokens(result), tokens(stock), strict=True)]
+    assert sum(parted) <= 1
     for ours, theirs in zip(outputs(result), outputs(stock)):
-        assert max(abs(a - b) for a, b in zip(ours["logprobs"], theirs["logprobs"])) < F16_LOGPROB_MAX
+        for a, b, one, other in zip(ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"]):
+            assert abs(one - other) < F16_LOGPROB_MAX
+            if a != b:
+                break
 
 
 def test_f16_is_the_stock_engine(stock, f16):
