@@ -12,7 +12,7 @@ import turboquant
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType, MultipleOf
 
 from turboquant_vllm import model_plan, openmp
-from turboquant_vllm.model_plan import PLAIN_DTYPES, Refusal
+from turboquant_vllm.model_plan import Refusal
 
 READ_AGAIN_MOST = 512  # of a prefix hit, and at most half of it; README.md has what 128, 256 and 512 leave of the loss
 
@@ -138,8 +138,7 @@ def refuse_options(attn_type, alibi_slopes, kv_cache_dtype, kv_sharing_target_la
         raise Refusal(f"attention of type {attn_type} is not supported by turboquant, only causal self-attention")
     if alibi_slopes is not None:
         raise Refusal("ALiBi is not supported by turboquant")
-    if kv_cache_dtype not in PLAIN_DTYPES:
-        raise Refusal(f"--kv-cache-dtype {kv_cache_dtype} contradicts TQKV_PLAN: leave it at auto")
+    model_plan.refuse_cache_dtype(kv_cache_dtype)
     if kv_sharing_target_layer_name is not None:
         raise Refusal(f"a layer shares the cache of {kv_sharing_target_layer_name}, which turboquant does not support")
 

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.attention.mla_attention import (MLACommonMetadat
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 
 from turboquant_vllm.attention_backend import LayerCache, TurboquantMetadata, to_rows
-from turboquant_vllm.model_plan import PLAIN_DTYPES, Refusal
+from turboquant_vllm.model_plan import Refusal, refuse_cache_dtype
 
 
 class TurboquantMlaBackend(CPUMLABackend):
@@ -58,8 +58,7 @@ class TurboquantMlaMetadataBuilder(MLACommonMetadataBuilder[TurboquantMlaMetadat
 
 class TurboquantMlaImpl(CPUMLAImpl):
     def __init__(self, *arguments, kv_cache_dtype="auto", indexer=None, **options):
-        if kv_cache_dtype not in PLAIN_DTYPES:
-            raise Refusal(f"--kv-cache-dtype {kv_cache_dtype} contradicts TQKV_PLAN: leave it at auto")
+        refuse_cache_dtype(kv_cache_dtype)
         if indexer is not None:
             raise Refusal("sparse attention over latents is not supported by turboquant")
         super().__init__(*arguments, kv_cache_dtype=kv_cache_dtype, indexer=indexer, **options)

@@ -22,6 +22,11 @@ class Refusal(ValueError):
     """What the plugin cannot serve, as a sentence for whoever starts the server."""
 
 
+def refuse_cache_dtype(kv_cache_dtype):
+    if kv_cache_dtype not in PLAIN_DTYPES:
+        raise Refusal(f"--kv-cache-dtype {kv_cache_dtype} contradicts TQKV_PLAN: leave it at auto")
+
+
 def plan_name():
     return os.environ.get("TQKV_PLAN")
 

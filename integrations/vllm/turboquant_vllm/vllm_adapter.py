@@ -20,7 +20,7 @@ import turboquant
 from vllm.logger import init_logger
 
 from turboquant_vllm import model_plan, vllm_features
-from turboquant_vllm.model_plan import PLAIN_DTYPES, LayerPlan, Limits, Refusal
+from turboquant_vllm.model_plan import LayerPlan, Limits, Refusal
 
 logger = init_logger("vllm.turboquant")
 DRAFTS_WITHOUT_A_MODEL = ("ngram", "suffix")
@@ -221,8 +221,7 @@ def shape_of(layer):
     """(heads, KV heads, channels of K, of V, window) of an Attention or, as a plan has them, of an MLAAttention."""
     if not is_mla(layer):
         return layer.num_heads, layer.num_kv_heads, layer.head_size, layer.head_size_v, layer.sliding_window
-    if layer.kv_cache_dtype not in PLAIN_DTYPES:
-        raise Refusal(f"--kv-cache-dtype {layer.kv_cache_dtype} contradicts TQKV_PLAN: leave it at auto")
+    model_plan.refuse_cache_dtype(layer.kv_cache_dtype)
     if getattr(layer, "sliding_window", None):
         raise Refusal("latent attention in a sliding window is not supported by turboquant")
     return layer.num_heads, 1, layer.qk_rope_head_dim, layer.kv_lora_rank, None
