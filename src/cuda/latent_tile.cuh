@@ -15,7 +15,6 @@
 #include <cuda_fp16.h>
 
 #include "cuda/columns.cuh"
-#include "cuda/copies.cuh"
 #include "cuda/launch.h"
 #include "cuda/levels.cuh"
 #include "cuda/ring.cuh"
@@ -49,12 +48,9 @@ template <int M> struct tqkvc_latent_memory {
 
 static __device__ __forceinline__ uint4 load_matrices(const __half *row)
 {
-    uint4 x;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(shared_address(row))
-                 : "memory");
-    return x;
+    uint32_t x[4];
+    load_operands(x, shared_address(row));
+    return make_uint4(x[0], x[1], x[2], x[3]);
 }
 
 static __device__ __forceinline__ uint4 load_transposed(const __half *row)

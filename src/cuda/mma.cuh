@@ -58,6 +58,15 @@ static __device__ __forceinline__ void multiply_f16(float (&c)[4], const uint4 &
                  : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+/* Four operands of 8 rows of 16 bytes, whose addresses eight lanes give each. */
+static __device__ __forceinline__ void load_operands(uint32_t (&out)[4], uint32_t address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 /* 2^x; 2 ulp, 0 for -inf. */
 static __device__ __forceinline__ float exp2_fast(float x)
 {

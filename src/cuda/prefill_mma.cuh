@@ -99,15 +99,6 @@ static __device__ __forceinline__ uint32_t pack_halves(float a, float b)
     return *reinterpret_cast<const uint32_t *>(&x);
 }
 
-/* Four operands of 8 rows of 16 bytes, whose addresses eight lanes give each. */
-static __device__ __forceinline__ void load_operands(uint32_t (&out)[4], uint32_t address)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
-}
-
 /* Row operand of 16 rows from `row` on, pieces 2 k and 2 k + 1, of N rows. */
 template <int N>
 static __device__ __forceinline__ uint4 load_rows_operand(uint32_t base, uint32_t row, uint32_t k,
