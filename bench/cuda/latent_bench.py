@@ -78,6 +78,7 @@ class Compressed:
         self.out = torch.empty(n_seqs, 1, n_heads, LATENT, dtype=torch.float16, device="cuda")
         self.lse = torch.empty(n_seqs, n_heads, device="cuda")
         self.workspace = aligned_bytes(self.layer.decode_bytes(n_seqs, 1, tokens)).zero_()
+        self.first = torch.zeros(1, dtype=torch.int32, device="cuda")
 
     def pages(self, index):
         return tqkv_cuda.Pages([self.pool.data_ptr()], self.tables[index].data_ptr(), PAGE_TOKENS, self.pages_of_seq)
@@ -96,12 +97,6 @@ class Compressed:
         args = tqkv_cuda.GatherArgs(pages, rows.data_ptr(), LATENT + ROTATED, starts.data_ptr(), self.first.data_ptr(), 1,
                                     n_tokens, kind)
         return rows, lambda: (self.layer.gather(args, stream()), starts)
-
-    @property
-    def first(self):
-        if not hasattr(self, "_first"):
-            self._first = torch.zeros(1, dtype=torch.int32, device="cuda")
-        return self._first
 
     def error(self):
         """Relative error of some sequences beside float64 attention over gathered rows."""
