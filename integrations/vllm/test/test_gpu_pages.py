@@ -30,7 +30,8 @@ class Engine:
         self.complete = [{} for _ in REACH]  # page: cells that a copy of it would have if there were enough copies
         self.free, self.running, self.next_token = list(range(N_PAGES // self.pages_of_block)), [], 0
         self.cached = []  # (tokens, block) of full blocks that nobody has, oldest first
-        self.seen = {"shared": 0, "rejected": 0, "taken away": 0, "reused": 0, "young": 0, "lost": 0}
+        self.seen = {"shared": 0, "rejected": 0, "taken away": 0, "reused": 0, "young": 0, "lost": 0,
+                     "newest": 0, "no newest": 0}
 
     def new_tokens(self, n):
         self.next_token += n
@@ -63,7 +64,18 @@ class Engine:
                     blocks.append(block)
             self.free = [block for block in self.free if block not in blocks]
             self.cached = [entry for entry in self.cached if entry[1] not in blocks]
+        if blocks:
+            self.check_newest(blocks)
         self.running.append(Sequence(tokens, list(blocks), len(blocks) * self.block_tokens))
+
+    def check_newest(self, blocks):
+        """What the host is told of a hit, against the model; sequences that this step starts are not in it."""
+        pages = self.page_table(Sequence([], blocks, 0))
+        has, whole = self.pages.has_newest(pages), [len(self.complete[0].get(page, ())) == PAGE_TOKENS for page in pages]
+        has_all = all(whole[-REACH[0]:])
+        self.seen["newest" if has else "no newest"] += 1
+        assert has_all or not has
+        assert has or not has_all or self.pages.tiers_young.n_copies[0] < 60
 
     def end(self, sequence):
         self.running.remove(sequence)
@@ -192,24 +204,40 @@ def test_every_query_finds_its_tokens(block_tokens, n_copies):
                 engine.end(sequence)
     assert all(engine.seen[event] > 0 for event in ("shared", "rejected", "taken away", "reused", "young")), engine.seen
     assert (engine.seen["lost"] > 0) == (n_copies[0] < 60), engine.seen
+    assert (engine.seen["newest"] > 0) == (n_copies[0] > 1) and (engine.seen["no newest"] > 0) == (n_copies[0] < 60)
 
 
 def test_a_plan_without_young_tiers_reads_blocks():
     pages = Pages(Tiers((), (), 0), 8, 2, 4, 100, "cpu")
-    table = torch.tensor([[3, 5, 0, 0]], dtype=torch.int32)
-    slots = torch.arange(70) % 64 + torch.tensor([3] * 64 + [5] * 6) * 64
-    pages.step(torch.tensor([0, 70], dtype=torch.int32), torch.tensor([70], dtype=torch.int32), table, slots, 70)
+    prompt_step(pages, [3, 5, 0, 0], 70)
     assert pages.block_table[0, :2].tolist() == [3, 5] and pages.tiers.sum() == 0
-    assert pages.slots[0, :70].equal(slots) and pages.positions[:70].equal(torch.arange(70, dtype=torch.int32))
+    assert pages.slots[0, :70].tolist() == [*range(3 * 64, 4 * 64), *range(5 * 64, 5 * 64 + 6)]
+    assert pages.positions[:70].equal(torch.arange(70, dtype=torch.int32)) and pages.has_newest([3])
+
+
+def prompt_step(pages, table, n_tokens):
+    position = torch.arange(n_tokens)
+    slots = torch.tensor(table)[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
+    pages.step(torch.tensor([0, n_tokens], dtype=torch.int32), torch.tensor([n_tokens], dtype=torch.int32),
+               torch.tensor([table], dtype=torch.int32), slots, n_tokens)
+
+
+def test_the_host_knows_which_prefixes_have_their_newest_copies():
+    """The copy of page 5 is given up when a longer prompt writes it, out of reach of its end, and is not taken yet."""
+    pages = Pages(Tiers((1,), (9,), 1), 20, 2, 5, 300, "cpu")
+    assert not pages.has_newest([3, 5])
+    prompt_step(pages, [3, 5, 6, 0, 0], 140)
+    assert pages.has_newest([3]) and pages.has_newest([3, 5]) and not pages.has_newest([3, 7])
+    prompt_step(pages, [8, 5, 9, 10, 11], 300)
+    assert pages.has_newest([8, 5, 9, 10]) and not pages.has_newest([8, 5])
+    assert Pages(Tiers((-1,), (0,), 1), 8, 2, 4, 100, "cpu").has_newest([3])  # its youngest tier holds nothing
 
 
 def test_sinks_of_ended_sequences_stay_longest():
     """Copies for nine pages; each of four prompts takes three, its first page and its newest two, and ends."""
     pages = Pages(Tiers((1,), (9,), 1), 20, 2, 4, 300, "cpu")
     for prompt in range(4):
-        table = torch.arange(4, dtype=torch.int32).view(1, -1) + 4 * prompt
-        slots = torch.arange(200) + 4 * prompt * PAGE_TOKENS
-        pages.step(torch.tensor([0, 200], dtype=torch.int32), torch.tensor([200], dtype=torch.int32), table, slots, 200)
+        prompt_step(pages, [4 * prompt + i for i in range(4)], 200)
         assert pages.tiers[0, :4].tolist() == [0, 1, 0, 0]
     assert sorted(pages.page_of[0, :-1].tolist()) == [0, 4, 7, 8, 10, 11, 12, 14, 15]
 

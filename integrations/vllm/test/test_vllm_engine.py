@@ -190,14 +190,11 @@ def test_how_much_of_a_hit_is_read_again(python, tmp_path):
     """Young tiers of 32 and 80 tokens, blocks of 16: nothing with copies, both tiers without, but half at most; where
     nothing is known of copies the youngest one. All tokens of the plan q8 are stored alike."""
     tiers = str(tiny_plan.write(tmp_path / "tiers.tqkv", last_widths=(3, 3, 3), young_widths=(8, 4)))
-    program = ("import types; from turboquant_vllm import attention_backend as backend\n"
-               "def found(name, lost, *hits):\n"
-               "    paged = types.SimpleNamespace(lost=lambda *_: lost, keep=lambda *_: None)\n"
-               "    caches = [types.SimpleNamespace(paged=paged)] if lost is not None else []\n"
-               "    backend.LayerCache = types.SimpleNamespace(of_this_process=caches)\n"
-               "    return [backend.tokens_worth_finding(name, [], n, 16) for n in hits]\n"
-               f"print(*found({tiers!r}, 0, 1024), *found({tiers!r}, 1, 1024, 208, 64, 16), *found({tiers!r}, None, 1024), "
-               "*found('q8', 1, 1024))")
+    program = ("from turboquant_vllm.model_plan import tokens_worth_finding\n"
+               "def found(name, keeps_newest, *hits):\n"
+               "    return [tokens_worth_finding(name, keeps_newest, n, 16) for n in hits]\n"
+               f"print(*found({tiers!r}, True, 1024), *found({tiers!r}, False, 1024, 208, 64, 16), "
+               f"*found({tiers!r}, None, 1024), *found('q8', False, 1024))")
     assert python.run(["-c", program], None).stdout.split() == "1024 912 96 32 0 992 1024".split()
 
 

@@ -14,8 +14,6 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from turboquant_vllm import model_plan, openmp
 from turboquant_vllm.model_plan import Refusal
 
-READ_AGAIN_MOST = 512  # of a prefix hit, and at most half of it; README.md has what 128, 256 and 512 leave of the loss
-
 
 class TurboquantBackend(AttentionBackend):
     forward_includes_kv_cache_update = True
@@ -148,25 +146,6 @@ def refuse_scales(*of_output):
         raise Refusal("fused quantisation of attention's output is not supported by turboquant")
 
 
-def tokens_worth_finding(plan, blocks, n_tokens, block_size):
-    """Of n_tokens in cached blocks, a prefix hit, those that are not better read again.
-
-    All, if copies of its newest tokens are there; they are kept then, as more requests may find this prefix. Layers
-    keep copies of the same blocks, so one stands for all. Where they are gone, so are mostly those of the older young
-    tiers, and more is read again. Without a layer in this process, as where there are several ranks, nothing is
-    known of copies, and the newest tokens are read again.
-    """
-    n_again, n_young = model_plan.young_tokens(plan)
-    caches = list(LayerCache.of_this_process)
-    if caches and caches[0].paged.lost(blocks, n_tokens) == 0:
-        for cache in caches:
-            cache.paged.keep(blocks, n_tokens)
-        return n_tokens
-    if caches:
-        n_again = max(n_again, min(n_young, READ_AGAIN_MOST, n_tokens // 2))
-    return max(n_tokens - n_again, 0) // block_size * block_size if n_again else n_tokens
-
-
 class LayerCache:
     """The blocks of one layer: writes the new tokens of a step, then attends."""
     of_this_process = weakref.WeakSet()
@@ -185,6 +164,19 @@ class LayerCache:
         self.paged.batch.block_stride_bytes = kv_cache.stride(0)
         self.paged.batch.decode_tokens_max = 1 + setup.limits.num_drafts
         LayerCache.of_this_process.add(self)
+
+    @classmethod
+    def keeps_newest(cls, blocks, n_tokens):
+        """Whether copies of the newest of n_tokens in these blocks are there; they are kept then, as more requests may
+        find this prefix. Layers keep copies of the same blocks, so one stands for all. None: no layer is here."""
+        caches = list(cls.of_this_process)
+        if not caches:
+            return None
+        if caches[0].paged.lost(blocks, n_tokens) > 0:
+            return False
+        for cache in caches:
+            cache.paged.keep(blocks, n_tokens)
+        return True
 
     def write(self, key, value, metadata):
         """The new tokens of a step. key, value: of to_rows, [tokens, KV heads, channels]."""

@@ -210,6 +210,16 @@ class Shared:
             shared = cls.of_engines[key] = cls(vllm_config, device, n_blocks, block_size)
         return shared
 
+    @classmethod
+    def keeps_newest(cls, blocks, n_tokens):
+        """Whether the newest of n_tokens in these blocks have copies. None: no layer has had a step in this process."""
+        of_engine = list(cls.of_engines.values())[-1:]
+        if not of_engine:
+            return None
+        n_pages = of_engine[0].block_size // PAGE_TOKENS
+        pages = [block * n_pages + i for block in blocks for i in range(n_pages)]
+        return of_engine[0].pages.has_newest(pages[:n_tokens // PAGE_TOKENS])
+
     def step(self, common, decode_threshold, with_prompts=True):
         """The metadata of a step, which vLLM asks for once for each kind of layer."""
         if self.common is not common:

@@ -3,9 +3,9 @@
 
 The engine's blocks hold every token at the last tier's widths. Beside them lie copies of pages at the widths of the
 younger tiers, found by page and replaced by least recent use, those of sinks after all others that no sequence has read
-in the last step: a later prefix hit reads them, and reads the tokens of its newest page again. One object serves all
-layers of a model: it decides once a step, with tensor operations on the device that wait for nothing, so a decode never
-stops for it.
+in the last step: a later prefix hit reads them. One object serves all layers of a model: it decides once a step, with
+tensor operations on the device that wait for nothing, so a decode never stops for it. The host learns from each step
+which pages the youngest tier has: where those of a hit's newest tokens are gone, the scheduler has them read again.
 
     page of the query - page of a token <= reach of a tier     its copy there is read, the youngest that is valid
     first pages (sinks)                                        as tier 0, always
@@ -73,6 +73,12 @@ class Pages:
         self.tiers = torch.full((max_seqs, max_pages), n_young, dtype=torch.uint8, device=device)
         self.seq_lens = torch.zeros(max_seqs, dtype=torch.int32, device=device)
         self.graphs = []  # (inputs, graph), see capture()
+        # Page of each copy of the youngest tier, -1 where it is not valid; the same on the host, as of the last step.
+        is_cuda = torch.device(device).type == "cuda"
+        self.copies = torch.arange(n_most + 1, device=device)
+        self.youngest = torch.full((n_most + 1,), -1, device=device)
+        self.on_host = torch.full((n_most + 1,), -1, pin_memory=is_cuda)
+        self.told = torch.cuda.Event() if is_cuda else None
 
     def step(self, query_start, seq_lens, block_table, slots, max_seq_len):
         """query_start: [n + 1], seq_lens: [n] with the new tokens, block_table: [n][pages of 64 tokens], slots:
@@ -83,8 +89,22 @@ class Pages:
                 inputs[0][:n + 1], inputs[1][:n], inputs[3][:len(slots)] = query_start, seq_lens, slots
                 inputs[2][:n, :width] = block_table[:, :width]
                 graph.replay()
-                return
-        self.tabulate(query_start, seq_lens, block_table[:, :width], slots)
+                break
+        else:
+            self.tabulate(query_start, seq_lens, block_table[:, :width], slots)
+        self.on_host.copy_(self.youngest, non_blocking=True)
+        if self.told is not None:
+            self.told.record()
+
+    def has_newest(self, pages):
+        """Whether the youngest tier has, as of the last step, what a query right behind these pages reads of them there.
+        Waits for the tables of that step, not for its layers."""
+        reach = max(self.tiers_young.reach[:1], default=0)
+        if reach <= 0:
+            return True
+        if self.told is not None:
+            self.told.synchronize()
+        return bool(torch.isin(torch.tensor(pages[-reach:]), self.on_host).all())
 
     def capture(self, q_len):
         """Graphs of step() for decodes, smallest first: it is many small operations, and a step waits for their
@@ -142,6 +162,9 @@ class Pages:
         self.copy_of.scatter_(1, page.where(is_first & ~keeps, self.n_pages), copy)
         copy = self.copy_of.gather(1, page)
         self.slots[:-1, :len(slots)] = (copy * PAGE_TOKENS + cell).where(self.page_of.gather(1, copy) == page, -1)
+        page = self.page_of[0]
+        copy = self.copy_of[0].gather(0, page.where(page >= 0, self.n_pages))
+        self.youngest.copy_(page.where(copy == self.copies, -1))
 
     def use(self, copy):
         self.used.scatter_(1, copy, self.now.expand_as(copy))

@@ -15,6 +15,7 @@ import turboquant
 from turboquant import Builtin, Plan, PlanLayer, RopeStyle
 
 BUILTINS = {"f16": Builtin.F16, "q8": Builtin.Q8}
+READ_AGAIN_MOST = 512  # of a prefix hit, and at most half of it; README.md has what 128, 256 and 512 leave of the loss
 PLAIN_DTYPES = ("auto", "float16", "bfloat16", "float32")  # of vLLM's cache, that do not contradict a plan
 
 
@@ -50,6 +51,20 @@ def young_tokens(name):
     plan = load_plan(name)
     tiers = [plan.layer(index).tier_tokens[:plan.n_tiers - 1] for index in range(plan.n_layers)] if plan else []
     return max((tokens[0] for tokens in tiers if tokens), default=0), max(map(sum, tiers), default=0)
+
+
+def tokens_worth_finding(name, keeps_newest, n_tokens, block_size):
+    """Of n_tokens in cached blocks, a prefix hit, those that are not better read again.
+
+    keeps_newest: whether copies of the newest ones are there; None: nothing is known. With them all tokens are worth
+    it. Where they are gone, so are mostly those of the older young tiers, and more is read again than the youngest.
+    """
+    n_again, n_young = young_tokens(name)
+    if n_again == 0 or keeps_newest:
+        return n_tokens
+    if keeps_newest is not None:
+        n_again = max(n_again, min(n_young, READ_AGAIN_MOST, n_tokens // 2))
+    return max(n_tokens - n_again, 0) // block_size * block_size
 
 
 def fingerprint(name):

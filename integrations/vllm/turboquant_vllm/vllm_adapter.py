@@ -147,22 +147,31 @@ def refuse_sparse(attn_selector_config):
 
 
 def worth_finding(get_computed_blocks, plan):
-    """With one rank scheduler and layers share a process. Where the next step is scheduled while one runs, the answer
-    may be out of date by that step; then tokens are read again in vain, or not."""
+    """With one rank scheduler and layers share a process. Where the next step is scheduled while one runs, what is
+    known of copies may be out of date by that step; then tokens are read again in vain, or not."""
     @functools.wraps(get_computed_blocks)
     def found(self, request):
-        from turboquant_vllm.attention_backend import tokens_worth_finding
         blocks, n_tokens, *more = get_computed_blocks(self, request)
         groups = self.kv_cache_config.kv_cache_groups
         if n_tokens > 0 and len(groups) == 1:
-            block_size = groups[0].kv_cache_spec.block_size
-            n_kept = tokens_worth_finding(plan, blocks.get_block_ids()[0], n_tokens, block_size)
+            block_size, ids = groups[0].kv_cache_spec.block_size, blocks.get_block_ids()[0]
+            n_kept = model_plan.tokens_worth_finding(plan, keeps_newest(ids, n_tokens), n_tokens, block_size)
             if n_kept < n_tokens:
                 # What is read again takes the place of these blocks, so that the next request finds its copies.
-                self.evict_blocks(set(blocks.get_block_ids()[0][n_kept // block_size:]))
+                self.evict_blocks(set(ids[n_kept // block_size:]))
                 blocks, n_tokens = vllm_features.first_blocks(self, blocks, n_kept, block_size), n_kept
         return blocks, n_tokens, *more
     return found
+
+
+def keeps_newest(blocks, n_tokens):
+    """Whether copies of the newest of n_tokens in cached blocks are there. None: nothing is known of copies, as where
+    there are several ranks and the layers are in other processes than this scheduler."""
+    if on_device():
+        from turboquant_vllm.gpu_backend import Shared
+        return Shared.keeps_newest(blocks, n_tokens)
+    from turboquant_vllm.attention_backend import LayerCache
+    return LayerCache.keeps_newest(blocks, n_tokens)
 
 
 def compressed_spec(get_kv_cache_spec, plan):
