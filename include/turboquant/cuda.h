@@ -4,7 +4,7 @@
  * store new tokens, attend while decoding, attend with chunks of prompts, unpack. Only in libturboquant-cuda, which
  * holds all of libturboquant too. Needs no CUDA header: a stream is its handle as a pointer.
  *
- * Rules of every launch (store, decode, prefill, unpack, gather, merge):
+ * Rules of every launch (store, decode, prefill, unpack, gather, merge, page tables):
  *  1. It is asynchronous on the stream it is given. It allocates nothing, waits for nothing and
  *     reads no device memory on the host, so it can be captured into a graph.
  *  2. Pointers named "device" are device memory; args themselves are read before the call returns.
@@ -206,6 +206,47 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_gather(const tqkv_cuda_layer *laye
 TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_merge(void *out_a, float *lse_a, const void *out_b,
                                                     const float *lse_b, size_t n_rows, uint32_t dim,
                                                     tqkv_cuda_type type, void *stream);
+
+/*
+ * For engines whose blocks hold every token at the widths of the last tier, beside copies of pages of
+ * TQKV_CUDA_TILE_TOKENS tokens at those of the younger tiers: which pages have copies, what store and decode of a step
+ * are told, once a step for all layers.
+ *
+ * A page whose distance from the page of a sequence's first new token is at most the reach of a tier is read from its copy there, the
+ * youngest that is valid; the first n_sink_pages of a sequence always from the youngest tier; otherwise from the block. A copy
+ * is valid for the page that both copy_of and page_of name. It is taken, or given up, when the first token of its page is
+ * written, and gets every token after that; the least recently used copy is taken, copies of sinks after all others
+ * that the last step did not read.
+ *
+ * State, device, for one call at a time; n_young younger tiers:
+ *   copy_of [n_young][n_pages + 1], at first n_copies; page_of [n_young][n_copies + 1], at first -1; used [n_young]
+ *   [n_copies + 1], at first 0, but a number larger than any of a step for what is no copy (a tier with fewer); is_sink
+ *   [n_copies + 1], at first 0; clock [2], at first 0. n_copies: of the tier that has most.
+ * A step, device: query_start [n_seqs + 1], tokens of sequence i are those from query_start[i] on; seq_lens [n_seqs], new tokens
+ *   included; block_table [n_seqs][table_stride], the pages of each, n_width are read; slots [n_tokens]: page * 64 + cell, or -1.
+ * Tables, device: positions [max_tokens] and tier_slots [n_young + 1][slots_stride] as store takes them, the blocks last, -1 from
+ *   n_tokens to max_tokens; places and tiers [n_seqs][places_stride] as block_table and tiers of pages; lengths
+ *   [max_seqs], 0 from n_seqs on; youngest [n_copies + 1]: page of each copy of the youngest tier, -1 where it is not valid.
+ */
+typedef struct tqkv_cuda_page_tables_args {
+    int64_t *copy_of, *page_of, *used;
+    uint8_t *is_sink;
+    int64_t *clock;
+    const int32_t *query_start, *seq_lens, *block_table;
+    const int64_t *slots;
+    int32_t *positions;
+    int64_t *tier_slots;
+    int32_t *places;
+    uint8_t *tiers;
+    int32_t *lengths;
+    int64_t *youngest;
+    int32_t reach[TQKV_TIERS_MAX]; /* in pages; -1: the tier holds nothing */
+    uint32_t n_young, n_copies, n_pages, n_sink_pages;
+    uint32_t n_seqs, n_tokens, n_width, max_seqs, max_tokens;
+    uint32_t table_stride, slots_stride, places_stride;
+} tqkv_cuda_page_tables_args;
+
+TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_page_tables(const tqkv_cuda_page_tables_args *args, void *stream);
 
 #ifdef __cplusplus
 }

@@ -72,6 +72,15 @@ class GatherArgs(c.Structure):
                 ("firsts", c.c_void_p), ("n_seqs", c.c_uint32), ("n_tokens", c.c_uint32), ("type", c.c_int)]
 
 
+class PageTablesArgs(c.Structure):
+    """tqkv_cuda_page_tables_args."""
+    _fields_ = [*((name, c.c_void_p) for name in (
+        "copy_of", "page_of", "used", "is_sink", "clock", "query_start", "seq_lens", "block_table", "slots", "positions",
+        "tier_slots", "places", "tiers", "lengths", "youngest")), ("reach", c.c_int32 * TIERS_MAX), *(
+        (name, c.c_uint32) for name in ("n_young", "n_copies", "n_pages", "n_sink_pages", "n_seqs", "n_tokens", "n_width",
+                                        "max_seqs", "max_tokens", "table_stride", "slots_stride", "places_stride"))]
+
+
 def check(status):
     if status != 0:
         raise Error(f"turboquant: status {status}")
@@ -99,6 +108,9 @@ class Library:
 
     def destroy_plan(self, plan):
         self.lib.tqkv_plan_destroy(plan)
+
+    def page_tables(self, args, stream):
+        check(self.lib.tqkv_cuda_page_tables(c.byref(args), c.c_void_p(stream)))
 
 
 class Layer:

@@ -520,6 +520,19 @@ tqkv_status tqkv_cuda_gather(const tqkv_cuda_layer *layer, const void *image,
     return tqkvc_launch_gather(&p, stream);
 }
 
+tqkv_status tqkv_cuda_page_tables(const tqkv_cuda_page_tables_args *args, void *stream)
+{
+    if (!args || (args->n_young > 0 && (!args->copy_of || !args->page_of || !args->used)) || !args->is_sink ||
+        !args->clock || !args->query_start || !args->seq_lens || !args->block_table || !args->positions || !args->tier_slots ||
+        !args->places || !args->tiers || !args->lengths || !args->youngest || (!args->slots && args->n_tokens > 0) ||
+        args->n_young >= TQKV_TIERS_MAX || args->n_copies >= TQKVC_COPIES_MAX || args->n_seqs == 0 ||
+        args->n_seqs >= SEQUENCES_MAX || args->n_seqs > args->max_seqs || args->n_tokens > args->max_tokens ||
+        args->max_tokens > args->slots_stride || args->n_width == 0 || args->n_width > args->table_stride ||
+        args->n_width > args->places_stride)
+        return TQKV_ERR_INVALID_ARG;
+    return tqkvc_launch_page_tables(args, stream);
+}
+
 tqkv_status tqkv_cuda_merge(void *out_a, float *lse_a, const void *out_b, const float *lse_b,
                             size_t n_rows, uint32_t dim, tqkv_cuda_type type, void *stream)
 {

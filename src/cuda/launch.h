@@ -19,6 +19,7 @@ extern "C" {
 #define TQKVC_BLOCKS_MAX 4  /* of a multiprocessor */
 #define TQKVC_CLUSTER_MAX 16 /* splits of a cluster */
 #define TQKVC_CLUSTER_PORTABLE 8
+#define TQKVC_COPIES_MAX (1u << 20) /* of pages, in a tier */
 #define TQKVC_LN_2 0.69314718f
 
 /*
@@ -119,6 +120,7 @@ uint32_t tqkvc_latent_shared_bytes(uint32_t row_tiles, uint32_t staged_bytes, ui
 tqkv_status tqkvc_launch_gather(const tqkvc_gather *gather, void *stream);
 tqkv_status tqkvc_launch_store(const tqkvc_store *store, void *stream);
 tqkv_status tqkvc_launch_unpack(const tqkvc_unpack *unpack, void *stream);
+tqkv_status tqkvc_launch_page_tables(const tqkv_cuda_page_tables_args *args, void *stream);
 tqkv_status tqkvc_launch_merge(void *out_a, float *lse_a, const void *out_b, const float *lse_b,
                                size_t n_rows, uint32_t dim, tqkv_cuda_type type, void *stream);
 

@@ -48,10 +48,10 @@ def plan_bytes(n_heads, kind):
 class Machine:
     """A layer with blocks of the engine."""
 
-    def __init__(self, cuda, n_heads, device, n_pages, max_seqs, max_len, max_tokens):
+    def __init__(self, cuda, launch, n_heads, device, n_pages, max_seqs, max_len, max_tokens):
         self.n_heads, self.device, self.max_len = n_heads, device, max_len
         tiers = tiers_of(TIER_TOKENS, N_SINKS, (max_seqs,) * 3, n_pages)
-        self.pages = Pages(tiers, n_pages, max_seqs, -(-max_len // PAGE_TOKENS), max_tokens, device)
+        self.pages = Pages(tiers, n_pages, max_seqs, -(-max_len // PAGE_TOKENS), max_tokens, device, launch)
         workspace = Workspace(workspace_bytes(cuda, max_seqs, (1, 4), max_len), 0, 0, device)
         self.layer = GpuLayer(cuda, tiers.n_copies, workspace, device)
         self.blocks = torch.zeros(n_pages * cuda.page_bytes(3, PAGE_TOKENS), dtype=torch.uint8, device=device)
@@ -241,7 +241,6 @@ def check_serving(machine, generator, with_graphs, n_steps):
 
     check_inverse(server)
     if with_graphs:
-        machine.pages.capture(4)
         for q_len in (1, 4):
             server.capture(q_len)
     a, b, c = server.request(700, 1200), server.request(40, 500), server.request(1500, 2000)
@@ -279,12 +278,12 @@ def main():
     for n_heads, kind in ((16, 0), (128, 1)):
         if options.stand_in:
             import fake_cuda
-            n_heads, cuda = n_heads // 8, fake_cuda.LatentLayer(n_heads // 8, 4, kind)
+            n_heads, cuda, launch = n_heads // 8, fake_cuda.LatentLayer(n_heads // 8, 4, kind), None
         else:
             library = tqkv_cuda.Library(options.library)
-            cuda = tqkv_cuda.Layer(library, library.read_plan(plan_bytes(n_heads, kind)))
+            cuda, launch = tqkv_cuda.Layer(library, library.read_plan(plan_bytes(n_heads, kind))), library.page_tables
         print(f"{n_heads} heads", flush=True)
-        check_serving(Machine(cuda, n_heads, device, 120, 6, 4096, 1600), generator, not options.stand_in,
+        check_serving(Machine(cuda, launch, n_heads, device, 120, 6, 4096, 1600), generator, not options.stand_in,
                       16 if options.stand_in else 70)
     print(f"{len(loop.failures)} failed")
     sys.exit(1 if loop.failures else 0)

@@ -67,11 +67,11 @@ def plan_bytes(shape):
 class Machine:
     """Layers with blocks of the engine, and the tables that they share."""
 
-    def __init__(self, make_layer, shape, device, n_pages, max_seqs, max_len, max_tokens, n_sequences):
+    def __init__(self, library, plan, shape, device, n_pages, max_seqs, max_len, max_tokens, n_sequences):
         self.shape, self.device, self.max_len = shape, device, max_len
         tiers = tiers_of(TIER_TOKENS, N_SINKS, n_sequences, n_pages)
-        self.pages = Pages(tiers, n_pages, max_seqs, -(-max_len // PAGE_TOKENS), max_tokens, device)
-        cuda = [make_layer(index) for index in range(shape.n_layers)]
+        self.pages = Pages(tiers, n_pages, max_seqs, -(-max_len // PAGE_TOKENS), max_tokens, device, library.page_tables)
+        cuda = [tqkv_cuda.Layer(library, plan, index) for index in range(shape.n_layers)]
         self.workspace = Workspace(max(workspace_bytes(layer, max_seqs, (1, 4), max_len) for layer in cuda),
                                    max(prefill_bytes(layer, max_tokens, max_len) for layer in cuda),
                                    gpu_layer.slab_bytes(shape.n_kv_heads * shape.dim), device)
@@ -324,7 +324,6 @@ def check_serving(machine, generator, with_graphs, n_steps):
         server.n_steps = server.n_tiers_checked = server.n_replays = 0
 
     if with_graphs:
-        machine.pages.capture(4)
         for q_len in (1, 4):
             server.capture(q_len)
     a, b, c = server.request(700, 2000), server.request(40, 500), server.request(1500, 2000)
@@ -426,7 +425,7 @@ def time_step(library, device, generator):
     n_seqs, tokens, shape = 64, 4096, Shape(32, 8, 128, 4)
     plan = library.read_plan(plan_bytes(shape))
     width = tokens // PAGE_TOKENS
-    machine = Machine(lambda i: tqkv_cuda.Layer(library, plan, i), shape, device, n_seqs * width + 1, n_seqs, 32768,
+    machine = Machine(library, plan, shape, device, n_seqs * width + 1, n_seqs, 32768,
                       8192, (n_seqs, n_seqs, n_seqs))
     pages = machine.pages
     table = (torch.randperm(n_seqs * width, device=device).to(torch.int32) + 1).view(n_seqs, width)
@@ -448,8 +447,6 @@ def time_step(library, device, generator):
     build()
     print("tiers of a sequence:", pages.tiers[0, :width].bincount().tolist(), flush=True)
     print("tables of a step (once for all layers), us of device and host: {:.0f} {:.0f}".format(*timed(build, 60)))
-    pages.capture(1)
-    print("    by a graph: {:.0f} {:.0f}".format(*timed(build, 60)), flush=True)
     batch = Batch(n_seqs, n_seqs, 1, tokens)
     graph = graph_of(lambda: machine.run(batch, q, k, v, out))
     whole = timed(graph.replay, 60)[0] / shape.n_layers
@@ -494,10 +491,9 @@ def main():
     check_workspace(library, device)
     for shape in (Shape(16, 4, 128, 2), Shape(14, 2, 64, 2), Shape(8, 4, 256, 2)):
         plan = library.read_plan(plan_bytes(shape))
-        make_layer = lambda index, plan=plan: tqkv_cuda.Layer(library, plan, index)
         print(f"{shape.n_heads}/{shape.n_kv_heads}/{shape.dim}", flush=True)
-        check_serving(Machine(make_layer, shape, device, 120, 6, 4096, 1600, (6, 6, 6)), generator, True, 70)
-        check_few_copies(Machine(make_layer, shape, device, 120, 6, 4096, 1600, (2, 0, 1)), generator)
+        check_serving(Machine(library, plan, shape, device, 120, 6, 4096, 1600, (6, 6, 6)), generator, True, 70)
+        check_few_copies(Machine(library, plan, shape, device, 120, 6, 4096, 1600, (2, 0, 1)), generator)
     if options.time:
         time_step(library, device, generator)
     print(f"{len(failures)} failed")

@@ -8,11 +8,28 @@ import sys
 import pytest
 
 torch = pytest.importorskip("torch")
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+HERE = pathlib.Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2] / "cuda")]
+import tqkv_cuda  # noqa: E402
 from turboquant_vllm.gpu_pages import PAGE_TOKENS, Pages, Tiers, tiers_of  # noqa: E402
 
 MAX_SEQS, MAX_PAGES, MAX_TOKENS, N_PAGES = 6, 12, 700, 24
 REACH, N_SINK_PAGES = (1, -1, 3), 1
+TABLES = ("slots", "positions", "seq_lens", "block_table", "tiers")
+STATE = ("copy_of", "page_of", "used", "is_sink", "youngest")
+
+
+def made_with(*arguments, device="cpu"):
+    """On a device by its kernels, on the CPU with tensors."""
+    launch = tqkv_cuda.Library(tqkv_cuda.find()).page_tables if device == "cuda" else None
+    return Pages(*arguments, device, launch)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not (torch.cuda.is_available() and tqkv_cuda.find()):
+        pytest.skip("needs a CUDA device and libturboquant-cuda")
+    return request.param
 
 
 class Sequence:
@@ -23,9 +40,11 @@ class Sequence:
 class Engine:
     """Requests over blocks of block_tokens tokens. plain: numbers in blocks; copies: [tier] {slot: number}."""
 
-    def __init__(self, rng, block_tokens, n_copies):
-        self.rng, self.block_tokens, self.pages_of_block = rng, block_tokens, block_tokens // PAGE_TOKENS
-        self.pages = Pages(Tiers(REACH, n_copies, N_SINK_PAGES), N_PAGES, MAX_SEQS, MAX_PAGES, MAX_TOKENS, "cpu")
+    def __init__(self, rng, block_tokens, n_copies, device):
+        self.rng, self.device = rng, device
+        self.block_tokens, self.pages_of_block = block_tokens, block_tokens // PAGE_TOKENS
+        self.pages = made_with(Tiers(REACH, n_copies, N_SINK_PAGES), N_PAGES, MAX_SEQS, MAX_PAGES, MAX_TOKENS,
+                               device=device)
         self.plain, self.copies = {}, [{} for _ in REACH]
         self.complete = [{} for _ in REACH]  # page: cells that a copy of it would have if there were enough copies
         self.free, self.running, self.next_token = list(range(N_PAGES // self.pages_of_block)), [], 0
@@ -135,15 +154,17 @@ class Engine:
         table[len(rows):] = self.rng.randrange(N_PAGES)
         starts += [starts[-1]] * n_padding
         padded = torch.tensor(slots + [-1] * (3 if n_padding else 0), dtype=torch.int64)
-        self.pages.step(torch.tensor(starts, dtype=torch.int32),
-                        torch.tensor(lens + [0] * n_padding, dtype=torch.int32), table, padded, max(lens))
+        inputs = (torch.tensor(starts, dtype=torch.int32), torch.tensor(lens + [0] * n_padding, dtype=torch.int32), table,
+                  padded)
+        self.pages.step(*(x.to(self.device) for x in inputs), max(lens))
+        self.tables = {name: getattr(self.pages, name).cpu() for name in TABLES}
         self.store(rows, starts, slots)
         for r, row in enumerate(rows):
             self.check(r, row)
 
     def store(self, rows, starts, slots):
-        got = self.pages.slots[:, :len(slots)]
-        assert (self.pages.slots[:, len(slots):] == -1).all()
+        got = self.tables["slots"][:, :len(slots)]
+        assert (self.tables["slots"][:, len(slots):] == -1).all()
         for tier, row in enumerate(got):
             written = row[row >= 0]
             assert len(written.unique()) == len(written)
@@ -152,7 +173,7 @@ class Engine:
             next_page = max(sequence.n_done, sequence.n_done + len(new) - 8) // PAGE_TOKENS
             for i, number in enumerate(new):
                 position, slot = sequence.n_done + i, slots[start + i]
-                assert self.pages.positions[start + i] == position
+                assert self.tables["positions"][start + i] == position
                 assert got[-1, start + i] == slot
                 self.plain[slot] = number
                 for tier, reach in enumerate(REACH):
@@ -173,12 +194,12 @@ class Engine:
 
     def check(self, r, row):
         sequence, new, _ = row
-        assert self.pages.seq_lens[r] == sequence.n_done + len(new)
+        assert self.tables["seq_lens"][r] == sequence.n_done + len(new)
         numbers = sequence.tokens[:sequence.n_done] + new
         pages, query_page = self.page_table(sequence), sequence.n_done // PAGE_TOKENS
         for index in range(-(-len(numbers) // PAGE_TOKENS)):
             first = index * PAGE_TOKENS
-            tier, place = int(self.pages.tiers[r, index]), int(self.pages.block_table[r, index])
+            tier, place = int(self.tables["tiers"][r, index]), int(self.tables["block_table"][r, index])
             memory = self.plain if tier == len(REACH) else self.copies[tier]
             expected = numbers[first:first + PAGE_TOKENS]
             assert [memory.get(place * PAGE_TOKENS + i) for i in range(len(expected))] == expected
@@ -192,9 +213,9 @@ class Engine:
 
 @pytest.mark.parametrize("block_tokens", [64, 128])
 @pytest.mark.parametrize("n_copies", [(60, 0, 60), (5, 0, 7), (1, 0, 0)])
-def test_every_query_finds_its_tokens(block_tokens, n_copies):
+def test_every_query_finds_its_tokens(block_tokens, n_copies, device):
     rng = random.Random(f"{block_tokens} {n_copies}")
-    engine = Engine(rng, block_tokens, n_copies)
+    engine = Engine(rng, block_tokens, n_copies, device)
     for _ in range(250):
         while len(engine.running) < MAX_SEQS and rng.random() < 0.5:
             engine.start()
@@ -207,44 +228,45 @@ def test_every_query_finds_its_tokens(block_tokens, n_copies):
     assert (engine.seen["newest"] > 0) == (n_copies[0] > 1) and (engine.seen["no newest"] > 0) == (n_copies[0] < 60)
 
 
-def test_a_plan_without_young_tiers_reads_blocks():
-    pages = Pages(Tiers((), (), 0), 8, 2, 4, 100, "cpu")
+def test_a_plan_without_young_tiers_reads_blocks(device):
+    pages = made_with(Tiers((), (), 0), 8, 2, 4, 100, device=device)
     prompt_step(pages, [3, 5, 0, 0], 70)
     assert pages.block_table[0, :2].tolist() == [3, 5] and pages.tiers.sum() == 0
     assert pages.slots[0, :70].tolist() == [*range(3 * 64, 4 * 64), *range(5 * 64, 5 * 64 + 6)]
-    assert pages.positions[:70].equal(torch.arange(70, dtype=torch.int32)) and pages.has_newest([3])
+    assert pages.positions[:70].tolist() == [*range(70)] and pages.has_newest([3])
 
 
 def prompt_step(pages, table, n_tokens):
     position = torch.arange(n_tokens)
     slots = torch.tensor(table)[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
-    pages.step(torch.tensor([0, n_tokens], dtype=torch.int32), torch.tensor([n_tokens], dtype=torch.int32),
-               torch.tensor([table], dtype=torch.int32), slots, n_tokens)
+    inputs = (torch.tensor([0, n_tokens], dtype=torch.int32), torch.tensor([n_tokens], dtype=torch.int32),
+              torch.tensor([table], dtype=torch.int32), slots)
+    pages.step(*(x.to(pages.slots.device) for x in inputs), n_tokens)
 
 
-def test_the_host_knows_which_prefixes_have_their_newest_copies():
+def test_the_host_knows_which_prefixes_have_their_newest_copies(device):
     """The copy of page 5 is given up when a longer prompt writes it, out of reach of its end, and is not taken yet."""
-    pages = Pages(Tiers((1,), (9,), 1), 20, 2, 5, 300, "cpu")
+    pages = made_with(Tiers((1,), (9,), 1), 20, 2, 5, 300, device=device)
     assert not pages.has_newest([3, 5])
     prompt_step(pages, [3, 5, 6, 0, 0], 140)
     assert pages.has_newest([3]) and pages.has_newest([3, 5]) and not pages.has_newest([3, 7])
     prompt_step(pages, [8, 5, 9, 10, 11], 300)
     assert pages.has_newest([8, 5, 9, 10]) and not pages.has_newest([8, 5])
-    assert Pages(Tiers((-1,), (0,), 1), 8, 2, 4, 100, "cpu").has_newest([3])  # its youngest tier holds nothing
+    assert made_with(Tiers((-1,), (0,), 1), 8, 2, 4, 100, device=device).has_newest([3])  # its youngest tier holds nothing
 
 
-def test_sinks_of_ended_sequences_stay_longest():
+def test_sinks_of_ended_sequences_stay_longest(device):
     """Copies for nine pages; each of four prompts takes three, its first page and its newest two, and ends."""
-    pages = Pages(Tiers((1,), (9,), 1), 20, 2, 4, 300, "cpu")
+    pages = made_with(Tiers((1,), (9,), 1), 20, 2, 4, 300, device=device)
     for prompt in range(4):
         prompt_step(pages, [4 * prompt + i for i in range(4)], 200)
         assert pages.tiers[0, :4].tolist() == [0, 1, 0, 0]
     assert sorted(pages.page_of[0, :-1].tolist()) == [0, 4, 7, 8, 10, 11, 12, 14, 15]
 
 
-def test_a_replayed_step_changes_nothing():
+def test_a_replayed_step_changes_nothing(device):
     """vLLM may build the metadata of a step more than once."""
-    engine = Engine(random.Random(1), 64, (6, 0, 6))
+    engine = Engine(random.Random(1), 64, (6, 0, 6), device)
     for _ in range(6):
         engine.start()
     calls, step = [], engine.pages.step
@@ -259,6 +281,48 @@ def test_a_replayed_step_changes_nothing():
     for _ in range(60):
         engine.step()
     assert len(calls) > 30
+
+
+def test_kernels_decide_as_tensors_do():
+    """Tables and state, after every step, of more tokens and copies than the kernels have threads."""
+    if not (torch.cuda.is_available() and tqkv_cuda.find()):
+        pytest.skip("needs a CUDA device and libturboquant-cuda")
+    tiers = Tiers((1, 4, 40), (40, 150, 1500), 1)
+    sizes = (tiers, 3000, 80, 50, 5000)
+    ours, reference = made_with(*sizes, device="cuda"), made_with(*sizes)
+    rng = random.Random(5)
+    lengths, free = {}, list(range(3000))
+    rng.shuffle(free)
+    for step in range(80):
+        for seq in [seq for seq in lengths if rng.random() < .1]:
+            free += lengths.pop(seq)[1]
+        while len(lengths) < 70 and rng.random() < .9:
+            lengths[object()] = [0, [], rng.randint(1, 2500)]
+        rows, starts, slots = [], [0], []
+        for entry in lengths.values():
+            done, pages, n_prompt = entry
+            n = min(n_prompt - done, 700) if done < n_prompt else rng.randint(1, 8)
+            if len(slots) + n > 5000 or done + n > 50 * PAGE_TOKENS or len(free) < 20:
+                continue
+            while len(pages) * PAGE_TOKENS < done + n:
+                pages.append(free.pop(0))
+            slots += [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in range(done, done + n)]
+            entry[0] += n
+            rows.append(([*pages, *[0] * 50][:50], entry[0]))
+            starts.append(len(slots))
+        slots += [-1] * rng.choice([0, min(7, 5000 - len(slots))])
+        inputs = [torch.tensor(x, dtype=torch.int32) for x in (starts, [n for _, n in rows], [row for row, _ in rows])]
+        longest = max(n for _, n in rows)
+        reference.step(*inputs, torch.tensor(slots), longest)
+        ours.step(*(x.cuda() for x in inputs), torch.tensor(slots).cuda(), longest)
+        for name in (*TABLES, *STATE):
+            one, other = getattr(ours, name).cpu(), getattr(reference, name)
+            n = {"copy_of": 3000, "page_of": 1500, "used": 1500, "is_sink": 1500, "youngest": 1500,
+                 "positions": len(slots)}.get(name)  # the places for what is masked are not compared
+            if name in ("block_table", "tiers"):
+                one, other = (x[:len(rows), :-(-longest // PAGE_TOKENS)] for x in (one, other))
+            assert one[..., :n].equal(other[..., :n]), (step, name)
+    assert (reference.used[:, :-1] == reference.now).any()
 
 
 def test_sizes():

@@ -195,12 +195,11 @@ class Shared:
             [0] * plans[0].old_tier)
         tiers = tiers_for(plans, block_size, n_blocks, chosen)
         self.pages = gpu_pages.Pages(tiers, n_blocks * block_size // PAGE_TOKENS, sizes.max_seqs,
-                                     -(-sizes.max_seq_len // PAGE_TOKENS), sizes.max_tokens, device)
+                                     -(-sizes.max_seq_len // PAGE_TOKENS), sizes.max_tokens, device,
+                                     library().page_tables if device.type == "cuda" else None)
         self.workspace = gpu_layer.Workspace(sizes.workspace_bytes(plans), sizes.prefill_bytes(plans),
                                              sizes.slab_bytes(plans), device)
         self.common = self.metadata = None
-        if device.type == "cuda":
-            self.pages.capture(sizes.q_len)
 
     @classmethod
     def of(cls, vllm_config, device, n_blocks, block_size):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which pages of 64 tokens have copies in the younger tiers, and what the kernels of a step are told. Needs torch only.
+"""Which pages of 64 tokens have copies in the younger tiers, and what the kernels of a step are told. Needs torch, on devices tqkv_cuda too.
 
 The engine's blocks hold every token at the last tier's widths. Beside them lie copies of pages at the widths of the
 younger tiers, found by page and replaced by least recent use, those of sinks after all others that no sequence has read
-in the last step: a later prefix hit reads them. One object serves all layers of a model: it decides once a step, with
-tensor operations on the device that wait for nothing, so a decode never stops for it. The host learns from each step
-which pages the youngest tier has: where those of a hit's newest tokens are gone, the scheduler has them read again.
+in the last step: a later prefix hit reads them. One object serves all layers of a model: it decides once a step, on the
+device and without waiting, so a decode never stops for it. The host learns from each step which pages the youngest tier
+has: where those of a hit's newest tokens are gone, the scheduler has them read again.
 
     page of the query - page of a token <= reach of a tier     its copy there is read, the youngest that is valid
     first pages (sinks)                                        as tier 0, always
@@ -48,13 +48,14 @@ def tiers_of(tier_tokens, n_sinks, n_sequences, n_pages):
 
 
 class Pages:
-    """Tables that outlive a step, and buffers at fixed addresses that a captured graph reads.
+    """Tables that outlive a step, and buffers at fixed addresses that a captured graph reads. launch: page_tables of
+    the tqkv_cuda.Library, which does on a device in two kernels what is written here with tensors.
 
     After step(): positions, slots[tier] (one row for the blocks, the last), block_table, tiers, seq_lens, as
     turboquant/cuda.h has them.
     """
 
-    def __init__(self, tiers, n_pages, max_seqs, max_pages, max_tokens, device):
+    def __init__(self, tiers, n_pages, max_seqs, max_pages, max_tokens, device, launch=None):
         n_young, n_most = len(tiers.reach), max(tiers.n_copies, default=0)
         self.tiers_young, self.n_pages, self.no_copy = tiers, n_pages, n_most
         self.reach = torch.tensor(tiers.reach, device=device).view(-1, 1)
@@ -72,29 +73,50 @@ class Pages:
         self.block_table = torch.zeros(max_seqs, max_pages, dtype=torch.int32, device=device)
         self.tiers = torch.full((max_seqs, max_pages), n_young, dtype=torch.uint8, device=device)
         self.seq_lens = torch.zeros(max_seqs, dtype=torch.int32, device=device)
-        self.graphs = []  # (inputs, graph), see capture()
         # Page of each copy of the youngest tier, -1 where it is not valid; the same on the host, as of the last step.
         is_cuda = torch.device(device).type == "cuda"
         self.copies = torch.arange(n_most + 1, device=device)
         self.youngest = torch.full((n_most + 1,), -1, device=device)
         self.on_host = torch.full((n_most + 1,), -1, pin_memory=is_cuda)
         self.told = torch.cuda.Event() if is_cuda else None
+        self.launch = launch
+        if launch is not None:
+            self.clock = torch.zeros(2, dtype=torch.int64, device=device)
+            self.args = self.arguments()
+
+    def arguments(self):
+        """Of tqkv_cuda_page_tables, but for what a step brings."""
+        from tqkv_cuda import PageTablesArgs
+        args = PageTablesArgs(places=self.block_table.data_ptr(), tier_slots=self.slots.data_ptr(),
+                              lengths=self.seq_lens.data_ptr())
+        for name in ("copy_of", "page_of", "used", "is_sink", "clock", "positions", "tiers", "youngest"):
+            setattr(args, name, getattr(self, name).data_ptr())
+        args.reach[:len(self.reach)] = self.tiers_young.reach
+        args.n_young, args.n_copies, args.n_pages = len(self.reach), self.no_copy, self.n_pages
+        args.n_sink_pages = self.tiers_young.n_sink_pages
+        args.max_seqs, args.places_stride = self.block_table.shape
+        args.max_tokens = args.slots_stride = self.slots.shape[1]
+        return args
 
     def step(self, query_start, seq_lens, block_table, slots, max_seq_len):
         """query_start: [n + 1], seq_lens: [n] with the new tokens, block_table: [n][pages of 64 tokens], slots:
         [tokens] page * 64 + cell, or -1 for padding; all on the device. max_seq_len: no sequence is longer."""
-        n, width = len(seq_lens), -(-max_seq_len // PAGE_TOKENS)
-        for inputs, graph in self.graphs:
-            if n <= len(inputs[1]) and width <= inputs[2].shape[1] and len(slots) <= len(inputs[3]):
-                inputs[0][:n + 1], inputs[1][:n], inputs[3][:len(slots)] = query_start, seq_lens, slots
-                inputs[2][:n, :width] = block_table[:, :width]
-                graph.replay()
-                break
+        block_table = block_table[:, :-(-max_seq_len // PAGE_TOKENS)]
+        if self.launch is None:
+            self.tabulate(query_start, seq_lens, block_table, slots)
         else:
-            self.tabulate(query_start, seq_lens, block_table[:, :width], slots)
+            self.launch_step(query_start, seq_lens, block_table, slots)
         self.on_host.copy_(self.youngest, non_blocking=True)
         if self.told is not None:
             self.told.record()
+
+    def launch_step(self, query_start, seq_lens, block_table, slots):
+        args = self.args
+        args.query_start, args.seq_lens = query_start.data_ptr(), seq_lens.data_ptr()
+        args.block_table, args.slots = block_table.data_ptr(), slots.data_ptr()
+        args.n_seqs, args.n_tokens = len(seq_lens), len(slots)
+        args.n_width, args.table_stride = block_table.shape[1], block_table.stride(0)
+        self.launch(args, torch.cuda.current_stream().cuda_stream)
 
     def has_newest(self, pages):
         """Whether the youngest tier has, as of the last step, what a query right behind these pages reads of them there.
@@ -106,27 +128,8 @@ class Pages:
             self.told.synchronize()
         return bool(torch.isin(torch.tensor(pages[-reach:]), self.on_host).all())
 
-    def capture(self, q_len):
-        """Graphs of step() for decodes, smallest first: it is many small operations, and a step waits for their
-        launches. They leave their inputs as they are here, so that a step fills in no more than it has."""
-        (max_seqs, max_pages), sizes = self.block_table.shape, [4, 2, 0]
-        for n, width in sorted({(-(-max_seqs // 2**i), -(-max_pages // 2**j)) for i in sizes for j in sizes}):
-            device = self.positions.device
-            inputs = [torch.full((n + 1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device),
-                      torch.zeros(n, dtype=torch.int32, device=device),
-                      torch.zeros(n, width, dtype=torch.int32, device=device),
-                      torch.full((min(n * q_len, self.slots.shape[1]),), -1, dtype=torch.int64, device=device)]
-            self.tabulate(*inputs)
-            torch.cuda.synchronize(device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.graphs[0][1].pool() if self.graphs else None):
-                self.tabulate(*inputs)
-                for x, value in zip(inputs, (torch.iinfo(torch.int32).max, 0, 0, -1)):
-                    x.fill_(value)
-            self.graphs.append((inputs, graph))
-
     def tabulate(self, query_start, seq_lens, block_table, slots):
-        """step() without graphs; rows may stand for no sequence, with a length of 0."""
+        """step() with tensors."""
         self.now += 1
         first = seq_lens - query_start.diff()  # position of the first new token
         self.seq_lens[len(seq_lens):] = 0
@@ -177,7 +180,7 @@ class Pages:
         # Those of this step last, before them those of the last step; within each sinks after the others.
         order = used + 2 * LATER * ((used >= self.now - 1).long() + (used >= self.now).long())
         order[0] += LATER * self.is_sink[:-1]
-        copy = order.argsort(1).gather(1, rank.clamp(0, self.no_copy - 1)).where(takes, self.no_copy)
+        copy = order.argsort(dim=1, stable=True).gather(1, rank.clamp(0, self.no_copy - 1)).where(takes, self.no_copy)
         self.page_of.scatter_(1, copy, page.where(takes, -1))
         self.use(copy)
         return copy
