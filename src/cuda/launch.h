@@ -96,6 +96,7 @@ typedef struct tqkvc_store {
     tqkv_cuda_store_args args;
     uint32_t page_bytes[TQKV_TIERS_MAX];
     uint32_t n_tiers, tiers[TQKV_TIERS_MAX]; /* that have slots */
+    uint32_t n_together; /* tiers of a block, a power of two: the launch chooses it */
     bool is_one_side; /* a launch of `side` alone: of a latent layer */
     uint32_t side;
 } tqkvc_store;
