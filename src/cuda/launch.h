@@ -50,6 +50,8 @@ typedef struct tqkvc_decode {
     uint32_t n_fetched;          /* units of a matrix that it has in shared memory */
     uint32_t tile_bytes, tile_blocks[TQKV_TIERS_MAX]; /* of one warp */
     float scale_log2;            /* scale * log2(e) */
+    bool is_early;               /* starts before the kernel ahead has ended, and waits for it */
+    bool after_store;            /* as in tqkv_cuda_decode_args; only with is_early */
 } tqkvc_decode;
 
 /* frames: shape, image, q, frame_tokens and type only. */

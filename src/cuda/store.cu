@@ -12,6 +12,7 @@
  *     copies of the matrix and tables  ─────────────────────┐          ┌─ candidates ── codes of a tier
  *     x ── turn, mean ── z ─────────────────────────────────┴─ y ──────┼─ candidates ── codes of a tier
  */
+#include "cuda/cluster.cuh"
 #include "cuda/store_rows.cuh"
 
 namespace
@@ -226,6 +227,7 @@ __global__ void __launch_bounds__(tqkvc_store_shape<D, ROWS>::THREADS,
                                   tqkvc_store_shape<D, ROWS>::BLOCKS)
     store_kernel(const __grid_constant__ tqkvc_store p)
 {
+    let_next_start(); /* everything before this launch is complete, as it has no attribute: decode.cu relies on that */
     using shape = tqkvc_store_shape<D, ROWS>;
     extern __shared__ __align__(128) uint8_t bytes[];
     store_memory<D, ROWS> &memory = *reinterpret_cast<store_memory<D, ROWS> *>(bytes);
