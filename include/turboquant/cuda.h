@@ -110,6 +110,10 @@ TQKV_API TQKV_NODISCARD tqkv_status tqkv_cuda_store(const tqkv_cuda_layer *layer
  * width 8, which is never written, counts as -128 here.)
  * workspace: device, 256-aligned, at least tqkv_cuda_decode_bytes of these sizes on this device. It is
  * zero before the first call; each call leaves it fit for the next, of any sizes and any layer.
+ * after_store: 0, or 1 as a promise: what came last on this stream was tqkv_cuda_store of one token or more into some
+ * tier, and nothing between (no kernel, copy, memset or wait for an event); and q, seq_lens, block_table, tiers, the image
+ * and the workspace were ready for that store too. Then work on queries may run beside that store; what is in pools
+ * is read when it has ended. A device that cannot do this works as with 0. Not of latent layers, where it changes nothing.
  */
 typedef struct tqkv_cuda_decode_args {
     tqkv_cuda_pages pages;
@@ -121,6 +125,7 @@ typedef struct tqkv_cuda_decode_args {
     uint32_t n_seqs, q_len, max_tokens;
     float scale;
     tqkv_cuda_type type;
+    uint32_t after_store;
 } tqkv_cuda_decode_args;
 
 /* 0 for sizes that decode would refuse. Needs a current device. */

@@ -46,10 +46,10 @@ class StoreArgs(c.Structure):
 
 
 class DecodeArgs(c.Structure):
-    """tqkv_cuda_decode_args."""
+    """tqkv_cuda_decode_args. after_store may be left out."""
     _fields_ = [("pages", Pages), ("q", c.c_void_p), ("out", c.c_void_p), ("lse", c.c_void_p), ("seq_lens", c.c_void_p),
                 ("workspace", c.c_void_p), ("n_seqs", c.c_uint32), ("q_len", c.c_uint32), ("max_tokens", c.c_uint32),
-                ("scale", c.c_float), ("type", c.c_int)]
+                ("scale", c.c_float), ("type", c.c_int), ("after_store", c.c_uint32)]
 
 
 class PrefillArgs(c.Structure):

@@ -85,11 +85,11 @@ static __device__ __forceinline__ void wait_for_previous()
 #endif
 }
 
-/* Launches clusters of n_cluster blocks along x, which may start before the kernel ahead has ended. */
+/* Launches clusters of n_cluster blocks along x; with is_early they may start before the kernel ahead has ended. */
 template <typename ARGS>
 static cudaError_t launch_clusters(void (*kernel)(ARGS), dim3 grid, uint32_t n_cluster,
-                                   uint32_t n_threads, size_t shared_bytes, cudaStream_t stream,
-                                   const ARGS &args)
+                                   uint32_t n_threads, size_t shared_bytes, bool is_early,
+                                   cudaStream_t stream, const ARGS &args)
 {
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
@@ -104,7 +104,7 @@ static cudaError_t launch_clusters(void (*kernel)(ARGS), dim3 grid, uint32_t n_c
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = n_cluster > 1 ? 2 : 1;
+    config.numAttrs = !is_early ? 0 : n_cluster > 1 ? 2 : 1; /* devices without the one have no clusters */
     return cudaLaunchKernelEx(&config, kernel, args);
 }
 

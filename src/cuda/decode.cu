@@ -11,7 +11,10 @@
  * shared memory. Each merges a slice of the sums and finishes some of the channels. Elsewhere the last of
  * the splits merges what the others left in the workspace, and finishes all.
  *
- * A block begins with the queries of its frames (frames.cuh), while its first tiles are on their way.
+ * A block begins with the queries of its frames (frames.cuh), while its first tiles are on their way. After a
+ * store the queries come first, beside the store: until griddepcontrol.wait a block reads what was there before the store
+ * (lengths, tables, q, image) and writes its products only, of which no store knows; codes follow the wait. The decode
+ * that had these products before ended before the store began, as that is launched without the attribute.
  * Every byte of K and V is read once for up to R rows, by bulk copies of sections (1040 bytes at 4 bits
  * and 128 channels). While a warp works on V of a tile, K of its next tile is on its way, and the
  * reverse: 16 warps of 8 KB fill a multiprocessor of sm_90, and hide each other's latency.
@@ -347,6 +350,13 @@ __device__ void share_queries(worker<D, R> &w, uint32_t frame, uint32_t tier)
         reinterpret_cast<uint4 *>(&w.memory.queries)[i] = reinterpret_cast<const uint4 *>(&made)[i];
 }
 
+/* Returns when the kernel before has ended, and lets the next one begin. All threads, once. */
+__device__ __forceinline__ void take_turn()
+{
+    wait_for_previous();
+    let_next_start();
+}
+
 /*
  * Queries of the frames of the block, while start() brings its first tiles. Where all of its tiles are of one frame and
  * tier, its warps make the whole numbers together. All threads; ends with a barrier.
@@ -395,16 +405,20 @@ template <int D, int R> __device__ void run_tiles(worker<D, R> &w)
         s.start(w, i, next, tier);
     };
 
+    bool is_started = !w.p.after_store;
     make_queries(w, [&]() {
-        if (i < end)
+        if (is_started && i < end)
             start();
     });
     start_rows(w);
+    if (!is_started)
+        take_turn();
     while (i < end) {
+        if (!is_started)
+            start();
         run_segment(w, s);
         i = next;
-        if (i < end)
-            start();
+        is_started = false;
     }
     for (int h = 0; h < R / 4; h++) {
         for (int d = 4; d < 32; d *= 2) {
@@ -502,11 +516,14 @@ __global__ void __launch_bounds__(32 * TQKVC_WARPS, BLOCKS)
         }
         cluster_arrive();
     }
-    wait_for_previous();
-    let_next_start();
+    if (!p.after_store)
+        take_turn();
     const task t = find_task(p);
-    if (t.split >= t.n_parts && !cluster)
+    if (t.split >= t.n_parts && !cluster) {
+        if (p.after_store) /* when all blocks have ended, the store has */
+            take_turn();
         return;
+    }
     worker<D, R> w = {p,
                       t,
                       shared,
@@ -556,7 +573,7 @@ template <int D, int R, int BLOCKS> tqkv_status launch(const tqkvc_decode &p, cu
         return TQKV_ERR_UNSUPPORTED;
     }
     const dim3 grid(p.n_splits, p.frames.shape.n_kv_heads * p.frames.n_row_tiles, p.frames.n_seqs);
-    const cudaError_t error = launch_clusters(kernel, grid, n_cluster, THREADS, bytes, stream, p);
+    const cudaError_t error = launch_clusters(kernel, grid, n_cluster, THREADS, bytes, p.is_early, stream, p);
     (void)cudaGetLastError();
     return error == cudaSuccess ? TQKV_OK : TQKV_ERR_UNSUPPORTED;
 }

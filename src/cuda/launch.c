@@ -329,6 +329,7 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
     if (!plan_decode(layer, args->n_seqs, args->q_len, args->max_tokens, &plan))
         return TQKV_ERR_INVALID_ARG;
 
+    const bool is_early = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
     /* Counters first: where they are, and what else is there, does not depend on the sizes of a call. */
     uint8_t *next = args->workspace;
     tqkvc_decode p = {.frames = {.shape = layer->shape,
@@ -351,7 +352,9 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
                       .n_fetched = plan.n_fetched,
                       .n_blocks = plan.n_blocks,
                       .tile_bytes = plan.tile_bytes,
-                      .scale_log2 = args->scale * LOG2_E};
+                      .scale_log2 = args->scale * LOG2_E,
+                      .is_early = is_early,
+                      .after_store = is_early && args->after_store != 0};
     p.arrivals = (uint32_t *)(void *)next;
     next += plan.arrivals_bytes;
     p.frames.products = (float *)(void *)next;

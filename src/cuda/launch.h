@@ -51,6 +51,8 @@ typedef struct tqkvc_decode {
     uint32_t n_fetched;          /* units of a matrix that it has in shared memory */
     uint32_t tile_bytes, tile_blocks[TQKV_TIERS_MAX]; /* of one warp */
     float scale_log2;            /* scale * log2(e) */
+    bool is_early;               /* starts before the kernel ahead has ended, and waits for it */
+    bool after_store;            /* as in tqkv_cuda_decode_args; only with is_early */
 } tqkvc_decode;
 
 /* frames: shape, image, q, frame_tokens and type only. */
@@ -97,6 +99,7 @@ typedef struct tqkvc_store {
     tqkv_cuda_store_args args;
     uint32_t page_bytes[TQKV_TIERS_MAX];
     uint32_t n_tiers, tiers[TQKV_TIERS_MAX]; /* that have slots */
+    uint32_t n_together; /* tiers of a block, a power of two: the launch chooses it */
     bool is_one_side; /* a launch of `side` alone: of a latent layer */
     uint32_t side;
 } tqkvc_store;

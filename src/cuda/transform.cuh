@@ -21,7 +21,13 @@ template <int D, int ROWS> struct tqkvc_store_shape {
     static constexpr int BLOCKS = /* of a multiprocessor */
         !IS_MANY ? (ROWS == 8 && D < 256 ? 2 : 1) : D == 128 ? 4 : D == 64 ? 3 : 2;
     static constexpr int OCTETS = THREADS / 8;
-    static constexpr int OF_ROW = OCTETS > ROWS ? OCTETS / ROWS : 1; /* octets */
+    static constexpr int OF_ROW = OCTETS > ROWS ? OCTETS / ROWS : 1; /* octets, if a block has one tier */
+    /*
+     * Tiers that a block may have, and those under way at once. Rows of latents share one place for levels; many rows of
+     * 256 channels have no registers for a loop over tiers.
+     */
+    static constexpr int TIERS_MAX = D > 256 || (D == 256 && IS_MANY) ? 1 : 4;
+    static constexpr int TIERS = IS_MANY ? 1 : TIERS_MAX;
     static constexpr bool IS_DIRECT = ROWS == 1 && D > 256; /* the matrix does not pass through shared memory */
     static constexpr int CHANNELS = IS_MANY || D <= THREADS ? 1 : D / THREADS; /* of a thread that has no tile */
     static constexpr int STEP = IS_MANY ? 8 : 4096 / D; /* rows of the matrix in a stage */

@@ -80,14 +80,13 @@ class Machine:
                        for layer in cuda]
         self.scale = shape.dim ** -0.5
 
-    def run(self, batch, q, k, v, out):
-        """q, out: [layers, tokens, heads, dim]."""
+    def run(self, batch, q, k, v, out, beside=True):
+        """q, out: [layers, tokens, heads, dim]. beside: as in GpuLayer.store_and_attend."""
         n = batch.n_tokens
         sums = []
         for layer, blocks, *x in zip(self.layers, self.blocks, q, k, v, out):
             x = [part[:n] for part in x]
-            layer.store(blocks.data_ptr(), self.pages, x[1], x[2])
-            sums.append(layer.attend(blocks.data_ptr(), self.pages, batch, self.scale, *x))
+            sums.append(layer.store_and_attend(blocks.data_ptr(), self.pages, batch, self.scale, *x, beside=beside))
         return torch.stack(sums)
 
 
@@ -448,8 +447,8 @@ def time_step(library, device, generator):
     print("tiers of a sequence:", pages.tiers[0, :width].bincount().tolist(), flush=True)
     print("tables of a step (once for all layers), us of device and host: {:.0f} {:.0f}".format(*timed(build, 60)))
     batch = Batch(n_seqs, n_seqs, 1, tokens)
-    graph = graph_of(lambda: machine.run(batch, q, k, v, out))
-    whole = timed(graph.replay, 60)[0] / shape.n_layers
+    graphs = [graph_of(lambda beside=beside: machine.run(batch, q, k, v, out, beside)) for beside in (True, False)]
+    whole, apart = (timed(graph.replay, 60)[0] / shape.n_layers for graph in graphs)
 
     def stores():
         for layer, blocks, x, y in zip(machine.layers, machine.blocks, k, v):
@@ -458,7 +457,7 @@ def time_step(library, device, generator):
     def decodes(batch):
         for layer, blocks, x, to in zip(machine.layers, machine.blocks, q, out):
             layer.decode(blocks.data_ptr(), pages, batch, machine.scale, x, to, torch.empty(n_seqs, 32, device=device))
-    print(f"64 x 4096, us a layer: store and attend {whole:.1f}", flush=True)
+    print(f"64 x 4096, us a layer: store and attend {whole:.1f}, one after the other {apart:.1f}", flush=True)
     us = timed(graph_of(stores).replay, 60)[0] / shape.n_layers
     print(f"    store into four tiers {us:.1f}", flush=True)
     bare = timed(graph_of(lambda: decodes(batch)).replay, 60)[0] / shape.n_layers

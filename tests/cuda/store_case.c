@@ -86,19 +86,30 @@ static void check_pool(const layer *l, uint32_t tier, const void *pool, const ui
     assert_int_equal(n_different, 0);
 }
 
+/* The slots of a tier: like those of the first one, but runs of tokens are left out, as of a prompt in young tiers. */
+static int64_t *slots_of_tier(const int64_t *slots, uint32_t n_tokens, uint32_t index)
+{
+    int64_t *out = malloc(n_tokens * sizeof(*out));
+
+    assert_non_null(out);
+    for (uint32_t i = 0; i < n_tokens; i++)
+        out[i] = index > 0 && i / (16u << index) % 4 == index ? -1 : slots[i];
+    return out;
+}
+
 void check_store(test_random *random, const layer *l, uint32_t tier, uint32_t n_tokens,
                         tqkv_cuda_type type, cell_order order)
 {
     const uint32_t page_tokens = 16u << test_random_u32(random) % 4,
-                   n_pages = 2 * n_tokens / page_tokens + 2,
-                   tiers[2] = {tier, tqkv_cuda_page_bytes(l->cuda, tier + 1, 16) > 0 ? tier + 1 : 0},
-                   n_tiers = tiers[1] == tier ? 1 : 2;
+                   n_pages = 2 * n_tokens / page_tokens + 2;
+    uint32_t n_tiers = 0; /* from `tier` on */
     const size_t n_rows = (size_t)n_tokens * l->n_kv_heads;
     float *x[2] = {random_rows(random, n_rows, l->dims[TQKV_SIDE_K], 1.0f),
                    random_rows(random, n_rows, l->dims[TQKV_SIDE_V], 1.0f)};
     int64_t *slots = malloc(n_tokens * sizeof(*slots));
     int32_t *positions = malloc(n_tokens * sizeof(*positions));
-    void *device[2], *device_slots;
+    int64_t *slots_of[TQKV_TIERS_MAX];
+    void *device[2], *device_slots[TQKV_TIERS_MAX];
 
     assert_true(slots && positions);
     for (uint32_t i = 0; i < n_tokens; i++) {
@@ -118,7 +129,6 @@ void check_store(test_random *random, const layer *l, uint32_t tier, uint32_t n_
         device[side] = device_bytes(typed, n_rows * l->dims[side] * type_bytes(type));
         free(typed);
     }
-    device_slots = device_bytes(slots, n_tokens * 8);
     tqkv_cuda_store_args args = {.k = device[0],
                                  .v = device[1],
                                  .k_token_stride = (size_t)l->n_kv_heads * l->dims[TQKV_SIDE_K],
@@ -127,21 +137,24 @@ void check_store(test_random *random, const layer *l, uint32_t tier, uint32_t n_
                                  .n_tokens = n_tokens,
                                  .page_tokens = page_tokens,
                                  .type = type};
-    for (uint32_t i = 0; i < n_tiers; i++) {
-        args.slots[tiers[i]] = device_slots;
-        args.pool[tiers[i]] =
-            device_bytes(NULL, n_pages * tqkv_cuda_page_bytes(l->cuda, tiers[i], page_tokens));
+    for (; tqkv_cuda_page_bytes(l->cuda, tier + n_tiers, 16) > 0; n_tiers++) {
+        slots_of[n_tiers] = slots_of_tier(slots, n_tokens, n_tiers);
+        device_slots[n_tiers] = device_bytes(slots_of[n_tiers], n_tokens * 8);
+        args.slots[tier + n_tiers] = device_slots[n_tiers];
+        args.pool[tier + n_tiers] =
+            device_bytes(NULL, n_pages * tqkv_cuda_page_bytes(l->cuda, tier + n_tiers, page_tokens));
     }
     assert_int_equal(tqkv_cuda_store(l->cuda, l->image, &args, NULL), TQKV_OK);
     for (uint32_t i = 0; i < n_tiers; i++) {
-        const size_t bytes = n_pages * tqkv_cuda_page_bytes(l->cuda, tiers[i], page_tokens);
-        uint8_t *want = expect_pool(l, tiers[i], x, slots, positions, n_tokens, bytes);
-        check_pool(l, tiers[i], args.pool[tiers[i]], want, bytes);
+        const size_t bytes = n_pages * tqkv_cuda_page_bytes(l->cuda, tier + i, page_tokens);
+        uint8_t *want = expect_pool(l, tier + i, x, slots_of[i], positions, n_tokens, bytes);
+        check_pool(l, tier + i, args.pool[tier + i], want, bytes);
         free(want);
-        check(cudaFree(args.pool[tiers[i]]));
+        free(slots_of[i]);
+        check(cudaFree(args.pool[tier + i]));
+        check(cudaFree(device_slots[i]));
     }
     check(cudaFree((void *)(uintptr_t)args.positions));
-    check(cudaFree(device_slots));
     for (int side = 0; side < 2; side++) {
         check(cudaFree(device[side]));
         free(x[side]);

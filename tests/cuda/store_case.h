@@ -14,8 +14,8 @@ typedef enum cell_order {
 } cell_order;
 
 /*
- * One launch of n_tokens random tokens for a tier and the one after it, if there is one, into the same cells; the others
- * have no slots.
+ * One launch of n_tokens random tokens for a tier and all after it, into the same cells, of which each tier but the
+ * first leaves some out; tiers before have no slots.
  */
 void check_store(test_random *random, const layer *l, uint32_t tier, uint32_t n_tokens,
                  tqkv_cuda_type type, cell_order order);

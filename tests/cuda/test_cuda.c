@@ -27,13 +27,13 @@ static bool is_short;
 
 /*
  * With two KV heads and 132 multiprocessors a block has one row up to 33 tokens, eight up to 1320,
- * then a tile. Plans at random have dense matrices, those without calibration Walsh-Hadamard ones.
+ * then a tile. It has two tiers or three of 12, 33, 100, 511 or 4500 tokens, otherwise one. Plans at random have dense matrices, those without calibration Walsh-Hadamard ones.
  */
 static void test_store(void **state)
 {
     static const uint32_t dims[] = {64, 128, 256}, few[] = {1, 9, 70, 1400};
-    static const uint32_t counts[] = {63, 64, 65, 511, 512, 513, 1320, 1400};
-    const uint32_t *more = is_short ? few : counts, n_more = is_short ? 4 : 8;
+    static const uint32_t counts[] = {33, 63, 64, 65, 100, 511, 512, 513, 1320, 1400};
+    const uint32_t *more = is_short ? few : counts, n_more = is_short ? 4 : 10;
     uint32_t n_checks = 0;
 
     (void)state;
@@ -46,6 +46,8 @@ static void test_store(void **state)
         for (uint32_t k = 0; k < n_more * (is_short ? 1u : 3u); k++, n_checks++)
             check_store(&random, &l, n_checks % N_TIERS, more[k % n_more], (tqkv_cuda_type)(k % 3),
                         (cell_order)(k / 3 % N_ORDERS));
+        if (!is_short)
+            check_store(&random, &l, 0, 4500, TQKV_CUDA_BF16, IN_ORDER);
         free_layer(&l);
         l = make_layer_of(&random, dims[i], 4, 2, (uint32_t)i, 1);
         for (uint32_t k = 0; k < n_more; k++)
@@ -202,6 +204,174 @@ static void test_long(void **state)
     free_layer(&l);
 }
 
+/* ---- decode beside the store before it ---- */
+
+enum { N_STEPS = 8, N_NEW = 16 }; /* N_NEW: most tokens of a sequence that each step stores again */
+
+typedef struct steps {
+    const layer *l;
+    tqkv_cuda_store_args store[N_STEPS]; /* other rows each time, in the same cells */
+    tqkv_cuda_decode_args decode[N_STEPS];
+    size_t out_bytes;
+    void *slots[N_TIERS], *positions;
+} steps;
+
+/* The last tokens of each sequence in their tiers. Returns how many. */
+static uint32_t place_new(const sequences *s, int64_t *slots[N_TIERS], int32_t *positions)
+{
+    uint32_t n = 0;
+
+    for (uint32_t i = 0; i < s->n; i++) {
+        const uint32_t length = (uint32_t)s->lengths[i], first = length > N_NEW ? length - N_NEW : 0;
+        for (uint32_t t = first; t < length; t++, n++) {
+            const int64_t page = s->table[i * s->table_stride + t / s->page_tokens];
+            for (uint32_t tier = 0; tier < N_TIERS; tier++)
+                slots[tier][n] = s->tiers[i * s->tiers_stride + t / 64] == tier
+                                     ? page * s->page_tokens + t % s->page_tokens
+                                     : -1;
+            positions[n] = (int32_t)t;
+        }
+    }
+    return n;
+}
+
+static steps make_steps(test_random *random, const layer *l, const sequences *s)
+{
+    const size_t n_out = (size_t)s->n * l->n_heads * l->dim, row = (size_t)l->n_kv_heads * l->dim,
+                 bytes = tqkv_cuda_decode_bytes(l->cuda, s->n, 1, s->max_tokens);
+    int64_t *slots[N_TIERS];
+    int32_t *positions = malloc((size_t)s->n * N_NEW * sizeof(*positions));
+    steps out = {.l = l, .out_bytes = n_out * sizeof(float)};
+    void *workspace = device_bytes(NULL, bytes);
+
+    check(cudaMemset(workspace, 0, bytes));
+    for (uint32_t tier = 0; tier < N_TIERS; tier++)
+        slots[tier] = malloc((size_t)s->n * N_NEW * sizeof(**slots));
+    const uint32_t n = place_new(s, slots, positions);
+    out.positions = device_bytes(positions, n * sizeof(*positions));
+    for (uint32_t tier = 0; tier < N_TIERS; tier++)
+        out.slots[tier] = device_bytes(slots[tier], n * sizeof(**slots));
+    for (uint32_t i = 0; i < N_STEPS; i++) {
+        float *rows = random_rows(random, n * 2, (uint32_t)row, 1.0f), *q = random_rows(random, n_out, 1, 1.5f);
+        const float *kv = device_bytes(rows, 2 * n * row * sizeof(float));
+        out.store[i] = (tqkv_cuda_store_args){.k = kv, .v = kv + n * row, .k_token_stride = row,
+                                              .v_token_stride = row, .positions = out.positions,
+                                              .n_tokens = n, .page_tokens = s->page_tokens,
+                                              .type = TQKV_CUDA_F32};
+        for (uint32_t tier = 0; tier < N_TIERS; tier++) {
+            out.store[i].slots[tier] = out.slots[tier];
+            out.store[i].pool[tier] = s->device.pool[tier];
+        }
+        out.decode[i] = (tqkv_cuda_decode_args){.pages = s->device, .q = device_bytes(q, out.out_bytes),
+                                                .out = device_bytes(NULL, out.out_bytes),
+                                                .seq_lens = s->device_lengths, .workspace = workspace,
+                                                .n_seqs = s->n, .q_len = 1, .max_tokens = s->max_tokens,
+                                                .scale = 0.1f, .type = TQKV_CUDA_F32};
+        free(rows);
+        free(q);
+    }
+    for (uint32_t tier = 0; tier < N_TIERS; tier++)
+        free(slots[tier]);
+    free(positions);
+    return out;
+}
+
+static void free_steps(steps *s)
+{
+    check(cudaFree(s->decode[0].workspace));
+    check(cudaFree(s->positions));
+    for (uint32_t tier = 0; tier < N_TIERS; tier++)
+        check(cudaFree(s->slots[tier]));
+    for (uint32_t i = 0; i < N_STEPS; i++) {
+        check(cudaFree((void *)(uintptr_t)s->store[i].k));
+        check(cudaFree((void *)(uintptr_t)s->decode[i].q));
+        check(cudaFree(s->decode[i].out));
+    }
+}
+
+/* All steps, each decode beside its store, or when it has ended. */
+static void run_steps(steps *s, bool beside, cudaStream_t stream)
+{
+    for (uint32_t i = 0; i < N_STEPS; i++) {
+        s->decode[i].after_store = beside;
+        assert_int_equal(tqkv_cuda_store(s->l->cuda, s->l->image, &s->store[i], stream), TQKV_OK);
+        if (!beside)
+            check(cudaStreamSynchronize(stream));
+        assert_int_equal(tqkv_cuda_decode(s->l->cuda, s->l->image, &s->decode[i], stream), TQKV_OK);
+        if (!beside)
+            check(cudaStreamSynchronize(stream));
+    }
+}
+
+/* Outputs of all steps, which are poisoned then; to be freed. */
+static uint8_t *take_outputs(const steps *s)
+{
+    uint8_t *out = malloc(N_STEPS * s->out_bytes);
+
+    assert_non_null(out);
+    check(cudaDeviceSynchronize());
+    for (uint32_t i = 0; i < N_STEPS; i++) {
+        to_host(out + i * s->out_bytes, s->decode[i].out, s->out_bytes);
+        check(cudaMemset(s->decode[i].out, POISON, s->out_bytes));
+    }
+    check(cudaDeviceSynchronize());
+    return out;
+}
+
+static void check_after_store(test_random *random, const layer *l, const sequences *s)
+{
+    steps all = make_steps(random, l, s);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t run;
+
+    check(cudaStreamCreate(&stream));
+    run_steps(&all, false, stream);
+    uint8_t *want = take_outputs(&all);
+    assert_memory_not_equal(want, want + all.out_bytes, all.out_bytes);
+    for (int again = 0; again < 5; again++) {
+        run_steps(&all, true, stream);
+        uint8_t *got = take_outputs(&all);
+        assert_memory_equal(got, want, N_STEPS * all.out_bytes);
+        free(got);
+    }
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    run_steps(&all, true, stream);
+    check(cudaStreamEndCapture(stream, &graph));
+    check(cudaGraphInstantiate(&run, graph, 0));
+    for (int again = 0; again < 5; again++) {
+        check(cudaGraphLaunch(run, stream));
+        check(cudaGraphLaunch(run, stream));
+        uint8_t *got = take_outputs(&all);
+        assert_memory_equal(got, want, N_STEPS * all.out_bytes);
+        free(got);
+    }
+    check(cudaGraphExecDestroy(run));
+    check(cudaGraphDestroy(graph));
+    check(cudaStreamDestroy(stream));
+    free(want);
+    free_steps(&all);
+}
+
+/* A cluster, splits that meet in the workspace, and one split; stores of one row a block and of eight. */
+static void test_after_store(void **state)
+{
+    static const int32_t lengths[] = {700, 3, 1500, 90, 2100, 64, 1023, 1024, 1025, 17, 300, 2000};
+    static const struct {
+        uint32_t dim, n_heads, n, page_tokens;
+    } cases[] = {{128, 8, 1, 64}, {128, 8, 12, 64}, {64, 14, 12, 16}, {256, 4, 3, 64}, {128, 16, 7, 32}};
+
+    (void)state;
+    test_random random = {seed + 3};
+    for (size_t i = 0; i < (is_short ? 2 : sizeof(cases) / sizeof(cases[0])); i++) {
+        layer l = make_layer(&random, cases[i].dim, cases[i].n_heads, 2, TQKV_ROPE_HALVES);
+        sequences s = make_sequences(&random, &l, lengths, cases[i].n, cases[i].page_tokens, true);
+        check_after_store(&random, &l, &s);
+        free_sequences(&s);
+        free_layer(&l);
+    }
+}
+
 /* ---- unpack, merge ---- */
 
 static void test_unpack(void **state)
@@ -332,7 +502,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest device_tests[] = {
         cmocka_unit_test(test_store), cmocka_unit_test(test_unpack), cmocka_unit_test(test_merge),
         cmocka_unit_test(test_decode), cmocka_unit_test(test_clusters),
-        cmocka_unit_test(test_long)};
+        cmocka_unit_test(test_after_store), cmocka_unit_test(test_long)};
 
     is_short = read_arguments(argc, argv, &seed);
     const int failed = cmocka_run_group_tests(host_tests, NULL, NULL);

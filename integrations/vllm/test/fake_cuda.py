@@ -6,6 +6,7 @@ import math
 
 import torch
 import tqkv_cuda
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = {tqkv_cuda.F32: torch.float32, tqkv_cuda.F16: torch.float16, tqkv_cuda.BF16: torch.bfloat16}
 
@@ -15,6 +16,19 @@ def at(address, dtype, *shape, stride=None):
     stride = (stride or math.prod(shape[1:]),) + tuple(math.prod(shape[i + 1:]) for i in range(1, len(shape)))
     n_bytes = (1 + sum((n - 1) * s for n, s in zip(shape, stride))) * dtype.itemsize
     return torch.frombuffer((ctypes.c_char * n_bytes).from_address(address), dtype=dtype).as_strided(shape, stride)
+
+
+class Launches(TorchDispatchMode):
+    """Notes in `calls` what torch would launch, so that a decode with after_store finds it there."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in function.__name__:
+            self.calls.append(f"torch {function}")
+        return function(*args, **(kwargs or {}))
 
 
 def rounded(x, tier):
@@ -41,13 +55,13 @@ class Layer:
         return at(pool, torch.float32, int(slots.max()) + 1, *self.cell)
 
     def store(self, args, stream):
-        self.calls.append("store")
         new = self.encode(args)
         for tier in range(self.n_tiers):
             slots = at(args.slots[tier], torch.int64, args.n_tokens)
             live = slots >= 0
             if live.any():
                 self.cells(args.pool[tier], slots)[slots[live]] = rounded(new[live], tier)
+        self.calls.append("store")
 
     def encode(self, args):
         """The cells of these tokens, before they are rounded."""
@@ -67,7 +81,8 @@ class Layer:
         return got
 
     def decode(self, args, stream):
-        self.calls.append(f"decode {args.n_seqs} x {args.q_len}")
+        assert self.calls[-1:] == ["store"] or not args.after_store
+        self.calls.append(f"decode {args.n_seqs} x {args.q_len}" + (" beside" if args.after_store else ""))
         shape = (args.n_seqs, args.q_len, self.n_heads, self.dim)
         q, out = at(args.q, DTYPES[args.type], *shape), at(args.out, DTYPES[args.type], *shape)
         lse, lens = at(args.lse, torch.float32, *shape[:3]), at(args.seq_lens, torch.int32, args.n_seqs)

@@ -46,6 +46,8 @@ class DeviceBackend:
 
 
 class TurboquantGpuBackend(DeviceBackend, TurboquantBackend):
+    """forward() stores too (forward_includes_kv_cache_update): nothing that vLLM launches comes between store and decode."""
+
     @staticmethod
     def get_impl_cls():
         return TurboquantGpuImpl
@@ -332,7 +334,6 @@ class TurboquantGpuImpl(TurboquantImpl):
         if setup.channel_order is not None:
             query, key = query[..., setup.channel_order], key[..., setup.channel_order]
         blocks = kv_cache.data_ptr()
-        setup.gpu.store(blocks, attn_metadata.pages, key, value)
-        lse = setup.gpu.attend(blocks, attn_metadata.pages, batch, self.scale, query, key, value,
-                               output[:batch.n_tokens])
+        lse = setup.gpu.store_and_attend(blocks, attn_metadata.pages, batch, self.scale, query, key, value,
+                                         output[:batch.n_tokens])
         return (output, lse) if self.need_to_return_lse_for_decode else output

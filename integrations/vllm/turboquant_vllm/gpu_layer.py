@@ -67,6 +67,18 @@ class Batch:
     prompts: Prompts | None = None
 
 
+@dataclass(frozen=True)
+class Decode:
+    """A decode that is ready to run: reads q, writes `to` and sums, whose rows `places` go to out and lse, if there are any."""
+    args: tqkv_cuda.DecodeArgs
+    q: torch.Tensor
+    to: torch.Tensor
+    sums: torch.Tensor
+    places: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
 def aligned(n_bytes, device):
     """Zeros from an address that is a multiple of 256 on."""
     memory = torch.zeros(n_bytes + 256, dtype=torch.uint8, device=device)
@@ -134,12 +146,16 @@ class GpuLayer:
                                    len(key), PAGE_TOKENS, TYPES[key.dtype])
         self.cuda.store(args, stream_of(key))
 
-    def attend(self, blocks, pages, batch, scale, query, key, value, out):
-        """After store. query, out: [tokens, heads, dim], key and value: [tokens, KV heads, dim]; out is contiguous and
-        written. Returns the log of the sums of exp: [tokens, heads] f32, natural."""
+    def store_and_attend(self, blocks, pages, batch, scale, query, key, value, out, beside=True):
+        """query, out: [tokens, heads, dim], key and value: [tokens, KV heads, dim]; out is contiguous and written. Returns
+        the log of the sums of exp: [tokens, heads] f32, natural. What a decode needs is made before the store, so that
+        nothing comes between both and work on its queries runs beside the store; not so if `beside` is False."""
         lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
-        if batch.n_decodes > 0:
-            self.decode(blocks, pages, batch, scale, query, out, lse)
+        decode = self.prepare_decode(blocks, pages, batch, scale, query, out, lse) if batch.n_decodes > 0 else None
+        self.store(blocks, pages, key, value)
+        if decode is not None:
+            decode.args.after_store = int(beside)
+            self.run_decode(decode)
         if batch.prompts is not None:
             tokens = slice(batch.prompts.first_token, batch.prompts.first_token + batch.prompts.n_tokens)
             self.read_prompts(blocks, pages, batch.prompts, scale, (query[tokens], key[tokens], value[tokens]),
@@ -149,6 +165,9 @@ class GpuLayer:
     def decode(self, blocks, pages, batch, scale, query, out, lse):
         """Of the tokens of the decodes, which come first. query, out: [tokens, heads, dim], lse: [tokens, heads] f32.
         In a latent layer the kernels' own space is meant: turboquant/cuda.h, and gpu_mla."""
+        self.run_decode(self.prepare_decode(blocks, pages, batch, scale, query, out, lse))
+
+    def prepare_decode(self, blocks, pages, batch, scale, query, out, lse):
         n = batch.n_decodes * batch.q_len
         if batch.rows is None:
             q, to, sums = query[:n].contiguous(), out[:n], lse[:n]
@@ -158,10 +177,13 @@ class GpuLayer:
         args = tqkv_cuda.DecodeArgs(self.pages(blocks, pages), q.data_ptr(), to.data_ptr(), sums.data_ptr(),
                                     pages.seq_lens.data_ptr(), self.workspace.decode.data_ptr(), batch.n_decodes,
                                     batch.q_len, batch.max_tokens, scale, TYPES[q.dtype])
-        self.cuda.decode(args, stream_of(q))
-        if batch.rows is not None:
-            out[:len(batch.places)] = to[batch.places]
-            lse[:len(batch.places)] = sums[batch.places]
+        return Decode(args, q, to, sums, batch.places, out, lse)
+
+    def run_decode(self, decode):
+        self.cuda.decode(decode.args, stream_of(decode.q))
+        if decode.places is not None:
+            decode.out[:len(decode.places)] = decode.to[decode.places]
+            decode.lse[:len(decode.places)] = decode.sums[decode.places]
 
     def gather(self, blocks, pages, first_row, starts, firsts, n_tokens, out):
         """Latents and rotated keys of rows first_row on into the first n_tokens rows of out: of row r those from
