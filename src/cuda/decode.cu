@@ -598,6 +598,17 @@ template <int D> size_t shared_bytes(uint32_t rows_per_tile, bool is_cluster)
 
 } // namespace
 
+extern "C" uint32_t tqkvc_decode_code(void)
+{
+    cudaFuncAttributes attributes;
+
+    if (cudaFuncGetAttributes(&attributes, decode_kernel<128, 4, 4>) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return 0;
+    }
+    return (uint32_t)attributes.ptxVersion;
+}
+
 extern "C" size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile,
                                             uint32_t tile_bytes, bool is_cluster)
 {

@@ -148,10 +148,16 @@ static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan,
     return best;
 }
 
+/* Whether device code may launch clusters and start early: a device without code of its own runs that of an older one. */
+static bool is_of_hopper(void)
+{
+    return tqkvc_decode_code() >= 90;
+}
+
 /* More than 8 blocks are not portable; those of compute capability 9 take 16. */
 static uint32_t largest_cluster(void)
 {
-    if (device_attribute(cudaDevAttrClusterLaunch) == 0)
+    if (device_attribute(cudaDevAttrClusterLaunch) == 0 || !is_of_hopper())
         return 1;
     return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 ? TQKVC_CLUSTER_MAX
                                                                     : TQKVC_CLUSTER_PORTABLE;
@@ -329,7 +335,7 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
     if (!plan_decode(layer, args->n_seqs, args->q_len, args->max_tokens, &plan))
         return TQKV_ERR_INVALID_ARG;
 
-    const bool is_early = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+    const bool is_early = is_of_hopper();
     /* Counters first: where they are, and what else is there, does not depend on the sizes of a call. */
     uint8_t *next = args->workspace;
     tqkvc_decode p = {.frames = {.shape = layer->shape,

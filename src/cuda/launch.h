@@ -112,6 +112,7 @@ typedef struct tqkvc_unpack {
 } tqkvc_unpack;
 
 tqkv_status tqkvc_launch_decode(const tqkvc_decode *decode, void *stream);
+uint32_t tqkvc_decode_code(void); /* compute capability, times 10, that its code for this device was written for; 0: none */
 /* Bytes of shared memory of a block of decode, without units of a matrix. */
 size_t tqkvc_decode_shared_bytes(uint32_t dim, uint32_t rows_per_tile, uint32_t tile_bytes,
                                  bool is_cluster);
