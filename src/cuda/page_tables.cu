@@ -186,8 +186,12 @@ __device__ void write_tier(const args_t &a, uint32_t tier)
 
     for (uint32_t i = threadIdx.x; i < a.n_tokens; i += THREADS) {
         const token t = token_at(a, i);
-        if (fate_of(a, tables, tier, t) == KEEPS)
-            tables.used[tables.copy_of[t.page]] = now;
+        if (fate_of(a, tables, tier, t) == KEEPS) {
+            const int64_t copy = tables.copy_of[t.page];
+            tables.used[copy] = now;
+            if (tier == 0 && t.cell == 0) /* the page may have been another sequence's before */
+                a.is_sink[copy] = is_sink(a, tier, t);
+        }
     }
     __syncthreads();
     take_copies(a, tables, tier, now);

@@ -264,6 +264,16 @@ def test_sinks_of_ended_sequences_stay_longest(device):
     assert sorted(pages.page_of[0, :-1].tolist()) == [0, 4, 7, 8, 10, 11, 12, 14, 15]
 
 
+def test_a_page_that_was_a_sink_is_let_go_of_like_others(device):
+    """Page 5 begins one prompt and is later in the middle of another; then others come. Page 4 is a sink till the end."""
+    pages = made_with(Tiers((1,), (9,), 1), 20, 2, 4, 300, device=device)
+    prompt_step(pages, [5, 0, 0, 0], 30)
+    prompt_step(pages, [4, 5, 0, 0], 100)
+    for prompt in (6, 9, 12):
+        prompt_step(pages, [prompt, prompt + 1, prompt + 2, 0], 180)
+    assert {4, 5} & set(pages.page_of[0, :-1].tolist()) == {4}
+
+
 def test_a_replayed_step_changes_nothing(device):
     """vLLM may build the metadata of a step more than once."""
     engine = Engine(random.Random(1), 64, (6, 0, 6), device)

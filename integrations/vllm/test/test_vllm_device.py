@@ -32,7 +32,7 @@ def processes(models, tiny):
                                                  "max_model_len": 512}}
     repeating = {"model": models["llama"]} | on_cpu.repeating_prompts()
     whole = {"max_num_batched_tokens": 1024}
-    few = OPTIONS | {"num_gpu_blocks_override": 64}  # of which copies for many sequences would take too much
+    few = OPTIONS | {"num_gpu_blocks_override": 128}  # of which copies for many sequences would take too much
     returning = {"model": models["llama"], "options": few} | on_cpu.returning_prompts()
     return {
         "stock": (None, shared | {"growing": growing}),

@@ -159,9 +159,11 @@ class Pages:
         wanted[0] |= is_sink
         copy = self.copy_of.gather(1, page)
         keeps = is_first & (wanted | (cell > 0)) & (self.page_of.gather(1, copy) == page)
-        self.use(copy.where(keeps, self.no_copy))
+        kept = copy.where(keeps, self.no_copy)
+        self.use(kept)
         copy = self.take(is_first & wanted & ~keeps & (cell == 0), page)
-        self.is_sink.scatter_(0, copy[0], is_sink & (copy[0] < self.no_copy))
+        begun = kept[0].where(keeps[0] & (cell == 0), copy[0])  # the page may have been another sequence's before
+        self.is_sink.scatter_(0, begun, is_sink & (begun < self.no_copy))
         self.copy_of.scatter_(1, page.where(is_first & ~keeps, self.n_pages), copy)
         copy = self.copy_of.gather(1, page)
         self.slots[:-1, :len(slots)] = (copy * PAGE_TOKENS + cell).where(self.page_of.gather(1, copy) == page, -1)
