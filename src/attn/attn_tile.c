@@ -145,6 +145,12 @@ void tqkvi_attn_load_q(tqkvi_attn_work *work)
         load_q_latent(work);
 }
 
+/* Whether a head's matrix is read as f16, which few rows wait for. */
+static bool reads_half(const tqkvi_attn_work *work, const tqkvi_attn_head *head)
+{
+    return head->few.value && work->n_rows <= TQKVI_CODE_ROWS_MAX;
+}
+
 /* Makes q' of a base for every row. */
 static void set_base(tqkvi_attn_work *work, int32_t base)
 {
@@ -159,8 +165,12 @@ static void set_base(tqkvi_attn_work *work, int32_t base)
         attention->turn(attention->turn_user, base, work->turned, work->n_rows);
     for (uint32_t r = 0; r < work->n_rows; r++)
         work->q_mean[r] = dot_mean(work->turned + r * dim, head->mean, dim);
-    attention->kernels->dot_tile(work->turned, work->n_rows, head->inverse, dim, dim, work->coded,
-                                 dim);
+    if (reads_half(work, head))
+        attention->kernels->transform_half(&head->few, work->turned, work->coded, dim,
+                                           work->n_rows);
+    else
+        attention->kernels->dot_tile(work->turned, work->n_rows, head->inverse, dim, dim,
+                                     work->coded, dim);
     work->has_base = true;
     work->base = base;
     work->is_rounded = false;
@@ -477,20 +487,33 @@ static void write_row(const tqkvi_attn_work *work, uint32_t r)
         args->lse[t * shape->n_heads + h] = l > 0 ? m + logf(l) : -INFINITY;
 }
 
-void tqkvi_attn_finish(tqkvi_attn_work *work)
+/* The sums of coded V, through the inverse, to those of plain V. */
+static void uncode_sums(tqkvi_attn_work *work)
 {
     const tqkvi_attention *attention = work->attention;
-    const tqkv_plan_layer *shape = &attention->layer->shape;
     const tqkvi_attn_head *head = &attention->heads[TQKV_SIDE_V][work->g];
+    const size_t dim = attention->layer->shape.v_dim, n = work->n_rows * dim;
+    float *plain = work->acc[SPACE_X];
 
-    tqkvi_attn_settle(work);
-    if (work->used[SPACE_Y]) {
-        for (uint32_t r = 0; r < work->n_rows; r++)
-            work->f[r] = 1;
-        attention->kernels->accumulate_tile(work->acc[SPACE_Y], shape->v_dim, work->n_rows,
-                                            head->inverse, shape->v_dim, shape->v_dim, work->f,
-                                            work->acc[SPACE_X]);
+    if (reads_half(work, head)) {
+        float *part = work->v; /* room for TQKVI_TILE_TOKENS rows */
+        attention->kernels->transform_half(&head->few, work->acc[SPACE_Y], part, dim,
+                                           work->n_rows);
+        for (size_t i = 0; i < n; i++)
+            plain[i] += part[i];
+        return;
     }
+    for (uint32_t r = 0; r < work->n_rows; r++)
+        work->f[r] = 1;
+    attention->kernels->accumulate_tile(work->acc[SPACE_Y], dim, work->n_rows, head->inverse, dim,
+                                        dim, work->f, plain);
+}
+
+void tqkvi_attn_finish(tqkvi_attn_work *work)
+{
+    tqkvi_attn_settle(work);
+    if (work->used[SPACE_Y])
+        uncode_sums(work);
     for (uint32_t r = 0; r < work->n_rows; r++)
         write_row(work, r);
 }

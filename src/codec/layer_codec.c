@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+#include "codec/half_matrix.h"
+
 #define WEIGHT_MIN 0x1p-20f /* below it the scale would be chosen by rounding errors */
 #define VALUE_MAX 1e37f     /* of a decoded channel, far enough from FLT_MAX for a turn */
 #define Y_DECODED_MAX \
@@ -66,7 +68,21 @@ static bool find_factors(const float *transform, uint32_t dim, uint32_t block, f
     return true;
 }
 
-static tqkv_status init_head(const tqkv_codec *codec, tqkvi_head_codec *head, double *work)
+static tqkv_status init_half(const tqkv_codec *codec, tqkvi_head_codec *head, tqkv_side side)
+{
+    const tqkv_allocator *mem = &codec->mem;
+
+    if (head->hadamard_block == 0)
+        TQKV_TRY(tqkvi_half_matrix_init(&head->transform_half, head->plan->transform, head->dim,
+                                        false, mem));
+    return side == TQKV_SIDE_K
+               ? tqkvi_half_matrix_init_transposed(&head->inverse_half, head->inverse, head->dim,
+                                                   true, mem)
+               : tqkvi_half_matrix_init(&head->inverse_half, head->inverse, head->dim, true, mem);
+}
+
+static tqkv_status init_head(const tqkv_codec *codec, tqkvi_head_codec *head, tqkv_side side,
+                             double *work)
 {
     const tqkv_allocator *mem = &codec->mem;
     const size_t square_bytes = (size_t)head->dim * head->dim * sizeof(float); /* dim <= 1024 */
@@ -89,7 +105,7 @@ static tqkv_status init_head(const tqkv_codec *codec, tqkvi_head_codec *head, do
     if (!tqkvi_invert(head->plan->transform, head->dim, head->inverse, work) ||
         !decodes_finite(head))
         return TQKV_ERR_INVALID_ARG;
-    return TQKV_OK;
+    return init_half(codec, head, side);
 }
 
 static tqkv_status init_side(tqkv_codec *codec, tqkv_side side)
@@ -110,7 +126,7 @@ static tqkv_status init_side(tqkv_codec *codec, tqkv_side side)
         head->plan = &codec->layer->heads[side][g];
         head->plain = tqkvi_head_is_plain(head->plan);
         if (!head->plain)
-            status = init_head(codec, head, work);
+            status = init_head(codec, head, side, work);
     }
     tqkvi_free(&codec->mem, work);
     return status;
@@ -169,6 +185,8 @@ void tqkvi_codec_destroy(tqkv_codec *codec)
             tqkvi_free(&codec->mem, codec->heads[side][g].weight);
             tqkvi_free(&codec->mem, codec->heads[side][g].inverse);
             tqkvi_free(&codec->mem, codec->heads[side][g].factor);
+            tqkvi_half_matrix_deinit(&codec->heads[side][g].transform_half, &codec->mem);
+            tqkvi_half_matrix_deinit(&codec->heads[side][g].inverse_half, &codec->mem);
         }
         tqkvi_free(&codec->mem, codec->heads[side]);
     }
