@@ -68,21 +68,7 @@ static bool find_factors(const float *transform, uint32_t dim, uint32_t block, f
     return true;
 }
 
-static tqkv_status init_half(const tqkv_codec *codec, tqkvi_head_codec *head, tqkv_side side)
-{
-    const tqkv_allocator *mem = &codec->mem;
-
-    if (head->hadamard_block == 0)
-        TQKV_TRY(tqkvi_half_matrix_init(&head->transform_half, head->plan->transform, head->dim,
-                                        false, mem));
-    return side == TQKV_SIDE_K
-               ? tqkvi_half_matrix_init_transposed(&head->inverse_half, head->inverse, head->dim,
-                                                   true, mem)
-               : tqkvi_half_matrix_init(&head->inverse_half, head->inverse, head->dim, true, mem);
-}
-
-static tqkv_status init_head(const tqkv_codec *codec, tqkvi_head_codec *head, tqkv_side side,
-                             double *work)
+static tqkv_status init_head(const tqkv_codec *codec, tqkvi_head_codec *head, double *work)
 {
     const tqkv_allocator *mem = &codec->mem;
     const size_t square_bytes = (size_t)head->dim * head->dim * sizeof(float); /* dim <= 1024 */
@@ -105,7 +91,7 @@ static tqkv_status init_head(const tqkv_codec *codec, tqkvi_head_codec *head, tq
     if (!tqkvi_invert(head->plan->transform, head->dim, head->inverse, work) ||
         !decodes_finite(head))
         return TQKV_ERR_INVALID_ARG;
-    return init_half(codec, head, side);
+    return TQKV_OK;
 }
 
 static tqkv_status init_side(tqkv_codec *codec, tqkv_side side)
@@ -126,10 +112,45 @@ static tqkv_status init_side(tqkv_codec *codec, tqkv_side side)
         head->plan = &codec->layer->heads[side][g];
         head->plain = tqkvi_head_is_plain(head->plan);
         if (!head->plain)
-            status = init_head(codec, head, side, work);
+            status = init_head(codec, head, work);
     }
     tqkvi_free(&codec->mem, work);
     return status;
+}
+
+/* As attention reads them, head by head, and then as the encoder does. */
+static tqkv_status init_halves(tqkv_codec *codec)
+{
+    size_t bytes = 0;
+
+    for (uint32_t i = 0; i < 2 * codec->n_kv_heads; i++) {
+        const tqkvi_head_codec *head = &codec->heads[i & 1][i / 2];
+        bytes += head->plain ? 0 : 2 * tqkvi_half_matrix_bytes(head->dim);
+    }
+    if (bytes == 0)
+        return TQKV_OK;
+    codec->halves = tqkvi_alloc(&codec->mem, bytes);
+    if (!codec->halves)
+        return TQKV_ERR_NO_MEMORY;
+    uint8_t *next = codec->halves;
+    for (uint32_t i = 0; i < 2 * codec->n_kv_heads; i++) {
+        tqkvi_head_codec *head = &codec->heads[i & 1][i / 2];
+        const bool is_k = (i & 1) == TQKV_SIDE_K;
+        if (head->plain)
+            continue;
+        tqkvi_half_matrix_init(&head->inverse_half, next, head->inverse, is_k ? 1 : head->dim,
+                               is_k ? head->dim : 1, head->dim, true);
+        next += tqkvi_half_matrix_bytes(head->dim);
+    }
+    for (uint32_t i = 0; i < 2 * codec->n_kv_heads; i++) {
+        tqkvi_head_codec *head = &codec->heads[i & 1][i / 2];
+        if (head->plain || head->hadamard_block != 0)
+            continue;
+        tqkvi_half_matrix_init(&head->transform_half, next, head->plan->transform, head->dim, 1,
+                               head->dim, false);
+        next += tqkvi_half_matrix_bytes(head->dim);
+    }
+    return TQKV_OK;
 }
 
 static tqkv_status init_rope(tqkv_codec *codec, const tqkv_rope *rope)
@@ -168,6 +189,8 @@ tqkv_status tqkvi_codec_create(const tqkv_plan *plan, uint32_t layer, const tqkv
         status = init_side(codec, TQKV_SIDE_K);
     if (status == TQKV_OK && codec->n_kv_heads != 0)
         status = init_side(codec, TQKV_SIDE_V);
+    if (status == TQKV_OK)
+        status = init_halves(codec);
     if (status != TQKV_OK) {
         tqkvi_codec_destroy(codec);
         return status;
@@ -185,11 +208,10 @@ void tqkvi_codec_destroy(tqkv_codec *codec)
             tqkvi_free(&codec->mem, codec->heads[side][g].weight);
             tqkvi_free(&codec->mem, codec->heads[side][g].inverse);
             tqkvi_free(&codec->mem, codec->heads[side][g].factor);
-            tqkvi_half_matrix_deinit(&codec->heads[side][g].transform_half, &codec->mem);
-            tqkvi_half_matrix_deinit(&codec->heads[side][g].inverse_half, &codec->mem);
         }
         tqkvi_free(&codec->mem, codec->heads[side]);
     }
+    tqkvi_free(&codec->mem, codec->halves);
     tqkvi_free(&codec->mem, (void *)codec->rope.inv_freq);
     const tqkv_allocator mem = codec->mem;
     tqkvi_free(&mem, codec);

@@ -39,6 +39,7 @@ struct tqkv_codec {
     tqkv_rope rope; /* inv_freq owned */
     uint32_t n_kv_heads, n_tiers;
     tqkvi_head_codec *heads[2]; /* [n_kv_heads] by tqkv_side */
+    uint8_t *halves;            /* of all heads, see half_matrix.h */
 };
 
 /* See tqkv_codec_create; plan and layer are good, rope is good or NULL. */
