@@ -35,6 +35,7 @@ TQKVK_INLINE void rows_by_64(const tqkvk_half_matrix *m, size_t j, const float *
 
     for (size_t i = 0; i < dim; i++, value += dim) {
         const tqkvk_line line = load_line(value, factor);
+        __builtin_prefetch((const char *)value + 8192, 0, 2); __builtin_prefetch((const char *)value + 8192 + 64, 0, 2);
         sum.r0 = tqkvk_line_fma(sum.r0, line, x[i]);
         if (n > 1)
             sum.r1 = tqkvk_line_fma(sum.r1, line, x[dim + i]);
