@@ -106,6 +106,7 @@ static void walk_part(tqkvi_attn_work *work, const tqkvi_attention *attention, u
 {
     uint32_t start = 0;
 
+    tqkvi_attn_ask_first(work);
     for (size_t i = 0; i < attention->n_spans && start < end; i++) {
         const tqkvi_span *span = &attention->spans[i];
         const uint32_t n = tqkvi_span_blocks(span, attention->args);

@@ -70,10 +70,22 @@ static uint32_t present_by_cell(const tqkvi_span *span, uint32_t block, uint32_t
     return seen;
 }
 
+/* Whether all 16 are -inf, as they are of cells that nobody has written yet. */
+static bool is_all_hidden(const uint16_t *mask)
+{
+    const uint64_t four = HALF_MINUS_INF * 0x0001000100010001u;
+    uint64_t words[TQKVI_BLOCK_TOKENS / 4];
+
+    memcpy(words, mask, sizeof(words));
+    return words[0] == four && words[1] == four && words[2] == four && words[3] == four;
+}
+
 static uint32_t unmasked_in_row(const uint16_t *mask, uint32_t present)
 {
     uint32_t seen = 0;
 
+    if (is_all_hidden(mask))
+        return 0;
     for (uint32_t i = 0; i < TQKVI_BLOCK_TOKENS; i++)
         seen |= (uint32_t)(mask[i] != HALF_MINUS_INF) << i;
     return seen & present;

@@ -347,14 +347,9 @@ static void step_row(tqkvi_attn_work *work, uint32_t r, size_t n, int space)
  * so many lines only, so that a block at a time is asked for. Inlined, or GCC takes a function that
  * only prefetches for one without effect.
  */
-static inline __attribute__((always_inline)) void load_ahead(const tqkvi_attn_work *work,
-                                                             uint32_t p)
+static inline __attribute__((always_inline)) void ask_for(const tqkvi_attn_work *work,
+                                                          const tqkvi_span *span, uint32_t block)
 {
-    const tqkvi_span *span = work->tile.span;
-    const uint32_t block = work->tile.block[p] + TQKVI_TILE_BLOCKS;
-
-    if (!span->layout || p >= work->tile.n_blocks || block >= work->tile.end)
-        return;
     const tqkvi_head_plan *head = &work->attention->layer->heads[TQKV_SIDE_V][work->g];
     const uint8_t *line = tqkvi_span_section(span, block, TQKV_SIDE_K, work->g);
     const uint8_t *end = tqkvi_span_section(span, block, TQKV_SIDE_V, work->g) +
@@ -362,6 +357,28 @@ static inline __attribute__((always_inline)) void load_ahead(const tqkvi_attn_wo
 
     for (; line < end; line += TQKV_ALIGN)
         __builtin_prefetch(line, 0, TO_L2);
+}
+
+static inline __attribute__((always_inline)) void load_ahead(const tqkvi_attn_work *work,
+                                                             uint32_t p)
+{
+    const tqkvi_span *span = work->tile.span;
+    const uint32_t block = work->tile.block[p] + TQKVI_TILE_BLOCKS;
+
+    if (span->layout && p < work->tile.n_blocks && block < work->tile.end)
+        ask_for(work, span, block);
+}
+
+void tqkvi_attn_ask_first(const tqkvi_attn_work *work)
+{
+    const tqkvi_attention *attention = work->attention;
+
+    for (size_t i = 0; i < attention->n_spans; i++) {
+        const tqkvi_span *span = &attention->spans[i];
+        const uint32_t n = tqkvi_span_blocks(span, attention->args);
+        for (uint32_t block = 0; span->layout && span->cells && block < n && block < TQKVI_TILE_BLOCKS; block++)
+            ask_for(work, span, block);
+    }
 }
 
 static void flush(tqkvi_attn_work *work)
