@@ -450,6 +450,11 @@ static void walk_by_base(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t
     }
 }
 
+static int32_t base_of(const tqkvi_span *span, uint32_t block)
+{
+    return span->one_base ? *span->one_base : span->block_bases[block];
+}
+
 void tqkvi_attn_walk(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t first, uint32_t end)
 {
     const bool coded_k = span->layout && work->attention->heads[TQKV_SIDE_K][work->g].inverse;
@@ -457,13 +462,13 @@ void tqkvi_attn_walk(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t fir
 
     work->tile.span = span;
     work->tile.end = end;
-    if (turns && span->slot_bases) {
+    if (turns && span->slot_bases && !span->one_base) {
         walk_by_base(work, span, first, end);
     } else {
         for (uint32_t block = first; block < end; block++) {
             const uint32_t seen = tqkvi_sight_block(&work->sight, span, block);
             if (seen)
-                add_block(work, block, seen, turns ? span->block_bases[block] : 0);
+                add_block(work, block, seen, turns ? base_of(span, block) : 0);
         }
     }
     flush(work);
