@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* As transform_neon.c, of f16 values: of one row 16 outputs at a time, or of four rows. */
 #include "kernels/arm/block_neon.h"
+#include "kernels/ask_ahead.h"
 #include "kernels/tables.h"
 
 static inline float32x4_t load_4(const uint16_t *value, float32x4_t factor)
@@ -20,8 +21,10 @@ static void row_by_16(const tqkvk_half_matrix *m, size_t j, const float *x, floa
     const uint16_t *value = m->value + j;
     tqkvk_four sum = tqkvk_four_zero();
 
-    for (size_t i = 0; i < dim; i++, value += dim)
+    for (size_t i = 0; i < dim; i++, value += dim) {
+        tqkvk_ask_ahead(value, 2 * sizeof(uint16x8_t));
         sum = tqkvk_four_fma_n(sum, load_16(value, factor), x[i]);
+    }
     tqkvk_four_store(y + j, sum);
 }
 
@@ -34,6 +37,7 @@ static void four_rows_by_16(const tqkvk_half_matrix *m, size_t j, const float *x
 
     for (size_t i = 0; i < dim; i++, value += dim) {
         const tqkvk_four line = load_16(value, factor);
+        tqkvk_ask_ahead(value, 2 * sizeof(uint16x8_t));
         sum0 = tqkvk_four_fma_n(sum0, line, x[i]);
         sum1 = tqkvk_four_fma_n(sum1, line, x[dim + i]);
         sum2 = tqkvk_four_fma_n(sum2, line, x[2 * dim + i]);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* As transform_avx2.c, of f16 values: of one row 32 outputs, or of up to four rows 16. */
+#include "kernels/ask_ahead.h"
 #include "kernels/by_width.h"
 #include "kernels/tables.h"
 #include "kernels/x86/block_avx2.h"
@@ -18,6 +19,7 @@ static void row_by_32(const tqkvk_half_matrix *m, size_t j, const float *x, floa
     for (size_t i = 0; i < dim; i++, value += dim) {
         const tqkvk_four line = {load_8(value, factor.v0), load_8(value + 8, factor.v1),
                                  load_8(value + 16, factor.v2), load_8(value + 24, factor.v3)};
+        tqkvk_ask_ahead(value, 2 * sizeof(__m256i));
         sum = tqkvk_four_fma(sum, line, _mm256_broadcast_ss(x + i));
     }
     tqkvk_four_store(y + j, sum);
@@ -55,6 +57,7 @@ TQKVK_INLINE void few_rows(const tqkvk_half_matrix *m, size_t j, const float *x,
         const uint16_t *value = m->value + j;
         tqkvk_four lo = tqkvk_four_zero(), hi = tqkvk_four_zero();
         for (size_t i = 0; i < dim; i++, value += dim) {
+            tqkvk_ask_ahead(value, sizeof(__m256i));
             lo = add_rows(lo, load_8(value, low), x + i, dim, n);
             hi = add_rows(hi, load_8(value + 8, high), x + i, dim, n);
         }

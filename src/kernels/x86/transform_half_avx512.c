@@ -3,6 +3,7 @@
  * As transform_avx512.c, of f16 values: up to four rows by 64 outputs share what is read and
  * converted. A matrix comes from memory here, and then one to four rows take the same time.
  */
+#include "kernels/ask_ahead.h"
 #include "kernels/tables.h"
 #include "kernels/x86/tile_avx512.h"
 
@@ -35,7 +36,7 @@ TQKVK_INLINE void rows_by_64(const tqkvk_half_matrix *m, size_t j, const float *
 
     for (size_t i = 0; i < dim; i++, value += dim) {
         const tqkvk_line line = load_line(value, factor);
-        __builtin_prefetch((const char *)value + 8192, 0, 2); __builtin_prefetch((const char *)value + 8192 + 64, 0, 2);
+        tqkvk_ask_ahead(value, 2 * sizeof(__m512i));
         sum.r0 = tqkvk_line_fma(sum.r0, line, x[i]);
         if (n > 1)
             sum.r1 = tqkvk_line_fma(sum.r1, line, x[dim + i]);
@@ -62,6 +63,7 @@ TQKVK_INLINE void rows_by_16(const tqkvk_half_matrix *m, size_t j, const float *
 
     for (size_t i = 0; i < dim; i++, value += dim) {
         const __m512 line = load_16(value, factor);
+        tqkvk_ask_ahead(value, sizeof(__m256i));
         r0 = _mm512_fmadd_ps(line, _mm512_set1_ps(x[i]), r0);
         if (n > 1)
             r1 = _mm512_fmadd_ps(line, _mm512_set1_ps(x[dim + i]), r1);
