@@ -17,7 +17,7 @@ size_t tqkvi_half_matrix_bytes(uint32_t dim);
 /*
  * Makes one in memory (TQKV_ALIGN-aligned, of that many bytes) from m[i * row + j * column]. With
  * `rounded`, each value becomes the nearest that an f16 value times the power of two of its output
- * channel can be: off by 2^-12 of it at most, or by 2^-39 of the largest of its channel.
+ * channel can be: off by 2^-11 of it at most, or by 2^-39 of the largest of its channel.
  * Without, a matrix that would change gives value NULL, as does one that is too large for f16 values.
  */
 void tqkvi_half_matrix_init(tqkvk_half_matrix *half, void *memory, const float *m, size_t row,
