@@ -45,8 +45,7 @@ typedef struct tqkvi_span {
     const uint8_t *blocks;            /* block_bytes apart, or */
     const uint8_t *const *block_at;   /* [blocks] where each block lies */
     const int32_t *block_bases;       /* [blocks], or */
-    const int32_t *slot_bases;        /* [n_tokens] where tokens of a block differ, unless */
-    const int32_t *one_base;          /* all tokens have this one; may be NULL */
+    const int32_t *slot_bases;        /* [n_tokens] where tokens of a block differ */
     const int32_t *block_positions;   /* [blocks] of their first tokens; read with a window only */
     const float *rows[2];             /* raw: [n_tokens][n_kv_heads][dim] by side */
     const uint32_t *cells;            /* [n_tokens] or NULL */

@@ -186,6 +186,40 @@ bool tqkvi_sight_bias(const tqkvi_sight *sight, const tqkvi_span *span, uint32_t
     return used;
 }
 
+/* Bits in which bases of 16 tokens differ from `base`: a fixed count becomes vector code. */
+static uint32_t differing_bits(const int32_t *bases, const uint32_t *cells, uint32_t first_cell,
+                               uint32_t n_cells, int32_t base)
+{
+    uint32_t bits = 0;
+
+    for (uint32_t i = 0; i < TQKVI_BLOCK_TOKENS; i++)
+        bits |= cells[i] - first_cell < n_cells ? (uint32_t)(bases[i] ^ base) : 0;
+    return bits;
+}
+
+const int32_t *tqkvi_span_one_base(const tqkvi_span *span, uint32_t first, uint32_t end,
+                                   const tqkv_attend_args *args)
+{
+    uint32_t i = first * TQKVI_BLOCK_TOKENS;
+    const uint32_t last =
+        end * TQKVI_BLOCK_TOKENS < span->n_tokens ? end * TQKVI_BLOCK_TOKENS : span->n_tokens;
+
+    while (i < last && span->cells[i] - span->first_cell >= args->n_cells)
+        i++;
+    if (i >= last)
+        return NULL;
+    const int32_t *base = &span->slot_bases[i];
+    for (i = i / TQKVI_BLOCK_TOKENS * TQKVI_BLOCK_TOKENS; i + TQKVI_BLOCK_TOKENS <= last;
+         i += TQKVI_BLOCK_TOKENS)
+        if (differing_bits(span->slot_bases + i, span->cells + i, span->first_cell, args->n_cells,
+                           *base))
+            return NULL;
+    for (; i < last; i++)
+        if (span->cells[i] - span->first_cell < args->n_cells && span->slot_bases[i] != *base)
+            return NULL;
+    return base;
+}
+
 bool tqkvi_span_next_base(const tqkvi_span *span, uint32_t first, uint32_t end,
                           const tqkv_attend_args *args, int64_t after, int32_t *base)
 {

@@ -450,11 +450,6 @@ static void walk_by_base(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t
     }
 }
 
-static int32_t base_of(const tqkvi_span *span, uint32_t block)
-{
-    return span->one_base ? *span->one_base : span->block_bases[block];
-}
-
 void tqkvi_attn_walk(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t first, uint32_t end)
 {
     const bool coded_k = span->layout && work->attention->heads[TQKV_SIDE_K][work->g].inverse;
@@ -462,13 +457,18 @@ void tqkvi_attn_walk(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t fir
 
     work->tile.span = span;
     work->tile.end = end;
-    if (turns && span->slot_bases && !span->one_base) {
+    const int32_t *one_base =
+        turns && span->slot_bases
+            ? tqkvi_span_one_base(span, first, end, work->attention->args)
+            : NULL;
+    if (turns && span->slot_bases && !one_base) {
         walk_by_base(work, span, first, end);
     } else {
         for (uint32_t block = first; block < end; block++) {
             const uint32_t seen = tqkvi_sight_block(&work->sight, span, block);
             if (seen)
-                add_block(work, block, seen, turns ? base_of(span, block) : 0);
+                add_block(work, block, seen,
+                          one_base ? *one_base : turns ? span->block_bases[block] : 0);
         }
     }
     flush(work);

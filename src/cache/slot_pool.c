@@ -39,23 +39,6 @@ bool tqkvi_slot_pool_find(const tqkvi_slot_pool *pool, uint32_t cell, uint32_t *
     return false;
 }
 
-/* A block at a time, a fixed count, which compilers turn into vector code. */
-const int32_t *tqkvi_slot_pool_base(const tqkvi_slot_pool *pool)
-{
-    uint32_t differ = 0;
-
-    if (pool->n_tokens == 0)
-        return NULL;
-    const int32_t *base = &pool->bases[pool->order[0]];
-    for (uint32_t block = 0; block < pool->n_blocks && differ == 0; block++) {
-        const uint32_t *cells = pool->cells + (size_t)block * TQKVI_BLOCK_TOKENS;
-        const int32_t *bases = pool->bases + (size_t)block * TQKVI_BLOCK_TOKENS;
-        for (uint32_t i = 0; i < TQKVI_BLOCK_TOKENS; i++)
-            differ |= cells[i] == TQKVI_CELL_NONE ? 0 : (uint32_t)(bases[i] ^ *base);
-    }
-    return differ == 0 ? base : NULL;
-}
-
 static void free_slot(tqkvi_slot_pool *pool, uint32_t slot)
 {
     pool->cells[slot] = TQKVI_CELL_NONE;

@@ -36,9 +36,6 @@ uint32_t tqkvi_slot_pool_add(tqkvi_slot_pool *pool, uint32_t cell, int32_t base)
 /* Slot of a cell; false if it is not here. */
 bool tqkvi_slot_pool_find(const tqkvi_slot_pool *pool, uint32_t cell, uint32_t *slot);
 
-/* The base that all tokens have, or NULL: there are none, or they differ. */
-const int32_t *tqkvi_slot_pool_base(const tqkvi_slot_pool *pool);
-
 void tqkvi_slot_pool_remove(tqkvi_slot_pool *pool, uint32_t slot);
 
 /* Removes the n oldest tokens. */

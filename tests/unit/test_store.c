@@ -10,7 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cache/slot_pool.h"
 #include "test_arrays.h"
 #include "test_memory.h"
 #include "test_store_make.h"
@@ -624,26 +623,6 @@ static void test_early_encoding(void **state)
     tqkv_batch_destroy(batch);
 }
 
-/* What is in a free slot does not count. */
-static void test_pool_base(void **state)
-{
-    uint32_t cells[32], order[32];
-    int32_t bases[32] = {0};
-    tqkvi_slot_pool pool = {.n_slots = 32, .cells = cells, .bases = bases, .order = order};
-
-    (void)state;
-    tqkvi_slot_pool_clear(&pool);
-    assert_null(tqkvi_slot_pool_base(&pool));
-    const uint32_t first = tqkvi_slot_pool_add(&pool, 7, 64);
-    for (uint32_t i = 0; i < 20; i++)
-        (void)tqkvi_slot_pool_add(&pool, 8 + i, 128);
-    assert_null(tqkvi_slot_pool_base(&pool));
-    tqkvi_slot_pool_remove(&pool, first);
-    assert_int_equal(*tqkvi_slot_pool_base(&pool), 128);
-    bases[20] = 64;
-    assert_null(tqkvi_slot_pool_base(&pool));
-}
-
 static tqkv_status use_all(const tqkv_plan *plan, const tqkv_allocator *mem)
 {
     tqkv_store_config config = make_config(plan, 50, 2);
@@ -710,7 +689,6 @@ int main(void)
         cmocka_unit_test(test_shift_is_exact),
         cmocka_unit_test(test_sinks),
         cmocka_unit_test(test_early_encoding),
-        cmocka_unit_test(test_pool_base),
         cmocka_unit_test(test_failing_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
