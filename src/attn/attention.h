@@ -27,7 +27,8 @@
 typedef struct tqkvi_attn_head {
     const float *inverse; /* [dim][dim]: x[i] = mean[i] + sum_j inverse[j * dim + i] * y[j] */
     const float *mean;    /* [dim] */
-    tqkvk_half_matrix few; /* rounded, for few rows: K: inverse transposed, V: inverse; or value NULL */
+    /* For few rows, rounded (attn_codes.h). K: the inverse transposed; V: the inverse. Or value NULL. */
+    tqkvk_half_matrix few;
 } tqkvi_attn_head;
 
 /* Turns n_rows rows of k_dim floats, contiguous, by -base, in place. Threads: any. */

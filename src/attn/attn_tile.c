@@ -104,7 +104,10 @@ static float dot_mean(const float *q, const float *mean, size_t dim)
     return sum;
 }
 
-/* The rows of a part of the queries, times the softmax scale. A unit at a time, a fixed count, which compilers turn into vector code. */
+/*
+ * The rows of a part of the queries, times the softmax scale. A unit at a time, a fixed count, which
+ * compilers turn into vector code.
+ */
 static void load_rows_of_q(const tqkvi_attn_work *work, const float *q, size_t dim, float *out)
 {
     const tqkv_attend_args *args = work->attention->args;
@@ -458,9 +461,8 @@ void tqkvi_attn_walk(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t fir
     work->tile.span = span;
     work->tile.end = end;
     const int32_t *one_base =
-        turns && span->slot_bases
-            ? tqkvi_span_one_base(span, first, end, work->attention->args)
-            : NULL;
+        turns && span->slot_bases ? tqkvi_span_one_base(span, first, end, work->attention->args)
+                                  : NULL;
     if (turns && span->slot_bases && !one_base) {
         walk_by_base(work, span, first, end);
     } else {

@@ -37,8 +37,8 @@ static void hold_turn(const tqkv_store *store, int32_t base, tqkvi_held_turn *he
 }
 
 /* NULL where nothing turns. */
-static const tqkvi_held_turn *turn_for(const tqkv_store *store, tqkv_side side, uint32_t g, int32_t base,
-                                       tqkvi_held_turn *held)
+static const tqkvi_held_turn *turn_for(const tqkv_store *store, tqkv_side side, uint32_t g,
+                                       int32_t base, tqkvi_held_turn *held)
 {
     if (!turns(store, side, g, base))
         return NULL;

@@ -27,7 +27,7 @@ typedef struct tqkvi_head_codec {
     float *inverse;          /* [dim][dim]: x[i] = mean[i] + sum_j inverse[j * dim + i] * y[j],
                      * so q'[j] = sum_i inverse[j * dim + i] * q[i] gives q.x = q'.y + q.mean */
     /* For few rows at a time; value NULL where there is none. */
-    tqkvk_half_matrix transform_half; /* the numbers of the transform; no use beside hadamard_block */
+    tqkvk_half_matrix transform_half; /* the transform's numbers; none beside hadamard_block */
     tqkvk_half_matrix inverse_half; /* rounded: for attention only. Of K the inverse transposed */
 } tqkvi_head_codec;
 

@@ -108,7 +108,8 @@ static void test_dispatch(void **state)
     const tqkvk_table *want = all[n - 1];
     for (size_t i = 0; i < n; i++) {
         const tqkvk_table *t = all[i];
-        assert_true(t->transform && t->transform_half && t->hadamard && t->largest_bits && t->encode_rows &&
+        assert_true(t->transform && t->transform_half && t->hadamard && t->largest_bits &&
+                    t->encode_rows &&
                     t->unpack_rows && t->unpack_block && t->half_to_float && t->float_to_half &&
                     t->dot_tile && t->softmax_step && t->accumulate_tile && t->round_query &&
                     t->score_blocks && t->scale_values && t->scale_scores && t->scale_weights && t->round_weights &&
@@ -162,7 +163,8 @@ static void check_transform_half(test_random *random, size_t dim)
 {
     size_t n;
     const tqkvk_table *const *all = tables(&n);
-    float *m = test_random_floats(random, dim * dim, 1.0f), *factor = test_aligned(dim * sizeof(*factor));
+    float *m = test_random_floats(random, dim * dim, 1.0f);
+    float *factor = test_aligned(dim * sizeof(*factor));
     uint16_t *value = test_aligned(dim * dim * sizeof(*value));
     const size_t n_rows = 1 + test_random_u32(random) % 9;
     float *x = test_random_floats(random, n_rows * dim, 1.0f);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Matrices in half the bytes: what they keep exactly, how far they round, and when there are none. */
+/* Matrices in half the bytes: what they keep exactly, how far they round, when there are none. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

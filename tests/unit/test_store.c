@@ -543,7 +543,8 @@ static void attend(tqkv_store *store, const tqkv_batch *batch, uint32_t n_q,
     test_random random = {.state = 5};
 
     tqkv_attend_args_init(&args);
-    float *q = test_random_floats(&random, q_floats, 1), *out = test_aligned(out_floats * sizeof(*out));
+    float *q = test_random_floats(&random, q_floats, 1);
+    float *out = test_aligned(out_floats * sizeof(*out));
     args.n_q = n_q;
     args.n_cells = 150;
     args.q = q;
