@@ -14,7 +14,9 @@ void tqkvi_view_heads(const tqkv_codec *codec, tqkvi_attn_head *heads)
         for (uint32_t g = 0; g < codec->n_kv_heads; g++) {
             const tqkvi_head_codec *head = &codec->heads[side][g];
             heads[side * codec->n_kv_heads + g] = (tqkvi_attn_head){
-                .inverse = head->plain ? NULL : head->inverse, .mean = head->plan->mean};
+                .inverse = head->plain ? NULL : head->inverse,
+                .mean = head->plan->mean,
+                .few = head->inverse_half};
         }
     }
 }

@@ -107,6 +107,7 @@ float *tqkv_batch_rows(tqkv_batch *batch, tqkv_side side)
 {
     if (!batch || !batch->store || !is_side(side) || !batch->has_side[side])
         return NULL;
+    batch->is_encoded = false; /* whoever reads rows may change them */
     return batch->rows[side];
 }
 
@@ -174,6 +175,15 @@ static size_t fill_spans(const tqkv_store *store, const tqkv_batch *batch,
     return n;
 }
 
+/* Fills rows that nobody has seen yet; few rows are encoded while attention runs. */
+static tqkvi_beside prepare_batch(tqkv_batch *batch)
+{
+    tqkvi_batch_complete(batch);
+    return (tqkvi_beside){.n_tasks = tqkvi_batch_encode_begin(batch),
+                          .fn = tqkvi_batch_encode_task,
+                          .user = batch};
+}
+
 static bool are_attend_args(const tqkv_store *store, const tqkv_attend_args *args)
 {
     if (args->struct_bytes != sizeof(*args) || args->stream >= store->n_streams ||
@@ -203,9 +213,9 @@ tqkv_status tqkv_store_attend(tqkv_store *store, const tqkv_batch *batch,
         return TQKV_OK;
     if (batch && !tqkvi_batch_is_live(batch))
         batch = NULL;
+    tqkvi_beside beside = {.n_tasks = 0};
     if (batch)
-        tqkvi_batch_complete(
-            (tqkv_batch *)(uintptr_t)batch); /* fills rows that nobody has seen yet */
+        beside = prepare_batch((tqkv_batch *)(uintptr_t)batch);
 
     const tqkv_codec *codec = store->codec;
     tqkvi_attn_head *heads = args->scratch;
@@ -220,7 +230,8 @@ tqkv_status tqkv_store_attend(tqkv_store *store, const tqkv_batch *batch,
                                        .turn_user = codec,
                                        .spans = spans,
                                        .n_spans = fill_spans(store, batch, &inner, spans),
-                                       .args = &inner};
+                                       .args = &inner,
+                                       .beside = beside};
     tqkvi_attend(&attention, parallel);
     return TQKV_OK;
 }

@@ -30,6 +30,7 @@ typedef struct attend_call {
     uint32_t n_row_blocks, rows_per_block, n_rows; /* of one KV head */
     uint32_t n_parts, part_blocks;
     uint32_t n_blocks; /* of all spans */
+    size_t n_tasks;    /* of attention; those beside it follow */
     uint8_t *work;     /* [n_workers] */
     size_t work_bytes;
     uint8_t *parts; /* [KV heads][row blocks][parts] sums */
@@ -105,6 +106,7 @@ static void walk_part(tqkvi_attn_work *work, const tqkvi_attention *attention, u
 {
     uint32_t start = 0;
 
+    tqkvi_attn_ask_first(work);
     for (size_t i = 0; i < attention->n_spans && start < end; i++) {
         const tqkvi_span *span = &attention->spans[i];
         const uint32_t n = tqkvi_span_blocks(span, attention->args);
@@ -188,6 +190,17 @@ static void attend_task(void *user, size_t i, size_t worker)
         save_part(work, call->parts + i * call->part_bytes);
 }
 
+static void call_task(void *user, size_t i, size_t worker)
+{
+    const attend_call *call = user;
+    const tqkvi_beside *beside = &call->attention->beside;
+
+    if (i < call->n_tasks)
+        attend_task(user, i, worker);
+    else
+        beside->fn(beside->user, i - call->n_tasks, worker);
+}
+
 static void merge_task(void *user, size_t i, size_t worker)
 {
     const attend_call *call = user;
@@ -221,7 +234,8 @@ void tqkvi_attend(const tqkvi_attention *attention, const tqkv_parallel *paralle
         part_bytes(shape, call.n_rows < call.rows_per_block ? call.n_rows : call.rows_per_block);
 
     const size_t n_rows_tasks = (size_t)shape->n_kv_heads * call.n_row_blocks;
-    tqkvi_run(parallel, n_rows_tasks * call.n_parts, attend_task, &call);
+    call.n_tasks = n_rows_tasks * call.n_parts;
+    tqkvi_run(parallel, call.n_tasks + attention->beside.n_tasks, call_task, &call);
     if (call.n_parts > 1)
         tqkvi_run(parallel, n_rows_tasks, merge_task, &call);
 }

@@ -27,6 +27,8 @@
 typedef struct tqkvi_attn_head {
     const float *inverse; /* [dim][dim]: x[i] = mean[i] + sum_j inverse[j * dim + i] * y[j] */
     const float *mean;    /* [dim] */
+    /* For few rows, rounded (attn_codes.h). K: the inverse transposed; V: the inverse. Or value NULL. */
+    tqkvk_half_matrix few;
 } tqkvi_attn_head;
 
 /* Turns n_rows rows of k_dim floats, contiguous, by -base, in place. Threads: any. */
@@ -54,6 +56,13 @@ typedef struct tqkvi_span {
     const uint64_t *only; /* bitset: nothing but these; may be NULL; for spans without cells */
 } tqkvi_span;
 
+/* Tasks of someone else that run in the same parallel region, after all of attention's are taken. */
+typedef struct tqkvi_beside {
+    size_t n_tasks;
+    tqkv_task_fn *fn;
+    void *user;
+} tqkvi_beside;
+
 typedef struct tqkvi_attention {
     const tqkvk_table *kernels;
     const tqkvi_layer_plan *layer; /* shapes, and layouts by head and tier */
@@ -65,6 +74,7 @@ typedef struct tqkvi_attention {
     const tqkv_attend_args *args;
     uint32_t window; /* query i sees positions above first_position + i - window only; 0: all */
     int32_t first_position;
+    tqkvi_beside beside; /* run once by a call that has queries */
 } tqkvi_attention;
 
 /* Scratch of tqkvi_attend for up to n_q queries; SIZE_MAX if it does not fit in size_t. */

@@ -8,10 +8,11 @@
  *
  *     scores   a channel of q' moves by at most g / 2, with g = the largest of its unit / 63. For
  *              normal values that is an error of about 1 % of q' (8e-5 in variance), beside codes
- *              that move K by 19 % at 3 bits, 10 % at 4, 5 % at 5.
+ *              that move K by 19 % at 3 bits, 10 % at 4, 5 % at 5. Before that, the matrix that
+ *              makes q' is rounded to f16: each of its products moves by 1/2048 at most.
  *     output   a weight moves by at most 1/32766 of the tile's largest: which tokens share a tile,
  *              and so where tokens lie, does not show. The sum of p, for the denominator and the
- *              mean, is not rounded.
+ *              mean, is not rounded. The inverse of V is, to f16.
  */
 #ifndef TQKVI_ATTN_CODES_H
 #define TQKVI_ATTN_CODES_H

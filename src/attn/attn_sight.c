@@ -70,10 +70,22 @@ static uint32_t present_by_cell(const tqkvi_span *span, uint32_t block, uint32_t
     return seen;
 }
 
+/* Whether all 16 are -inf, as they are of cells that nobody has written yet. */
+static bool is_all_hidden(const uint16_t *mask)
+{
+    const uint64_t four = HALF_MINUS_INF * 0x0001000100010001u;
+    uint64_t words[TQKVI_BLOCK_TOKENS / 4];
+
+    memcpy(words, mask, sizeof(words));
+    return words[0] == four && words[1] == four && words[2] == four && words[3] == four;
+}
+
 static uint32_t unmasked_in_row(const uint16_t *mask, uint32_t present)
 {
     uint32_t seen = 0;
 
+    if (is_all_hidden(mask))
+        return 0;
     for (uint32_t i = 0; i < TQKVI_BLOCK_TOKENS; i++)
         seen |= (uint32_t)(mask[i] != HALF_MINUS_INF) << i;
     return seen & present;
@@ -172,6 +184,40 @@ bool tqkvi_sight_bias(const tqkvi_sight *sight, const tqkvi_span *span, uint32_t
         used |= bias[i] != 0;
     }
     return used;
+}
+
+/* Bits in which bases of 16 tokens differ from `base`: a fixed count becomes vector code. */
+static uint32_t differing_bits(const int32_t *bases, const uint32_t *cells, uint32_t first_cell,
+                               uint32_t n_cells, int32_t base)
+{
+    uint32_t bits = 0;
+
+    for (uint32_t i = 0; i < TQKVI_BLOCK_TOKENS; i++)
+        bits |= cells[i] - first_cell < n_cells ? (uint32_t)(bases[i] ^ base) : 0;
+    return bits;
+}
+
+const int32_t *tqkvi_span_one_base(const tqkvi_span *span, uint32_t first, uint32_t end,
+                                   const tqkv_attend_args *args)
+{
+    uint32_t i = first * TQKVI_BLOCK_TOKENS;
+    const uint32_t last =
+        end * TQKVI_BLOCK_TOKENS < span->n_tokens ? end * TQKVI_BLOCK_TOKENS : span->n_tokens;
+
+    while (i < last && span->cells[i] - span->first_cell >= args->n_cells)
+        i++;
+    if (i >= last)
+        return NULL;
+    const int32_t *base = &span->slot_bases[i];
+    for (i = i / TQKVI_BLOCK_TOKENS * TQKVI_BLOCK_TOKENS; i + TQKVI_BLOCK_TOKENS <= last;
+         i += TQKVI_BLOCK_TOKENS)
+        if (differing_bits(span->slot_bases + i, span->cells + i, span->first_cell, args->n_cells,
+                           *base))
+            return NULL;
+    for (; i < last; i++)
+        if (span->cells[i] - span->first_cell < args->n_cells && span->slot_bases[i] != *base)
+            return NULL;
+    return base;
 }
 
 bool tqkvi_span_next_base(const tqkvi_span *span, uint32_t first, uint32_t end,

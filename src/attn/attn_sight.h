@@ -27,6 +27,10 @@ uint32_t tqkvi_sight_block(const tqkvi_sight *sight, const tqkvi_span *span, uin
 bool tqkvi_sight_bias(const tqkvi_sight *sight, const tqkvi_span *span, uint32_t block,
                       uint32_t visible, uint32_t q, float *bias);
 
+/* The base of all tokens of blocks [first, end) that take part; NULL: none do, or they differ. */
+const int32_t *tqkvi_span_one_base(const tqkvi_span *span, uint32_t first, uint32_t end,
+                                   const tqkv_attend_args *args);
+
 /* Lowest base above `after` of tokens of blocks [first, end) that take part; false without one. */
 bool tqkvi_span_next_base(const tqkvi_span *span, uint32_t first, uint32_t end,
                           const tqkv_attend_args *args, int64_t after, int32_t *base);

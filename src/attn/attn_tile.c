@@ -104,7 +104,10 @@ static float dot_mean(const float *q, const float *mean, size_t dim)
     return sum;
 }
 
-/* The rows of a part of the queries, times the softmax scale. */
+/*
+ * The rows of a part of the queries, times the softmax scale. A unit at a time, a fixed count, which
+ * compilers turn into vector code.
+ */
 static void load_rows_of_q(const tqkvi_attn_work *work, const float *q, size_t dim, float *out)
 {
     const tqkv_attend_args *args = work->attention->args;
@@ -115,8 +118,9 @@ static void load_rows_of_q(const tqkvi_attn_work *work, const float *q, size_t d
         const uint32_t row = work->first_row + r;
         const size_t h = (size_t)work->g * group + row % group;
         const float *from = q + row / group * args->q_token_stride + h * args->q_head_stride;
-        for (size_t d = 0; d < dim; d++)
-            out[r * dim + d] = from[d] * args->scale;
+        for (size_t d = 0; d < dim; d += TQKV_UNIT_CHANNELS)
+            for (size_t i = d; i < d + TQKV_UNIT_CHANNELS; i++)
+                out[r * dim + i] = from[i] * args->scale;
     }
 }
 
@@ -145,6 +149,12 @@ void tqkvi_attn_load_q(tqkvi_attn_work *work)
         load_q_latent(work);
 }
 
+/* Whether a head's matrix is read as f16, which few rows wait for. */
+static bool reads_half(const tqkvi_attn_work *work, const tqkvi_attn_head *head)
+{
+    return head->few.value && work->n_rows <= TQKVI_CODE_ROWS_MAX;
+}
+
 /* Makes q' of a base for every row. */
 static void set_base(tqkvi_attn_work *work, int32_t base)
 {
@@ -159,8 +169,12 @@ static void set_base(tqkvi_attn_work *work, int32_t base)
         attention->turn(attention->turn_user, base, work->turned, work->n_rows);
     for (uint32_t r = 0; r < work->n_rows; r++)
         work->q_mean[r] = dot_mean(work->turned + r * dim, head->mean, dim);
-    attention->kernels->dot_tile(work->turned, work->n_rows, head->inverse, dim, dim, work->coded,
-                                 dim);
+    if (reads_half(work, head))
+        attention->kernels->transform_half(&head->few, work->turned, work->coded, dim,
+                                           work->n_rows);
+    else
+        attention->kernels->dot_tile(work->turned, work->n_rows, head->inverse, dim, dim,
+                                     work->coded, dim);
     work->has_base = true;
     work->base = base;
     work->is_rounded = false;
@@ -337,14 +351,9 @@ static void step_row(tqkvi_attn_work *work, uint32_t r, size_t n, int space)
  * so many lines only, so that a block at a time is asked for. Inlined, or GCC takes a function that
  * only prefetches for one without effect.
  */
-static inline __attribute__((always_inline)) void load_ahead(const tqkvi_attn_work *work,
-                                                             uint32_t p)
+static inline __attribute__((always_inline)) void ask_for(const tqkvi_attn_work *work,
+                                                          const tqkvi_span *span, uint32_t block)
 {
-    const tqkvi_span *span = work->tile.span;
-    const uint32_t block = work->tile.block[p] + TQKVI_TILE_BLOCKS;
-
-    if (!span->layout || p >= work->tile.n_blocks || block >= work->tile.end)
-        return;
     const tqkvi_head_plan *head = &work->attention->layer->heads[TQKV_SIDE_V][work->g];
     const uint8_t *line = tqkvi_span_section(span, block, TQKV_SIDE_K, work->g);
     const uint8_t *end = tqkvi_span_section(span, block, TQKV_SIDE_V, work->g) +
@@ -352,6 +361,33 @@ static inline __attribute__((always_inline)) void load_ahead(const tqkvi_attn_wo
 
     for (; line < end; line += TQKV_ALIGN)
         __builtin_prefetch(line, 0, TO_L2);
+}
+
+static inline __attribute__((always_inline)) void load_ahead(const tqkvi_attn_work *work,
+                                                             uint32_t p)
+{
+    const tqkvi_span *span = work->tile.span;
+    const uint32_t block = work->tile.block[p] + TQKVI_TILE_BLOCKS;
+
+    if (span->layout && p < work->tile.n_blocks && block < work->tile.end)
+        ask_for(work, span, block);
+}
+
+void tqkvi_attn_ask_first(const tqkvi_attn_work *work)
+{
+    const tqkvi_attention *attention = work->attention;
+
+    for (size_t i = 0; i < attention->n_spans; i++) {
+        const tqkvi_span *span = &attention->spans[i];
+        const uint32_t n = tqkvi_span_blocks(span, attention->args);
+        if (!span->layout || !span->cells)
+            continue;
+        for (uint32_t block = 0; block < n && block < TQKVI_TILE_BLOCKS; block++) {
+            __builtin_prefetch(span->cells + (size_t)block * TQKVI_BLOCK_TOKENS);
+            __builtin_prefetch(span->slot_bases + (size_t)block * TQKVI_BLOCK_TOKENS);
+            ask_for(work, span, block);
+        }
+    }
 }
 
 static void flush(tqkvi_attn_work *work)
@@ -424,13 +460,17 @@ void tqkvi_attn_walk(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t fir
 
     work->tile.span = span;
     work->tile.end = end;
-    if (turns && span->slot_bases) {
+    const int32_t *one_base =
+        turns && span->slot_bases ? tqkvi_span_one_base(span, first, end, work->attention->args)
+                                  : NULL;
+    if (turns && span->slot_bases && !one_base) {
         walk_by_base(work, span, first, end);
     } else {
         for (uint32_t block = first; block < end; block++) {
             const uint32_t seen = tqkvi_sight_block(&work->sight, span, block);
             if (seen)
-                add_block(work, block, seen, turns ? span->block_bases[block] : 0);
+                add_block(work, block, seen,
+                          one_base ? *one_base : turns ? span->block_bases[block] : 0);
         }
     }
     flush(work);
@@ -448,6 +488,14 @@ void tqkvi_attn_settle(tqkvi_attn_work *work)
                 work->acc[space][r * dim + d] *= f;
         }
     }
+}
+
+static void write_with_mean(const float *restrict acc, const float *restrict mean,
+                            float mean_factor, float factor, size_t dim, float *restrict out)
+{
+    for (size_t d = 0; d < dim; d += TQKV_UNIT_CHANNELS)
+        for (size_t i = d; i < d + TQKV_UNIT_CHANNELS; i++)
+            out[i] = (acc[i] + mean_factor * mean[i]) * factor;
 }
 
 static void write_row(const tqkvi_attn_work *work, uint32_t r)
@@ -471,26 +519,47 @@ static void write_row(const tqkvi_attn_work *work, uint32_t r)
     }
     const float factor = l > 0 ? f / l : 0;
     const float mean_factor = work->used[SPACE_Y] ? work->nonzero[r] : 0;
-    for (size_t d = 0; d < shape->v_dim; d++)
-        out[d] = (head->inverse ? acc[d] + mean_factor * head->mean[d] : acc[d]) * factor;
+    if (head->inverse)
+        write_with_mean(acc, head->mean, mean_factor, factor, shape->v_dim, out);
+    for (size_t d = 0; d < shape->v_dim && !head->inverse; d++)
+        out[d] = acc[d] * factor;
     if (args->lse)
         args->lse[t * shape->n_heads + h] = l > 0 ? m + logf(l) : -INFINITY;
 }
 
-void tqkvi_attn_finish(tqkvi_attn_work *work)
+static void add_floats(float *restrict sum, const float *restrict part, size_t n)
+{
+    for (size_t d = 0; d < n; d += TQKV_UNIT_CHANNELS)
+        for (size_t i = d; i < d + TQKV_UNIT_CHANNELS; i++)
+            sum[i] += part[i];
+}
+
+/* The sums of coded V, through the inverse, to those of plain V. */
+static void uncode_sums(tqkvi_attn_work *work)
 {
     const tqkvi_attention *attention = work->attention;
-    const tqkv_plan_layer *shape = &attention->layer->shape;
     const tqkvi_attn_head *head = &attention->heads[TQKV_SIDE_V][work->g];
+    const size_t dim = attention->layer->shape.v_dim, n = work->n_rows * dim;
+    float *plain = work->acc[SPACE_X];
 
-    tqkvi_attn_settle(work);
-    if (work->used[SPACE_Y]) {
-        for (uint32_t r = 0; r < work->n_rows; r++)
-            work->f[r] = 1;
-        attention->kernels->accumulate_tile(work->acc[SPACE_Y], shape->v_dim, work->n_rows,
-                                            head->inverse, shape->v_dim, shape->v_dim, work->f,
-                                            work->acc[SPACE_X]);
+    if (reads_half(work, head)) {
+        float *part = work->v; /* room for TQKVI_TILE_TOKENS rows */
+        attention->kernels->transform_half(&head->few, work->acc[SPACE_Y], part, dim,
+                                           work->n_rows);
+        add_floats(plain, part, n);
+        return;
     }
+    for (uint32_t r = 0; r < work->n_rows; r++)
+        work->f[r] = 1;
+    attention->kernels->accumulate_tile(work->acc[SPACE_Y], dim, work->n_rows, head->inverse, dim,
+                                        dim, work->f, plain);
+}
+
+void tqkvi_attn_finish(tqkvi_attn_work *work)
+{
+    tqkvi_attn_settle(work);
+    if (work->used[SPACE_Y])
+        uncode_sums(work);
     for (uint32_t r = 0; r < work->n_rows; r++)
         write_row(work, r);
 }

@@ -2,35 +2,18 @@
 /* Tasks of up to 16 tokens of one head and side; all their scratch is on the worker's stack. */
 #include "cache/row_jobs.h"
 
-#include <stdatomic.h>
+#include <string.h>
 
 #include "base/parallel.h"
 #include "format/block_rows.h"
 
 #define GROUP_TOKENS 16
 
-/* cos and sin of the last base that was asked for. */
-typedef struct turn {
-    bool known;
-    int32_t base;
-    float cos[TQKVI_DIM_MAX / 2];
-    float sin[TQKVI_DIM_MAX / 2];
-} turn;
-
 typedef struct row_scratch {
     _Alignas(TQKV_ALIGN) float codec[TQKVI_CODEC_SCRATCH_MAX];
     _Alignas(TQKV_ALIGN) float row[TQKVI_DIM_MAX + TQKV_ALIGN];
-    turn from, to;
+    tqkvi_held_turn from, to;
 } row_scratch;
-
-typedef struct encode_job {
-    tqkv_store *store;
-    const float *rows[2];
-    const tqkvi_spot *spots;
-    size_t n;
-    turn turn; /* of the first spot's base, which nearly always is that of all */
-    atomic_size_t n_bad;
-} encode_job;
 
 typedef struct move_job {
     tqkv_store *store;
@@ -45,7 +28,7 @@ static bool turns(const tqkv_store *store, tqkv_side side, uint32_t g, int32_t b
            !store->codec->heads[side][g].plain;
 }
 
-static void hold_turn(const tqkv_store *store, int32_t base, turn *held)
+static void hold_turn(const tqkv_store *store, int32_t base, tqkvi_held_turn *held)
 {
     if (!held->known || held->base != base)
         tqkvi_turn_init(&store->codec->rope, base, held->cos, held->sin);
@@ -54,8 +37,8 @@ static void hold_turn(const tqkv_store *store, int32_t base, turn *held)
 }
 
 /* NULL where nothing turns. */
-static const turn *turn_for(const tqkv_store *store, tqkv_side side, uint32_t g, int32_t base,
-                            turn *held)
+static const tqkvi_held_turn *turn_for(const tqkv_store *store, tqkv_side side, uint32_t g,
+                                       int32_t base, tqkvi_held_turn *held)
 {
     if (!turns(store, side, g, base))
         return NULL;
@@ -64,9 +47,9 @@ static const turn *turn_for(const tqkv_store *store, tqkv_side side, uint32_t g,
 }
 
 static bool encode_one(const tqkv_store *store, tqkv_side side, uint32_t g, const tqkvi_spot *spot,
-                       const float *x, turn *held, float *scratch)
+                       const float *x, tqkvi_held_turn *held, float *scratch)
 {
-    const turn *t = turn_for(store, side, g, spot->base, held);
+    const tqkvi_held_turn *t = turn_for(store, side, g, spot->base, held);
     uint8_t row[TQKVI_ROW_BYTES_MAX];
 
     const bool good =
@@ -77,9 +60,9 @@ static bool encode_one(const tqkv_store *store, tqkv_side side, uint32_t g, cons
 }
 
 static void decode_one(const tqkv_store *store, tqkv_side side, uint32_t g, const tqkvi_spot *spot,
-                       float *x, turn *held, float *scratch)
+                       float *x, tqkvi_held_turn *held, float *scratch)
 {
-    const turn *t = turn_for(store, side, g, spot->base, held);
+    const tqkvi_held_turn *t = turn_for(store, side, g, spot->base, held);
     uint8_t row[TQKVI_ROW_BYTES_MAX];
 
     tqkvi_spot_get_row(store, spot, side, g, row);
@@ -104,8 +87,25 @@ static size_t count_alike(const tqkvi_spot *spots, size_t n)
     return i;
 }
 
+typedef struct early_rows {
+    uint8_t *scales, *codes;
+    size_t row_bytes;
+} early_rows;
+
+/* What one head and side has in job->early, which is not NULL. */
+static early_rows find_early(const tqkvi_encode_job *job, tqkv_side side, uint32_t g)
+{
+    const tqkv_store *store = job->store;
+    const uint32_t tier = job->spots[0].tier;
+    uint8_t *section = job->early + store->layouts[tier].section[side][g];
+
+    return (early_rows){.scales = section,
+                        .codes = section + TQKVI_BLOCK_TOKENS,
+                        .row_bytes = tqkvi_codec_layout(store->codec, side, g, tier)->row_bytes};
+}
+
 /* n rows that are alike, from the job's token t on. Returns the number of bad ones. */
-static size_t encode_alike(const encode_job *job, tqkv_side side, uint32_t g, size_t t, size_t n,
+static size_t encode_alike(const tqkvi_encode_job *job, tqkv_side side, uint32_t g, size_t t, size_t n,
                            row_scratch *scratch)
 {
     const tqkv_store *store = job->store;
@@ -114,13 +114,20 @@ static size_t encode_alike(const encode_job *job, tqkv_side side, uint32_t g, si
     const size_t stride = store->codec->n_kv_heads * dim;
     const bool shared = job->turn.known && job->turn.base == spots[0].base &&
                         turns(store, side, g, spots[0].base);
-    const turn *to = shared ? &job->turn : turn_for(store, side, g, spots[0].base, &scratch->to);
+    const tqkvi_held_turn *to =
+        shared ? &job->turn : turn_for(store, side, g, spots[0].base, &scratch->to);
     const size_t row_bytes = tqkvi_codec_layout(store->codec, side, g, spots[0].tier)->row_bytes;
     uint8_t codes[TQKVI_ROWS_AT_ONCE * TQKVI_ROW_BYTES_MAX], scales[TQKVI_ROWS_AT_ONCE];
 
     const size_t n_bad = tqkvi_encode_few(
         store->codec, side, g, spots[0].tier, to ? to->cos : NULL, to ? to->sin : NULL,
         job->rows[side] + t * stride + g * dim, stride, n, scales, codes, scratch->codec);
+    if (job->early) {
+        const early_rows early = find_early(job, side, g);
+        memcpy(early.scales + t, scales, n);
+        memcpy(early.codes + t * row_bytes, codes, n * row_bytes);
+        return n_bad;
+    }
     for (size_t i = 0; i < n; i++) {
         *tqkvi_spot_scale(store, &spots[i], side, g) = scales[i];
         tqkvi_spot_put_row(store, &spots[i], side, g, codes + i * row_bytes);
@@ -128,9 +135,9 @@ static size_t encode_alike(const encode_job *job, tqkv_side side, uint32_t g, si
     return n_bad;
 }
 
-static void encode_task(void *user, size_t i, size_t worker)
+void tqkvi_encode_task(void *user, size_t i, size_t worker)
 {
-    encode_job *job = user;
+    tqkvi_encode_job *job = user;
     const size_t n_heads = job->store->codec->n_kv_heads;
     const tqkv_side side = (tqkv_side)(i & 1);
     const size_t group = i / 2 / n_heads;
@@ -151,22 +158,48 @@ static void encode_task(void *user, size_t i, size_t worker)
         atomic_fetch_add(&job->n_bad, n_bad);
 }
 
+void tqkvi_encode_begin(tqkvi_encode_job *job, tqkv_store *store, const float *k, const float *v,
+                        const tqkvi_spot *spots, size_t n, uint8_t *early)
+{
+    job->store = store;
+    job->rows[TQKV_SIDE_K] = k;
+    job->rows[TQKV_SIDE_V] = v;
+    job->spots = spots;
+    job->n = n;
+    job->early = early;
+    job->turn.known = false;
+    atomic_init(&job->n_bad, 0);
+    if (k && n > 0 && store->has_bases && spots[0].base != 0)
+        hold_turn(store, spots[0].base, &job->turn);
+}
+
+size_t tqkvi_encode_tasks(const tqkvi_encode_job *job)
+{
+    return (job->n + GROUP_TOKENS - 1) / GROUP_TOKENS * job->store->codec->n_kv_heads * 2;
+}
+
+void tqkvi_encode_place(const tqkvi_encode_job *job)
+{
+    const tqkv_store *store = job->store;
+
+    for (uint32_t i = 0; i < 2 * store->codec->n_kv_heads; i++) {
+        const tqkv_side side = (tqkv_side)(i & 1);
+        const early_rows early = find_early(job, side, i / 2);
+        for (size_t t = 0; t < job->n; t++) {
+            *tqkvi_spot_scale(store, &job->spots[t], side, i / 2) = early.scales[t];
+            tqkvi_spot_put_row(store, &job->spots[t], side, i / 2,
+                               early.codes + t * early.row_bytes);
+        }
+    }
+}
+
 void tqkvi_encode_rows(tqkv_store *store, const float *k, const float *v, const tqkvi_spot *spots,
                        size_t n, const tqkv_parallel *parallel)
 {
-    encode_job job;
+    tqkvi_encode_job job;
 
-    job.store = store;
-    job.rows[TQKV_SIDE_K] = k;
-    job.rows[TQKV_SIDE_V] = v;
-    job.spots = spots;
-    job.n = n;
-    job.turn.known = false;
-    atomic_init(&job.n_bad, 0);
-    if (k && n > 0 && store->has_bases && spots[0].base != 0)
-        hold_turn(store, spots[0].base, &job.turn);
-    tqkvi_run(parallel, (n + GROUP_TOKENS - 1) / GROUP_TOKENS * store->codec->n_kv_heads * 2,
-              encode_task, &job);
+    tqkvi_encode_begin(&job, store, k, v, spots, n, NULL);
+    tqkvi_run(parallel, tqkvi_encode_tasks(&job), tqkvi_encode_task, &job);
     store->n_bad_rows += atomic_load(&job.n_bad);
 }
 
@@ -231,7 +264,7 @@ void tqkvi_turn_token(tqkv_store *store, const tqkvi_spot *from, const tqkvi_spo
 {
     const tqkv_rope *rope = &store->codec->rope;
     row_scratch scratch;
-    turn by_delta;
+    tqkvi_held_turn by_delta;
 
     scratch.from.known = scratch.to.known = false;
     if (delta != 0)

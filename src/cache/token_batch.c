@@ -32,6 +32,7 @@ void tqkvi_batch_destroy(tqkv_batch *batch)
     tqkvi_free(&mem, batch->rows[TQKV_SIDE_K]);
     tqkvi_free(&mem, batch->rows[TQKV_SIDE_V]);
     tqkvi_free(&mem, batch->staged);
+    tqkvi_free(&mem, batch->early);
     tqkvi_free(&mem, batch);
 }
 
@@ -101,6 +102,21 @@ static tqkv_status reserve_staged(tqkv_batch *batch, const tqkv_store *store)
     return status;
 }
 
+static tqkv_status reserve_early(tqkv_batch *batch, const tqkv_store *store, size_t n)
+{
+    const size_t bytes = store->layouts[0].block_bytes;
+    void *early = batch->early;
+
+    if (n > TQKVI_EARLY_TOKENS || bytes <= batch->early_max)
+        return TQKV_OK;
+    batch->early_max = 0;
+    const tqkv_status status = renew(batch, &early, bytes, 1);
+    batch->early = early;
+    if (status == TQKV_OK)
+        batch->early_max = bytes;
+    return status;
+}
+
 static uint64_t *staged_of(const tqkv_batch *batch, const tqkv_store *store, uint32_t cell)
 {
     return batch->staged + (size_t)(cell / store->n_cells) * store->n_words;
@@ -125,7 +141,9 @@ tqkv_status tqkvi_batch_begin(tqkv_batch *batch, tqkv_store *store, const int64_
     TQKV_TRY(reserve_rows(batch, TQKV_SIDE_K, shape, n));
     TQKV_TRY(reserve_rows(batch, TQKV_SIDE_V, shape, n));
     TQKV_TRY(reserve_staged(batch, store));
+    TQKV_TRY(reserve_early(batch, store, n));
     batch->store = store;
+    batch->is_encoded = false;
     batch->has_side[TQKV_SIDE_K] = batch->has_side[TQKV_SIDE_V] = false;
     for (size_t i = 0; i < n; i++) {
         const uint32_t cell = (uint32_t)cells[i];
@@ -149,6 +167,7 @@ void tqkvi_batch_put(tqkv_batch *batch, tqkv_side side, const float *rows, size_
     const size_t n_heads = store->codec->n_kv_heads;
     float *to = batch->rows[side];
 
+    batch->is_encoded = false;
     for (size_t i = 0; i < batch->n; i++) {
         for (size_t g = 0; g < n_heads; g++, to += dim) {
             const float *from = rows + i * row_stride + g * dim;
@@ -181,6 +200,37 @@ void tqkvi_batch_complete(tqkv_batch *batch)
         }
         batch->has_side[side] = true;
     }
+}
+
+size_t tqkvi_batch_encode_begin(tqkv_batch *batch)
+{
+    if (batch->is_encoded || batch->n > TQKVI_EARLY_TOKENS)
+        return 0;
+    for (size_t i = 0; i < batch->n; i++)
+        batch->spots[i] =
+            (tqkvi_spot){.base = tqkvi_store_base(batch->store, batch->positions[i])};
+    tqkvi_encode_begin(&batch->job, batch->store, batch->rows[TQKV_SIDE_K],
+                       batch->rows[TQKV_SIDE_V], batch->spots, batch->n, batch->early);
+    batch->is_encoded = true;
+    return tqkvi_encode_tasks(&batch->job);
+}
+
+void tqkvi_batch_encode_task(void *user, size_t i, size_t worker)
+{
+    tqkv_batch *batch = user;
+
+    tqkvi_encode_task(&batch->job, i, worker);
+}
+
+/* Whether the tokens went where their rows in `early` can go as they are. */
+static bool went_as_encoded(const tqkv_batch *batch)
+{
+    bool same = batch->is_encoded;
+
+    for (size_t i = 0; i < batch->n && same; i++)
+        same = batch->spots[i].tier == 0 &&
+               batch->spots[i].base == tqkvi_store_base(batch->store, batch->positions[i]);
+    return same;
 }
 
 /* Places the tokens of one stream; their spots are known afterwards. */
@@ -225,8 +275,13 @@ void tqkvi_batch_commit(tqkv_batch *batch, const tqkv_parallel *parallel)
         }
         for (uint32_t stream = first; stream <= last; stream++)
             place_stream(batch, stream, parallel);
-        tqkvi_encode_rows(store, batch->rows[TQKV_SIDE_K], batch->rows[TQKV_SIDE_V], batch->spots,
-                          batch->n, parallel);
+        if (went_as_encoded(batch)) {
+            tqkvi_encode_place(&batch->job);
+            store->n_bad_rows += atomic_load(&batch->job.n_bad);
+        } else {
+            tqkvi_encode_rows(store, batch->rows[TQKV_SIDE_K], batch->rows[TQKV_SIDE_V],
+                              batch->spots, batch->n, parallel);
+        }
         store->n_written += batch->n;
     }
     close_batch(batch);

@@ -3,7 +3,10 @@
 #ifndef TQKVI_TOKEN_BATCH_H
 #define TQKVI_TOKEN_BATCH_H
 
-#include "cache/cell_store.h"
+#include "cache/row_jobs.h"
+
+/* Batches of so few tokens can be encoded beside attention: they all enter the youngest tier. */
+#define TQKVI_EARLY_TOKENS TQKVI_BLOCK_TOKENS
 
 struct tqkv_batch {
     tqkv_allocator mem;
@@ -18,6 +21,10 @@ struct tqkv_batch {
     bool has_side[2];
     uint64_t *staged; /* bitset: n_words of the store for each stream */
     size_t words_max;
+    uint8_t *early; /* rows of few tokens, encoded before they have spots */
+    size_t early_max;
+    bool is_encoded; /* the rows as they are now are in `early` */
+    tqkvi_encode_job job;
 };
 
 TQKV_NODISCARD tqkv_status tqkvi_batch_create(const tqkv_allocator *mem, tqkv_batch **out);
@@ -30,6 +37,14 @@ TQKV_NODISCARD tqkv_status tqkvi_batch_begin(tqkv_batch *batch, tqkv_store *stor
                                              size_t n);
 /* Copies rows in; a head row with NaN or Inf becomes zero and is counted. */
 void tqkvi_batch_put(tqkv_batch *batch, tqkv_side side, const float *rows, size_t row_stride);
+
+/*
+ * Encoding of a live batch with both sides, as tasks beside attention: how many there are, 0 where
+ * it is left to the commit. All of them must run before the next call. user: the batch.
+ */
+size_t tqkvi_batch_encode_begin(tqkv_batch *batch);
+tqkv_task_fn tqkvi_batch_encode_task;
+
 void tqkvi_batch_commit(tqkv_batch *batch, const tqkv_parallel *parallel);
 
 /* Whether its tokens take part: a batch into which nothing was put changes nothing. */

@@ -108,6 +108,16 @@ static void centre(const tqkv_codec *codec, const tqkvi_head_codec *head, const 
         z[d] = x[d] - head->plan->mean[d];
 }
 
+/* Four rows share what is read, and mostly follow others; fewer are a decoding step. */
+static void transform_rows(const tqkv_codec *codec, const tqkvi_head_codec *head, const float *z,
+                           float *y, size_t n)
+{
+    if (n < TQKVI_ROWS_AT_ONCE && head->transform_half.value)
+        codec->kernels->transform_half(&head->transform_half, z, y, head->dim, n);
+    else
+        codec->kernels->transform(head->plan->transform, z, y, head->dim, n);
+}
+
 /* Of few rows. Those that are stored as zero go through all of it as zeros. */
 static size_t encode_coded(const tqkv_codec *codec, const tqkvi_head_codec *head,
                            const tqkvi_layout *layout, const float *turn_cos,
@@ -134,7 +144,7 @@ static size_t encode_coded(const tqkv_codec *codec, const tqkvi_head_codec *head
                                      y + r * row_floats, head->dim, head->hadamard_block);
     }
     if (head->hadamard_block == 0)
-        codec->kernels->transform(head->plan->transform, z, y, head->dim, n);
+        transform_rows(codec, head, z, y, n);
     for (size_t r = 0; r < n; r++) {
         if (classify(codec, y + r * row_floats, head->dim) == ROW_BAD) {
             kind[r] = ROW_BAD;

@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+#include "codec/half_matrix.h"
+
 #define WEIGHT_MIN 0x1p-20f /* below it the scale would be chosen by rounding errors */
 #define VALUE_MAX 1e37f     /* of a decoded channel, far enough from FLT_MAX for a turn */
 #define Y_DECODED_MAX \
@@ -116,6 +118,41 @@ static tqkv_status init_side(tqkv_codec *codec, tqkv_side side)
     return status;
 }
 
+/* As attention reads them, head by head, and then as the encoder does. */
+static tqkv_status init_halves(tqkv_codec *codec)
+{
+    size_t bytes = 0;
+
+    for (uint32_t i = 0; i < 2 * codec->n_kv_heads; i++) {
+        const tqkvi_head_codec *head = &codec->heads[i & 1][i / 2];
+        bytes += head->plain ? 0 : 2 * tqkvi_half_matrix_bytes(head->dim);
+    }
+    if (bytes == 0)
+        return TQKV_OK;
+    codec->halves = tqkvi_alloc(&codec->mem, bytes);
+    if (!codec->halves)
+        return TQKV_ERR_NO_MEMORY;
+    uint8_t *next = codec->halves;
+    for (uint32_t i = 0; i < 2 * codec->n_kv_heads; i++) {
+        tqkvi_head_codec *head = &codec->heads[i & 1][i / 2];
+        const bool is_k = (i & 1) == TQKV_SIDE_K;
+        if (head->plain)
+            continue;
+        tqkvi_half_matrix_init(&head->inverse_half, next, head->inverse, is_k ? 1 : head->dim,
+                               is_k ? head->dim : 1, head->dim, true);
+        next += tqkvi_half_matrix_bytes(head->dim);
+    }
+    for (uint32_t i = 0; i < 2 * codec->n_kv_heads; i++) {
+        tqkvi_head_codec *head = &codec->heads[i & 1][i / 2];
+        if (head->plain || head->hadamard_block != 0)
+            continue;
+        tqkvi_half_matrix_init(&head->transform_half, next, head->plan->transform, head->dim, 1,
+                               head->dim, false);
+        next += tqkvi_half_matrix_bytes(head->dim);
+    }
+    return TQKV_OK;
+}
+
 static tqkv_status init_rope(tqkv_codec *codec, const tqkv_rope *rope)
 {
     codec->rope = (tqkv_rope){.style = TQKV_ROPE_NONE};
@@ -152,6 +189,8 @@ tqkv_status tqkvi_codec_create(const tqkv_plan *plan, uint32_t layer, const tqkv
         status = init_side(codec, TQKV_SIDE_K);
     if (status == TQKV_OK && codec->n_kv_heads != 0)
         status = init_side(codec, TQKV_SIDE_V);
+    if (status == TQKV_OK)
+        status = init_halves(codec);
     if (status != TQKV_OK) {
         tqkvi_codec_destroy(codec);
         return status;
@@ -172,6 +211,7 @@ void tqkvi_codec_destroy(tqkv_codec *codec)
         }
         tqkvi_free(&codec->mem, codec->heads[side]);
     }
+    tqkvi_free(&codec->mem, codec->halves);
     tqkvi_free(&codec->mem, (void *)codec->rope.inv_freq);
     const tqkv_allocator mem = codec->mem;
     tqkvi_free(&mem, codec);

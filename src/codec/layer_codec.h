@@ -26,6 +26,9 @@ typedef struct tqkvi_head_codec {
     float *weight;           /* [dim / 16] the plan's, divided by the largest, at least 2^-20 */
     float *inverse;          /* [dim][dim]: x[i] = mean[i] + sum_j inverse[j * dim + i] * y[j],
                      * so q'[j] = sum_i inverse[j * dim + i] * q[i] gives q.x = q'.y + q.mean */
+    /* For few rows at a time; value NULL where there is none. */
+    tqkvk_half_matrix transform_half; /* the transform's numbers; none beside hadamard_block */
+    tqkvk_half_matrix inverse_half; /* rounded: for attention only. Of K the inverse transposed */
 } tqkvi_head_codec;
 
 struct tqkv_codec {
@@ -36,6 +39,7 @@ struct tqkv_codec {
     tqkv_rope rope; /* inv_freq owned */
     uint32_t n_kv_heads, n_tiers;
     tqkvi_head_codec *heads[2]; /* [n_kv_heads] by tqkv_side */
+    uint8_t *halves;            /* of all heads, see half_matrix.h */
 };
 
 /* See tqkv_codec_create; plan and layer are good, rope is good or NULL. */

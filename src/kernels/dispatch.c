@@ -20,6 +20,7 @@
 #define TABLE(label, isa, wide, dots)                                                            \
     {                                                                                            \
         .name = label, .transform = tqkvk_transform_f32_##wide,                                  \
+        .transform_half = tqkvk_transform_half_##wide,                                           \
         .hadamard = tqkvk_hadamard_f32_##isa, .largest_bits = tqkvk_largest_bits_##isa,          \
         .encode_rows = tqkvk_encode_rows_f32_##isa, .unpack_rows = tqkvk_unpack_rows_f32_##isa,  \
         .unpack_block = tqkvk_unpack_block_f32_##isa,                                            \

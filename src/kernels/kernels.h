@@ -25,6 +25,19 @@ typedef void tqkvk_transform_fn(const float *m, const float *x, float *y, size_t
                                 size_t n_rows);
 
 /*
+ * A matrix as transform takes it, in half the bytes: m[i * dim + j] = value[i * dim + j] * factor[j].
+ * The products are finite and normal or 0 in f32, so they are exact.
+ */
+typedef struct tqkvk_half_matrix {
+    const uint16_t *value; /* [dim][dim] f16 */
+    const float *factor;   /* [dim] powers of two */
+} tqkvk_half_matrix;
+
+/* transform of such a matrix, for few rows: reading it counts then. Exact: the bits of transform. */
+typedef void tqkvk_transform_half_fn(const tqkvk_half_matrix *m, const float *x, float *y,
+                                     size_t dim, size_t n_rows);
+
+/*
  * The same for Walsh-Hadamard matrices of `block` channels (a power of two, at least 16, that
  * divides dim) times a factor for each input channel: y = factor[i] * x[i], then within each block,
  * for n = 1, 2, 4, ... block / 2, the pairs (j, j + n) where j & n is 0 become their sum and their
@@ -173,6 +186,7 @@ typedef void tqkvk_weigh_blocks_fn(const tqkvi_layout *layout, const uint8_t *co
 typedef struct tqkvk_table {
     const char *name; /* "ref", "avx2", ... */
     tqkvk_transform_fn *transform;
+    tqkvk_transform_half_fn *transform_half;
     tqkvk_hadamard_fn *hadamard;
     tqkvk_largest_bits_fn *largest_bits;
     tqkvk_encode_rows_fn *encode_rows;

@@ -6,6 +6,7 @@
 #include "kernels/kernels.h"
 
 tqkvk_transform_fn tqkvk_transform_f32_ref;
+tqkvk_transform_half_fn tqkvk_transform_half_ref;
 tqkvk_hadamard_fn tqkvk_hadamard_f32_ref;
 tqkvk_largest_bits_fn tqkvk_largest_bits_ref;
 tqkvk_encode_rows_fn tqkvk_encode_rows_f32_ref;
@@ -26,6 +27,7 @@ tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_ref;
 
 #if TQKV_HAVE_X86
 tqkvk_transform_fn tqkvk_transform_f32_avx2;
+tqkvk_transform_half_fn tqkvk_transform_half_avx2;
 tqkvk_hadamard_fn tqkvk_hadamard_f32_avx2;
 tqkvk_largest_bits_fn tqkvk_largest_bits_avx2;
 tqkvk_encode_rows_fn tqkvk_encode_rows_f32_avx2;
@@ -45,6 +47,7 @@ tqkvk_round_weights_fn tqkvk_round_weights_i16_avx2;
 tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx2;
 /* AVX-512 F, BW, DQ, VL and VNNI. */
 tqkvk_transform_fn tqkvk_transform_f32_avx512;
+tqkvk_transform_half_fn tqkvk_transform_half_avx512;
 tqkvk_dot_tile_fn tqkvk_dot_tile_f32_avx512;
 tqkvk_scale_scores_fn tqkvk_scale_scores_f32_avx512;
 tqkvk_softmax_step_fn tqkvk_softmax_step_f32_avx512;
@@ -56,6 +59,7 @@ tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx512;
 
 #if TQKV_HAVE_ARM
 tqkvk_transform_fn tqkvk_transform_f32_neon;
+tqkvk_transform_half_fn tqkvk_transform_half_neon;
 tqkvk_hadamard_fn tqkvk_hadamard_f32_neon;
 tqkvk_largest_bits_fn tqkvk_largest_bits_neon;
 tqkvk_encode_rows_fn tqkvk_encode_rows_f32_neon;

@@ -108,7 +108,8 @@ static void test_dispatch(void **state)
     const tqkvk_table *want = all[n - 1];
     for (size_t i = 0; i < n; i++) {
         const tqkvk_table *t = all[i];
-        assert_true(t->transform && t->hadamard && t->largest_bits && t->encode_rows &&
+        assert_true(t->transform && t->transform_half && t->hadamard && t->largest_bits &&
+                    t->encode_rows &&
                     t->unpack_rows && t->unpack_block && t->half_to_float && t->float_to_half &&
                     t->dot_tile && t->softmax_step && t->accumulate_tile && t->round_query &&
                     t->score_blocks && t->scale_values && t->scale_scores && t->scale_weights && t->round_weights &&
@@ -155,6 +156,55 @@ static void check_transform(test_random *random, size_t dim, float size)
     free(m);
     free(x);
     free(want);
+}
+
+/* f16 values of every size times powers of two: the bits of the matrix that they stand for. */
+static void check_transform_half(test_random *random, size_t dim)
+{
+    size_t n;
+    const tqkvk_table *const *all = tables(&n);
+    float *m = test_random_floats(random, dim * dim, 1.0f);
+    float *factor = test_aligned(dim * sizeof(*factor));
+    uint16_t *value = test_aligned(dim * dim * sizeof(*value));
+    const size_t n_rows = 1 + test_random_u32(random) % 9;
+    float *x = test_random_floats(random, n_rows * dim, 1.0f);
+    float *want = test_aligned(n_rows * dim * sizeof(float));
+
+    x[3] = -0.0f;
+    x[5] = 1e-42f;
+    x[7] = 1e30f;
+    for (size_t j = 0; j < dim; j++)
+        factor[j] = ldexpf(1.0f, j == 0 ? -100 : (int)(test_random_u32(random) % 40) - 20);
+    for (size_t i = 0; i < dim * dim; i++) {
+        value[i] = (uint16_t)test_random_u32(random); /* also subnormal, but finite */
+        if ((value[i] & 0x7c00u) == 0x7c00u)
+            value[i] &= 0x83ffu;
+        m[i] = tqkvi_half_to_float(value[i]) * factor[i % dim];
+    }
+    all[0]->transform(m, x, want, dim, n_rows);
+    for (size_t i = 0; i < n; i++) {
+        const tqkvk_half_matrix half = {.value = value, .factor = factor};
+        test_guarded y;
+        test_guarded_init(&y, n_rows * dim * sizeof(float), 0);
+        all[i]->transform_half(&half, x, test_guarded_floats(&y), dim, n_rows);
+        assert_memory_equal(y.data, want, n_rows * dim * sizeof(float));
+        test_guarded_deinit(&y);
+    }
+    free(m);
+    free(factor);
+    free(value);
+    free(x);
+    free(want);
+}
+
+static void test_transform_half(void **state)
+{
+    (void)state;
+    test_random random = {seed};
+    for (size_t dim = 16; dim <= 272; dim += 16)
+        for (int i = 0; i < 4; i++)
+            check_transform_half(&random, dim);
+    check_transform_half(&random, 1024);
 }
 
 static void test_transform(void **state)
@@ -666,7 +716,8 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_levels),       cmocka_unit_test(test_distortion),
         cmocka_unit_test(test_generator),    cmocka_unit_test(test_dispatch),
-        cmocka_unit_test(test_transform),    cmocka_unit_test(test_hadamard),
+        cmocka_unit_test(test_transform),    cmocka_unit_test(test_transform_half),
+        cmocka_unit_test(test_hadamard),
         cmocka_unit_test(test_largest_bits),
         cmocka_unit_test(test_half),         cmocka_unit_test(test_half_rounding),
         cmocka_unit_test(test_encode_rows),  cmocka_unit_test(test_encode_ties),

@@ -391,7 +391,7 @@ static void check_row(const test_engine *e, uint32_t b, uint32_t token, uint32_t
     const bool is_rounded =
         c->n_tiers > 0 && has_few_rows(e, position - start, start == position ? 1 : n_new, h);
     uint8_t codes[2 * 16 * TQKV_UNITS_MAX];
-    double largest_q[TQKV_UNITS_MAX];
+    double largest_q[TQKV_UNITS_MAX], moved[TQKV_UNITS_MAX];
     float k[64];
 
     for (uint32_t p = first; p <= position; p++) {
@@ -405,8 +405,8 @@ static void check_row(const test_engine *e, uint32_t b, uint32_t token, uint32_t
         const uint8_t size = read_row(e, seq, 0, g, p, own || is_exact, tier, k, codes);
         double slack = 0;
         if (is_rounded && !own) {
-            test_largest_query(e->codec, g, true, base_of(e, p), q, largest_q);
-            slack = test_rounding_slack(e->codec, g, tier, size, codes, largest_q) * scale;
+            test_largest_query(e->codec, g, true, base_of(e, p), q, largest_q, moved);
+            slack = test_rounding_slack(e->codec, g, tier, size, codes, largest_q, moved) * scale;
         }
         scores[p] = score(c, q, k, values[p], &terms);
         top = scores[p] > top ? scores[p] : top;

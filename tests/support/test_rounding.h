@@ -6,14 +6,15 @@
 #include "codec/layer_codec.h"
 
 /*
- * The largest |q'| of each unit of a query of KV head g under a base: [k_dim / 16] out. q: [k_dim].
+ * The largest |q'| of each unit of a query of KV head g under a base, and the most that a q' of the
+ * unit moves by rounding the matrix to f16: [k_dim / 16] out each. q: [k_dim].
  * turns: whether K has bases.
  */
 void test_largest_query(const tqkv_codec *codec, uint32_t g, bool turns, int32_t base,
-                        const float *q, double *top);
+                        const float *q, double *top, double *moved);
 
 /* The most that the product of such a query with a row of K moves. codes: a row. scale: its byte. */
 double test_rounding_slack(const tqkv_codec *codec, uint32_t g, uint32_t tier, uint8_t scale,
-                           const uint8_t *codes, const double *top);
+                           const uint8_t *codes, const double *top, const double *moved);
 
 #endif /* TEST_ROUNDING_H */

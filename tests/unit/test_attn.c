@@ -266,7 +266,7 @@ static void score_slack(const attn_setup *s, const tqkv_attend_args *args, const
     const uint32_t g = h / (s->c->n_heads / s->c->n_kv_heads);
     const float *query = args->q + q * args->q_token_stride + h * args->q_head_stride;
     const oracle_code *last = NULL;
-    double top[TQKV_UNITS_MAX];
+    double top[TQKV_UNITS_MAX], moved[TQKV_UNITS_MAX];
 
     for (uint32_t cell = 0; cell < s->c->n_cells; cell++) {
         const oracle_code *code = &r->codes[(size_t)cell * s->c->n_kv_heads + g];
@@ -274,10 +274,11 @@ static void score_slack(const attn_setup *s, const tqkv_attend_args *args, const
         if (r->kind[cell] != 1 || !code->coded || !has_few_rows(s, q, h))
             continue;
         if (!last || last->base != code->base)
-            test_largest_query(codec, g, s->store->has_bases, code->base, query, top);
+            test_largest_query(codec, g, s->store->has_bases, code->base, query, top, moved);
         last = code;
-        slack[cell] = (double)args->scale *
-                      test_rounding_slack(codec, g, code->tier, code->scale[0], code->row, top);
+        slack[cell] = (double)args->scale * test_rounding_slack(codec, g, code->tier,
+                                                                code->scale[0], code->row, top,
+                                                                moved);
     }
 }
 
@@ -301,6 +302,33 @@ static double weight_slack(const attn_setup *s, const oracle_rows *r, uint32_t q
         squares += pow((v - (double)mean) / scale, 2);
     }
     return 6 * top / TQKVK_WEIGHT_MAX * sqrt(squares / 12);
+}
+
+/* The most that f16 in place of the inverse of V does to each channel: [v_dim] out; p: [n_cells]. */
+static void half_slack(const attn_setup *s, const oracle_rows *r, uint32_t h, const double *p,
+                       double *slack)
+{
+    const attn_case *c = s->c;
+    const uint32_t g = h / (c->n_heads / c->n_kv_heads), dim = c->v_dim;
+    const tqkvi_head_codec *head = &s->store->codec->heads[1][g];
+    double sum[TQKVI_DIM_MAX] = {0};
+
+    memset(slack, 0, dim * sizeof(*slack));
+    for (uint32_t cell = 0; cell < c->n_cells - 1 && !head->plain; cell++) {
+        const oracle_code *code = &r->codes[(size_t)cell * c->n_kv_heads + g];
+        const float *v = r->rows[1] + ((size_t)cell * c->n_kv_heads + g) * dim;
+        if (r->kind[cell] != 1 || !code->coded || code->scale[1] == 0)
+            continue;
+        for (uint32_t i = 0; i < dim; i++)
+            sum[i] += p[cell] * ((double)v[i] - (double)head->plan->mean[i]);
+    }
+    for (uint32_t j = 0; j < dim && !head->plain; j++) {
+        double y = 0;
+        for (uint32_t i = 0; i < dim; i++)
+            y += (double)head->plan->transform[(size_t)i * dim + j] * sum[i];
+        for (uint32_t d = 0; d < dim; d++)
+            slack[d] += 0x1p-11 * fabs(y * (double)head->inverse[(size_t)j * dim + d]);
+    }
 }
 
 static oracle_rows read_rows(const attn_setup *s, uint32_t stream)
@@ -392,6 +420,8 @@ static void check_row(const attn_setup *s, const tqkv_attend_args *args, const o
         p[cell] = exp(scores[cell] - top) / sum;
 
     const float *out = args->out + q * args->out_token_stride + h * args->out_head_stride;
+    double halves[TQKVI_DIM_MAX];
+    half_slack(s, r, h, p, halves);
     for (uint32_t d = 0; d < c->v_dim; d++) {
         double want = 0, largest = 0;
         for (uint32_t cell = 0; cell < args->n_cells && sum > 0; cell++) {
@@ -401,7 +431,7 @@ static void check_row(const attn_setup *s, const tqkv_attend_args *args, const o
         }
         /* A relative error e of every probability moves the mean by 2 e times the largest value. */
         const double bound = 2 * (error + CONDITION * 8 * (double)FLT_EPSILON) * (largest + 1) +
-                             weight_slack(s, r, q, h, d, p);
+                             weight_slack(s, r, q, h, d, p) + halves[d];
         if (!(fabs((double)out[d] - want) <= (sum > 0 ? bound : 0)))
             fail_msg("%s: q %u h %u d %u: %.9g, not %.9g (bound %.3g)", c->name, q, h, d,
                      (double)out[d], want, bound);

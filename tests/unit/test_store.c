@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "test_arrays.h"
 #include "test_memory.h"
 #include "test_store_make.h"
 
@@ -532,6 +533,97 @@ static void test_sinks(void **state)
     tqkv_plan_destroy(plan);
 }
 
+/* Attention of as many queries as tokens were staged; what comes out is not looked at. */
+static void attend(tqkv_store *store, const tqkv_batch *batch, uint32_t n_q,
+                   const tqkv_parallel *parallel)
+{
+    const size_t n_workers = parallel ? parallel->n_workers : 1;
+    const size_t q_floats = (size_t)n_q * 4 * K_DIM, out_floats = (size_t)n_q * 4 * V_DIM;
+    tqkv_attend_args args;
+    test_random random = {.state = 5};
+
+    tqkv_attend_args_init(&args);
+    float *q = test_random_floats(&random, q_floats, 1);
+    float *out = test_aligned(out_floats * sizeof(*out));
+    args.n_q = n_q;
+    args.n_cells = 150;
+    args.q = q;
+    args.out = out;
+    args.q_head_stride = K_DIM;
+    args.out_head_stride = V_DIM;
+    args.q_token_stride = (size_t)4 * K_DIM;
+    args.out_token_stride = (size_t)4 * V_DIM;
+    args.causal = 1;
+    args.scratch = test_aligned(tqkv_store_scratch_bytes(store, n_q, n_workers));
+    assert_int_equal(tqkv_store_attend(store, batch, &args, parallel), TQKV_OK);
+    free(args.scratch);
+    free(q);
+    free(out);
+}
+
+typedef enum early_way { EARLY_NOT, EARLY_ONCE, EARLY_THEN_PUT, EARLY_THEN_CHANGED } early_way;
+
+/* Tokens whose frames do not follow their cells, some of which overflow behind the transform. */
+static void write_early(tqkv_batch *batch, tqkv_store *store, early_way way, size_t n,
+                        const tqkv_parallel *parallel)
+{
+    for (size_t first = 0; first + n <= 150; first += n) {
+        int64_t cells[20];
+        int32_t positions[20];
+        float k[20 * K_FLOATS], v[20 * V_FLOATS];
+        for (size_t i = 0; i < n; i++) {
+            cells[i] = (int64_t)(first + i) * 7 % 150;
+            positions[i] = (int32_t)(first + i) * 5;
+            cell_row(cells[i], 0, k + i * K_FLOATS);
+            cell_row(cells[i], 1, v + i * V_FLOATS);
+            for (size_t d = 0; cells[i] % 11 == 0 && d < V_DIM; d++)
+                v[i * V_FLOATS + d] = d % 2 ? 3e38f : -3e38f;
+        }
+        assert_int_equal(tqkv_batch_begin(batch, store, cells, positions, n), TQKV_OK);
+        assert_int_equal(tqkv_batch_put(batch, TQKV_SIDE_K, k, K_FLOATS), TQKV_OK);
+        if (way != EARLY_THEN_PUT)
+            assert_int_equal(tqkv_batch_put(batch, TQKV_SIDE_V, v, V_FLOATS), TQKV_OK);
+        if (way == EARLY_THEN_CHANGED)
+            tqkv_batch_rows(batch, TQKV_SIDE_K)[0] += 9;
+        for (int i = 0; i < 2 && way != EARLY_NOT; i++)
+            attend(store, batch, (uint32_t)n, parallel);
+        if (way == EARLY_THEN_PUT)
+            assert_int_equal(tqkv_batch_put(batch, TQKV_SIDE_V, v, V_FLOATS), TQKV_OK);
+        if (way == EARLY_THEN_CHANGED)
+            tqkv_batch_rows(batch, TQKV_SIDE_K)[0] = k[0];
+        assert_int_equal(tqkv_batch_commit(batch, parallel), TQKV_OK);
+    }
+}
+
+/* Few tokens are encoded while attention runs: the same bytes and counters as without attention. */
+static void test_early_encoding(void **state)
+{
+    static const size_t sizes[] = {1, 3, 16, 17};
+    const tqkv_parallel ways[] = {test_threads(1), test_threads(4), test_backwards(3)};
+    tqkv_batch *batch;
+
+    (void)state;
+    assert_int_equal(tqkv_batch_create(NULL, &batch), TQKV_OK);
+    for (uint32_t i = 0; i < 5 * 4 * 3 * 3; i++) {
+        tqkv_plan *plan = make_plan(i % 5);
+        tqkv_store *late = make_store(plan, 150, 1), *early = make_store(plan, 150, 1);
+        const size_t n = sizes[i / 5 % 4];
+        const early_way way = (early_way)(EARLY_ONCE + i / 20 % 3);
+        tqkv_store_stats a, b;
+        write_early(batch, late, EARLY_NOT, n, NULL);
+        write_early(batch, early, way, n, &ways[i / 60]);
+        assert_same_bytes(late, early, 150);
+        tqkv_store_get_stats(late, &a);
+        tqkv_store_get_stats(early, &b);
+        assert_memory_equal(&a, &b, sizeof(a));
+        assert_true(i % 5 == 0 || a.n_bad_rows > 0);
+        tqkv_store_destroy(late);
+        tqkv_store_destroy(early);
+        tqkv_plan_destroy(plan);
+    }
+    tqkv_batch_destroy(batch);
+}
+
 static tqkv_status use_all(const tqkv_plan *plan, const tqkv_allocator *mem)
 {
     tqkv_store_config config = make_config(plan, 50, 2);
@@ -597,6 +689,7 @@ int main(void)
         cmocka_unit_test(test_cell_errors),
         cmocka_unit_test(test_shift_is_exact),
         cmocka_unit_test(test_sinks),
+        cmocka_unit_test(test_early_encoding),
         cmocka_unit_test(test_failing_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
