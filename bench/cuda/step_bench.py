@@ -9,7 +9,6 @@ Store: tokens of 32/8/128 into the last of four tiers, or into all of them. Step
 tiers, then decode of all pages, one after the other and beside each other (after_store). Pages, graphs, turns and errors
 are those of tier_bench.py.
 """
-import argparse
 import json
 import pathlib
 import statistics
@@ -117,10 +116,7 @@ def measure_step(libraries, shape):
 
 
 def measure(options):
-    libraries = {}
-    for given in options.library:
-        name, _, path = given.rpartition("=")
-        libraries[name or path] = tqkv_cuda.Library(path)
+    libraries = tier_bench.load_libraries(options)
     result = {"card": decode_bench.smi("name"), "driver": decode_bench.smi("driver_version"), "commit": options.commit,
               "command": " ".join(["bench/cuda/step_bench.py"] + sys.argv[1:]), "rows": []}
     cases = [lambda n=n, tiers=tiers: measure_store(libraries, n, tiers)
@@ -136,14 +132,5 @@ def measure(options):
             pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", required=True, action="append",
-                        help="PATH or NAME=PATH, the name of its column; repeatable")
-    parser.add_argument("--json")
-    parser.add_argument("--commit", default="unknown")
-    measure(parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    measure(tier_bench.parse(__doc__))

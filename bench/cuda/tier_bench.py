@@ -126,10 +126,7 @@ def measure_case(libraries, shape, plan, has_young):
 
 
 def measure(options):
-    libraries = {}
-    for given in options.library:
-        name, _, path = given.rpartition("=")
-        libraries[name or path] = tqkv_cuda.Library(path)
+    libraries = load_libraries(options)
     result = {"card": decode_bench.smi("name"), "driver": decode_bench.smi("driver_version"),
               "clocks before": decode_bench.smi("clocks.sm,clocks.mem"), "commit": options.commit,
               "command": " ".join(["bench/cuda/tier_bench.py"] + sys.argv[1:]), "rows": []}
@@ -146,14 +143,21 @@ def measure(options):
         pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(description):
+    """What benchmarks of several builds take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", required=True, action="append",
                         help="PATH or NAME=PATH, the name of its column; repeatable")
     parser.add_argument("--json")
     parser.add_argument("--commit", default="unknown")
-    measure(parser.parse_args())
+    return parser.parse_args()
+
+
+def load_libraries(options):
+    """{column: tqkv_cuda.Library}."""
+    named = (given.rpartition("=") for given in options.library)
+    return {name or path: tqkv_cuda.Library(path) for name, _, path in named}
 
 
 if __name__ == "__main__":
-    main()
+    measure(parse(__doc__))
