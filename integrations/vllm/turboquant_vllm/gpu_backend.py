@@ -16,6 +16,7 @@ from turboquant_vllm.gpu_pages import PAGE_TOKENS, Q_MAX
 from turboquant_vllm.model_plan import Refusal
 
 LATENT_SHAPE, LATENT_HEADS_MAX = (64, 512), 128  # channels of K and V
+OTHER_VERSION = "libturboquant-cuda is of another version than the turboquant package: install both anew"
 NO_LIBRARY = ("turboquant's CUDA library is not installed: pip install ./integrations/cuda builds it, with CMake and "
               "nvcc; or name a libturboquant-cuda.so (cmake --preset cuda) in TQKV_CUDA_LIBRARY")
 
@@ -74,7 +75,10 @@ def library():
     path = tqkv_cuda.find()
     if path is None:
         raise Refusal(NO_LIBRARY)
-    return tqkv_cuda.Library(path)
+    found = tqkv_cuda.Library(path)
+    if not hasattr(found.lib, "tqkv_cuda_page_tables"):
+        raise Refusal(OTHER_VERSION)
+    return found
 
 
 @functools.cache
@@ -102,7 +106,7 @@ def cuda_layer(layer_plan):
         raise Refusal("there are no CUDA kernels for this layer: heads have 64, 128 or 256 channels, K as many as V "
                       "(but for latents), all of them coded (the built-in plan f16 is not), in frames of whole 64 tokens") from error
     if layer.page_bytes(layer_plan.old_tier, PAGE_TOKENS) != PAGE_TOKENS * layer_plan.token_bytes:
-        raise Refusal("libturboquant-cuda is of another version than the turboquant package: install both anew")
+        raise Refusal(OTHER_VERSION)
     return layer
 
 
