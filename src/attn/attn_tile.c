@@ -457,13 +457,13 @@ void tqkvi_attn_walk(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t fir
 {
     const bool coded_k = span->layout && work->attention->heads[TQKV_SIDE_K][work->g].inverse;
     const bool turns = coded_k && work->attention->turn;
+    const bool by_slot = turns && span->slot_bases;
+    const int32_t *one_base =
+        by_slot ? tqkvi_span_one_base(span, first, end, work->attention->args) : NULL;
 
     work->tile.span = span;
     work->tile.end = end;
-    const int32_t *one_base =
-        turns && span->slot_bases ? tqkvi_span_one_base(span, first, end, work->attention->args)
-                                  : NULL;
-    if (turns && span->slot_bases && !one_base) {
+    if (by_slot && !one_base) {
         walk_by_base(work, span, first, end);
     } else {
         for (uint32_t block = first; block < end; block++) {
@@ -521,8 +521,9 @@ static void write_row(const tqkvi_attn_work *work, uint32_t r)
     const float mean_factor = work->used[SPACE_Y] ? work->nonzero[r] : 0;
     if (head->inverse)
         write_with_mean(acc, head->mean, mean_factor, factor, shape->v_dim, out);
-    for (size_t d = 0; d < shape->v_dim && !head->inverse; d++)
-        out[d] = acc[d] * factor;
+    else
+        for (size_t d = 0; d < shape->v_dim; d++)
+            out[d] = acc[d] * factor;
     if (args->lse)
         args->lse[t * shape->n_heads + h] = l > 0 ? m + logf(l) : -INFINITY;
 }

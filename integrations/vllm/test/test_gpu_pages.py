@@ -25,10 +25,12 @@ def made_with(*arguments, device="cpu"):
     return Pages(*arguments, device, launch)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+needs_device = pytest.mark.skipif(not (torch.cuda.is_available() and tqkv_cuda.find()),
+                                  reason="needs a CUDA device and libturboquant-cuda")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_device)])
 def device(request):
-    if request.param == "cuda" and not (torch.cuda.is_available() and tqkv_cuda.find()):
-        pytest.skip("needs a CUDA device and libturboquant-cuda")
     return request.param
 
 
@@ -293,10 +295,9 @@ def test_a_replayed_step_changes_nothing(device):
     assert len(calls) > 30
 
 
+@needs_device
 def test_kernels_decide_as_tensors_do():
     """Tables and state, after every step, of more tokens and copies than the kernels have threads."""
-    if not (torch.cuda.is_available() and tqkv_cuda.find()):
-        pytest.skip("needs a CUDA device and libturboquant-cuda")
     tiers = Tiers((1, 4, 40), (40, 150, 1500), 1)
     sizes = (tiers, 3000, 80, 50, 5000)
     ours, reference = made_with(*sizes, device="cuda"), made_with(*sizes)
