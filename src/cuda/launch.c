@@ -49,6 +49,7 @@ static uint32_t page_bytes(const tqkvc_shape *shape, uint32_t tier, uint32_t pag
 typedef struct decode_plan {
     uint32_t n_rows, rows_per_tile, n_row_tiles, n_frames, frame_tokens, tile_bytes, n_blocks,
         n_splits;
+    bool is_of_hopper; /* device code may launch clusters and start early */
     bool is_cluster;
     uint32_t n_fetched;
     size_t products_bytes, means_bytes, parts_bytes, arrivals_bytes;
@@ -148,16 +149,10 @@ static uint32_t choose_splits(const tqkvc_shape *shape, const decode_plan *plan,
     return best;
 }
 
-/* Whether device code may launch clusters and start early: a device without code of its own runs that of an older one. */
-static bool is_of_hopper(void)
-{
-    return tqkvc_decode_code() >= 90;
-}
-
 /* More than 8 blocks are not portable; those of compute capability 9 take 16. */
 static uint32_t largest_cluster(void)
 {
-    if (device_attribute(cudaDevAttrClusterLaunch) == 0 || !is_of_hopper())
+    if (device_attribute(cudaDevAttrClusterLaunch) == 0)
         return 1;
     return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 ? TQKVC_CLUSTER_MAX
                                                                     : TQKVC_CLUSTER_PORTABLE;
@@ -181,7 +176,7 @@ static void choose_cluster(const tqkvc_shape *shape, uint32_t n_places, decode_p
     uint32_t n = 1;
     while (n < plan->n_splits)
         n *= 2;
-    plan->is_cluster = n > 1 && n <= largest_cluster() &&
+    plan->is_cluster = n > 1 && plan->is_of_hopper && n <= largest_cluster() &&
                        n * n_places <= device_attribute(cudaDevAttrMultiProcessorCount) &&
                        used <= half;
     if (!plan->is_cluster)
@@ -214,6 +209,8 @@ static bool plan_decode(const tqkv_cuda_layer *layer, uint32_t n_seqs, uint32_t 
     plan->n_blocks = choose_blocks(shape, plan);
     plan->n_splits = choose_splits(shape, plan, n_seqs, max_tokens);
     widen_tiles(shape, plan);
+    /* A device without code of its own runs that of an older one. */
+    plan->is_of_hopper = tqkvc_decode_code() >= 90;
     choose_cluster(shape, n_seqs * shape->n_kv_heads * plan->n_row_tiles, plan);
 
     const size_t tiles = (size_t)n_seqs * shape->n_kv_heads * plan->n_row_tiles;
@@ -335,7 +332,6 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
     if (!plan_decode(layer, args->n_seqs, args->q_len, args->max_tokens, &plan))
         return TQKV_ERR_INVALID_ARG;
 
-    const bool is_early = is_of_hopper();
     /* Counters first: where they are, and what else is there, does not depend on the sizes of a call. */
     uint8_t *next = args->workspace;
     tqkvc_decode p = {.frames = {.shape = layer->shape,
@@ -359,8 +355,8 @@ tqkv_status tqkv_cuda_decode(const tqkv_cuda_layer *layer, const void *image,
                       .n_blocks = plan.n_blocks,
                       .tile_bytes = plan.tile_bytes,
                       .scale_log2 = args->scale * LOG2_E,
-                      .is_early = is_early,
-                      .after_store = is_early && args->after_store != 0};
+                      .is_early = plan.is_of_hopper,
+                      .after_store = plan.is_of_hopper && args->after_store != 0};
     p.arrivals = (uint32_t *)(void *)next;
     next += plan.arrivals_bytes;
     p.frames.products = (float *)(void *)next;
