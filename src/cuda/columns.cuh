@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Products of the matrix of a KV head (image.h) with columns in shared memory: queries of a frame,
- * sums of values. Matrix and columns are sums of two f16 each; the product leaves out low times low
- * and is good to about 2^-21 of its largest term.
+ * sums of values, rows of codes. Columns are sums of two f16 each. With both parts of the matrix the product leaves out
+ * low times low and is good to about 2^-21 of its largest term, with the high one alone to 2^-12 of each term.
  */
 #ifndef TQKVC_COLUMNS_CUH
 #define TQKVC_COLUMNS_CUH
@@ -39,16 +39,16 @@ static __device__ __forceinline__ uint4 transposed(const uint4 &x)
 
 /*
  * Rows 16 m .. 16 m + 15 of matrix, or of the transposed matrix, times all columns: c[n] is the product
- * with columns 8 n .. 8 n + 7.
+ * with columns 8 n .. 8 n + 7. BOTH: parts of the matrix.
  */
-template <bool TRANSPOSED, int UNROLL, int D, int N>
+template <bool TRANSPOSED, bool BOTH, int UNROLL, int D, int N>
 static __device__ __forceinline__ void
 multiply_columns(const uint4 *matrix, uint32_t m, const tqkvc_columns<D, N> &columns,
                  uint32_t lane, float (&c)[N / 8][4])
 {
     const uint32_t g = lane / 4, t = lane % 4;
 
-    float small[2][N / 8][4] = {}; /* chains of products of their own */
+    float small[1 + BOTH][N / 8][4] = {}; /* chains of products of their own */
 
 #pragma unroll
     for (uint32_t n = 0; n < N / 8; n++)
@@ -58,8 +58,10 @@ multiply_columns(const uint4 *matrix, uint32_t m, const tqkvc_columns<D, N> &col
 #pragma unroll UNROLL
     for (uint32_t k = 0; k < D / 16; k++) {
         const uint32_t at = TRANSPOSED ? k * (D / 16) + m : m * (D / 16) + k;
-        const uint4 *operand = matrix + (size_t)at * 64 + lane;
-        uint4 high = operand[0], low = operand[32];
+        const uint4 *operand = matrix + (size_t)at * 32 + lane;
+        uint4 high = operand[0], low = {};
+        if (BOTH)
+            low = operand[D * D / 8];
         if (TRANSPOSED) {
             high = transposed(high);
             low = transposed(low);
@@ -70,16 +72,17 @@ multiply_columns(const uint4 *matrix, uint32_t m, const tqkvc_columns<D, N> &col
                 reinterpret_cast<const uint32_t *>(&columns.high[8 * n + g][16 * k + 2 * t]);
             const uint32_t *b_low =
                 reinterpret_cast<const uint32_t *>(&columns.low[8 * n + g][16 * k + 2 * t]);
-            multiply_f16(small[0][n], low, b_high[0], b_high[4]);
             multiply_f16(c[n], high, b_high[0], b_high[4]);
-            multiply_f16(small[1][n], high, b_low[0], b_low[4]);
+            multiply_f16(small[0][n], high, b_low[0], b_low[4]);
+            if constexpr (BOTH)
+                multiply_f16(small[1][n], low, b_high[0], b_high[4]);
         }
     }
 #pragma unroll
     for (uint32_t n = 0; n < N / 8; n++)
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++)
-            c[n][i] += small[0][n][i] + small[1][n][i];
+            c[n][i] += BOTH ? small[0][n][i] + small[BOTH][n][i] : small[0][n][i];
 }
 
 static __device__ __forceinline__ float load_value(const void *p, size_t i, tqkv_cuda_type type)

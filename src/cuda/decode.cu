@@ -246,7 +246,7 @@ template <int D, int R>
 __device__ __forceinline__ const uint8_t *matrix_of(const worker<D, R> &w, int side)
 {
     return w.p.frames.image + w.p.frames.shape.parts.matrix[side] +
-           (size_t)w.t.g * (D / 16) * UNIT_BYTES<D>;
+           (size_t)w.t.g * (D / 8) * UNIT_BYTES<D>;
 }
 
 /* The same with what was fetched. */
@@ -472,9 +472,9 @@ __device__ void finish(const tqkvc_decode &p, const task &t, const tqkvc_matrix<
         float c[1][4];
 
         if (i < matrix.n_fetched)
-            multiply_columns<false, 8>(matrix.fetched, i, columns, lane, c);
+            multiply_columns<false, false, 8>(matrix.fetched, i, columns, lane, c);
         else
-            multiply_columns<false, 8>(matrix.all, m, columns, lane, c);
+            multiply_columns<false, false, 8>(matrix.all, m, columns, lane, c);
         load_traits(i + TQKVC_WARPS);
         for (uint32_t i = 0; i < 4; i++) {
             const uint32_t r = lane % 4 * 2 + i % 2, row = t.row_tile * R + r;

@@ -27,8 +27,8 @@ template <int D, int R> struct block_memory {
     tqkvc_warp_memory<D, R> warps[TQKVC_WARPS];
 };
 
-/* Of 16 channels in a matrix of a head. */
-template <int D> constexpr uint32_t UNIT_BYTES = D / 16 * 64 * sizeof(uint4);
+/* Of 16 channels in the high part of a matrix of a head. */
+template <int D> constexpr uint32_t UNIT_BYTES = D / 16 * 32 * sizeof(uint4);
 
 /* What a block of a cluster has besides; behind it are the units of a matrix that are fetched, of K, then of V. */
 template <int D, int R> struct cluster_memory {

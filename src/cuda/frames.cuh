@@ -175,7 +175,7 @@ multiply_queries(const tqkvc_matrix<D> &matrix, const float *row_scale, uint32_t
                                 __ldg(row_scale + m * 16 + lane / 4 + 8)};
         float c[N / 8][4];
 
-        multiply_columns<false, 8>(matrix.holder(m), m, memory.columns, lane, c);
+        multiply_columns<false, false, 8>(matrix.holder(m), m, memory.columns, lane, c);
 #pragma unroll
         for (uint32_t i = 0; i < N / 4; i++) {
             const uint32_t column = i / 2 * 8 + lane % 4 * 2 + i % 2, row = first_row + column;

@@ -115,16 +115,16 @@ static void split(float v, uint16_t *high, uint16_t *low)
 
 /*
  * Row i, column k of the operand of 16 x 16 is in lane i % 8 * 4 + k % 8 / 2, word k / 8 * 2 + i / 8,
- * half k % 2.
+ * half k % 2. The low part is `low` words behind.
  */
-static void put_operand(uint32_t *operand, uint32_t i, uint32_t k, float v)
+static void put_operand(uint32_t *operand, size_t low, uint32_t i, uint32_t k, float v)
 {
     const uint32_t word = (i % 8 * 4 + k % 8 / 2) * 4 + k / 8 * 2 + i / 8;
     uint16_t half[2];
 
     split(v, &half[0], &half[1]);
     for (uint32_t part = 0; part < 2; part++)
-        operand[part * LANES * 4 + word] |= (uint32_t)half[part] << 16 * (k % 2);
+        operand[part * low + word] |= (uint32_t)half[part] << 16 * (k % 2);
 }
 
 /* inverse: [dim][dim] of the codec. A V matrix is its transpose. */
@@ -143,8 +143,8 @@ static void fill_matrix(uint32_t dim, tqkv_side side, const float *inverse, uint
             (void)frexpf(largest, &exponent);
         row_scale[i] = ldexpf(1.0f, exponent);
         for (uint32_t k = 0; k < dim; k++)
-            put_operand(matrix + (size_t)(i / 16 * (dim / 16) + k / 16) * 2 * LANES * 4, i % 16,
-                        k % 16, ldexpf(inverse[i * row_step + k * column_step], -exponent));
+            put_operand(matrix + (size_t)(i / 16 * (dim / 16) + k / 16) * LANES * 4, (size_t)dim * dim / 2,
+                        i % 16, k % 16, ldexpf(inverse[i * row_step + k * column_step], -exponent));
     }
 }
 

@@ -6,7 +6,8 @@
  *     | tables | layouts [tier][KV head] | inv_freq | sides: mean, weight, transform, matrix, row scale | latents |
  *
  * `matrix` is what a query (K) or a sum of values (V) is multiplied by, cut into the 16 x 16
- * operands of a tensor core multiply, as the sum of two f16 matrices (22 bits):
+ * operands of a tensor core multiply, as the sum of two f16 matrices (22 bits). Attention reads the first one
+ * only, which is as good as its output of 16 bits; rows that are unpacked take both:
  *
  *     K   q'[j] = sum_i inverse[j][i] q[i]          V   x[i] = sum_j inverse[j][i] y[j]
  *
@@ -91,7 +92,7 @@ typedef struct tqkvc_parts {
     uint32_t mean[2];      /* f32 [KV head][dim] */
     uint32_t weight[2];    /* f32 [KV head][units], divided by the largest */
     uint32_t transform[2]; /* f32 [KV head][dim][dim], i to j: the order of docs/FORMAT.md */
-    uint32_t matrix[2];    /* u32 [KV head][dim / 16][dim / 16][high, low][32 lanes][4] */
+    uint32_t matrix[2];    /* u32 [KV head][high, low][dim / 16][dim / 16][32 lanes][4] */
     uint32_t row_scale[2]; /* f32 [KV head][dim]: row i of the matrix was divided by it */
     uint32_t query_matrix; /* of latent layers: f32 [k_dim][k_dim], inverse[j][i] at [i][j] */
     uint32_t coded_mean;   /* of latent layers: f32 [v_dim], the mean of V in coded space */

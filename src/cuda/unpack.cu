@@ -99,9 +99,9 @@ __global__ void __launch_bounds__(32 * WARPS) unpack_kernel(const __grid_constan
 #pragma unroll
     for (uint32_t i = 0; i < D / 16 / WARPS; i++) {
         if (side == TQKV_SIDE_K)
-            multiply_columns<true, 4>(matrix, i * WARPS + warp, memory.columns, lane, c[i]);
+            multiply_columns<true, true, 4>(matrix, i * WARPS + warp, memory.columns, lane, c[i]);
         else
-            multiply_columns<false, 8>(matrix, i * WARPS + warp, memory.columns, lane, c[i]);
+            multiply_columns<false, true, 8>(matrix, i * WARPS + warp, memory.columns, lane, c[i]);
     }
     __syncthreads();
 #pragma unroll
