@@ -6,8 +6,9 @@
  *     | tables | layouts [tier][KV head] | inv_freq | sides: mean, weight, transform, matrix, row scale | latents |
  *
  * `matrix` is what a query (K) or a sum of values (V) is multiplied by, cut into the 16 x 16
- * operands of a tensor core multiply, as the sum of two f16 matrices (22 bits). Attention reads the first one
- * only, which is as good as its output of 16 bits; rows that are unpacked take both:
+ * operands of a tensor core multiply, as the sum of two f16 matrices (22 bits). Decode reads the first one
+ * only: half of what a block reads before its tiles, for errors below those of codes of 8 bits. Prompts and unpacked
+ * rows take both:
  *
  *     K   q'[j] = sum_i inverse[j][i] q[i]          V   x[i] = sum_j inverse[j][i] y[j]
  *

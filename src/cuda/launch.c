@@ -12,7 +12,7 @@
 #define SHARED_BYTES_MAX (227u * 1024u) /* of a block on sm_90; smaller devices say so themselves */
 #define SHARED_BYTES_RESERVED 1024u     /* beside what a block asks for */
 #define TILES_OF_BLOCK 1.5f /* tiles of a warp that take as long as the rest of what a block does */
-#define FETCHED_UNITS_MAX 8
+#define FETCHED_UNITS_MAX 8u /* of a matrix; all of 128 channels */
 #define LOG2_E 1.44269504f
 #define SEQUENCES_MAX 65535u /* of a grid's third dimension */
 #define COUNTERS 16384u /* of arrivals: one place in the workspace for all sizes, so that no call writes there */
@@ -182,10 +182,9 @@ static void choose_cluster(const tqkvc_shape *shape, uint32_t n_places, decode_p
     if (!plan->is_cluster)
         return;
     plan->n_splits = n;
-    const size_t room = (half - used) / unit_bytes;
-    plan->n_fetched = shape->dim / TQKV_UNIT_CHANNELS < FETCHED_UNITS_MAX ? shape->dim / TQKV_UNIT_CHANNELS : FETCHED_UNITS_MAX;
-    if (room < plan->n_fetched)
-        plan->n_fetched = (uint32_t)room;
+    const uint32_t room = (uint32_t)((half - used) / unit_bytes), units = shape->dim / TQKV_UNIT_CHANNELS,
+                   most = units < FETCHED_UNITS_MAX ? units : FETCHED_UNITS_MAX;
+    plan->n_fetched = room < most ? room : most;
 }
 
 static size_t aligned(size_t bytes)

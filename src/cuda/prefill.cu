@@ -163,7 +163,7 @@ template <int D> __device__ block_memory<D> find_memory(const tqkvc_prefill &p, 
             *matrix = low + (p.has_low ? shape::ROWS * D * 2 : 0);
 
     return {*reinterpret_cast<tqkvc_prefill_memory<D> *>(base), reinterpret_cast<tqkvc_prefill_stage<D> *>(stages),
-            p.has_low ? low : NULL, p.has_matrix ? matrix : NULL, matrix + (p.has_matrix ? D * D * 2 : 0)};
+            p.has_low ? low : NULL, p.has_matrix ? matrix : NULL, matrix + (p.has_matrix ? D * D * 4 : 0)};
 }
 
 /* Barriers, at which all threads arrive (one of a warp would do, but racecheck does not see that), tables, places and
@@ -298,7 +298,7 @@ __device__ void fetch_matrix(const tqkvc_prefill_task<D> &t, uint32_t n_readers,
 {
     const uint4 *from = t.matrix(side);
 
-    for (uint32_t i = 32 * t.warp + t.lane; memory.matrix && i < D * D / 8; i += 128 * n_readers)
+    for (uint32_t i = 32 * t.warp + t.lane; memory.matrix && i < D * D / 4; i += 128 * n_readers)
         copy_16(memory.matrix + 16 * i, from + i);
     copy_commit();
 }
@@ -446,7 +446,7 @@ template <int D> size_t choose_memory(tqkvc_prefill &p, size_t most)
         p.n_stages = choice.n_stages;
         p.staged_log = choice.staged_log;
         const size_t bytes = sizeof(tqkvc_prefill_memory<D>) + p.n_stages * sizeof(tqkvc_prefill_stage<D>) +
-                             (p.has_low ? tqkvc_prefill_shape<D>::ROWS * D * 2 : 0) + (p.has_matrix ? D * D * 2 : 0) +
+                             (p.has_low ? tqkvc_prefill_shape<D>::ROWS * D * 2 : 0) + (p.has_matrix ? D * D * 4 : 0) +
                              ((size_t)p.staged_bytes << p.staged_log);
         if (bytes <= most)
             return bytes;

@@ -2,8 +2,8 @@
 /*
  * Rows of a block of prefill before and after its tiles: queries of a frame on the way in, the inverse of V on the
  * way out. Four warps do their 64 rows together, on tensor cores: each brings 16 rows and multiplies a fourth of the
- * matrix with all 64, so that shared memory is read least. Both f16 parts of rows count, as in decode; on
- * devices with little shared memory rows have no low parts.
+ * matrix with all 64, so that shared memory is read least. Both f16 parts of rows and matrix count; on devices with
+ * little shared memory rows have no low parts.
  */
 #ifndef TQKVC_PREFILL_QUERIES_CUH
 #define TQKVC_PREFILL_QUERIES_CUH
@@ -144,11 +144,14 @@ static __device__ __forceinline__ void multiply_rows(const tqkvc_prefill_task<D>
         c[i / 4][i % 4] = 0.0f;
 #pragma unroll 4
     for (uint32_t k = 0; k < D / 16; k++) {
-        const uint4 a = matrix[(size_t)(m * (D / 16) + k) * 32 + t.lane];
+        const uint4 *operand = matrix + (size_t)(m * (D / 16) + k) * 32 + t.lane;
+        const uint4 a = operand[0], a_low = operand[D * D / 8];
 #pragma unroll
         for (int n = 0; n < 8; n += 2) {
             uint32_t b[4];
             load_columns_operand<shape::ROWS>(b, high, first + 8 * n, k, t.lane);
+            multiply_f16(c[n], a_low, b[0], b[1]);
+            multiply_f16(c[n + 1], a_low, b[2], b[3]);
             multiply_f16(c[n], a, b[0], b[1]);
             multiply_f16(c[n + 1], a, b[2], b[3]);
         }

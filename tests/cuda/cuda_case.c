@@ -36,6 +36,29 @@ bool has_device(void)
     return false;
 }
 
+static int shared_bytes;
+
+void limit_shared_memory(int bytes)
+{
+    shared_bytes = bytes;
+}
+
+/* The linker has calls of cudaDeviceGetAttribute come here (tests/CMakeLists.txt). */
+cudaError_t __real_cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device);
+cudaError_t __wrap_cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device);
+
+cudaError_t __wrap_cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device)
+{
+    const cudaError_t error = __real_cudaDeviceGetAttribute(value, attribute, device);
+    const int most = attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor  ? shared_bytes
+                     : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? shared_bytes - 1024
+                                                                            : 0;
+
+    if (shared_bytes > 0 && most > 0 && *value > most)
+        *value = most;
+    return error;
+}
+
 void check(cudaError_t error)
 {
     if (error != cudaSuccess)

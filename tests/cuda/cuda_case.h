@@ -21,6 +21,10 @@
 #define N_TIERS 3
 #define SKIPPED 77 /* exit status of a test without a device */
 
+/* Shared memory of a multiprocessor, of compute capability 8.0 and of 8.6, 8.9 and 12.0; a block has 1 KiB less. */
+#define SHARED_BYTES_80 (164 << 10)
+#define SHARED_BYTES_86 (100 << 10)
+
 typedef struct layer {
     tqkv_plan *plan;
     tqkv_codec *codec;
@@ -42,6 +46,8 @@ typedef struct sequences {
 bool read_arguments(int argc, char **argv, uint64_t *seed);
 /* Says so if there is none. */
 bool has_device(void);
+/* Shared memory of a multiprocessor as the library sees it from now on, as smaller devices have it; 0: what there is. */
+void limit_shared_memory(int bytes);
 void check(cudaError_t error);
 void *device_bytes(const void *from, size_t n);
 void to_host(void *to, const void *from, size_t n);

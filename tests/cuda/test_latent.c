@@ -249,6 +249,26 @@ static void test_latent_decode(void **state)
     }
 }
 
+/* As on devices with less shared memory: tiles of fewer rows, one stage. */
+static void test_small_memory(void **state)
+{
+    static const int32_t lengths[] = {17, 300, 64};
+    static const uint32_t heads[] = {16, 32, 128};
+    static const int limits[] = {SHARED_BYTES_80, SHARED_BYTES_86};
+    test_random random = {seed + 3};
+
+    (void)state;
+    for (uint32_t i = 0; i < 6; i++) {
+        layer l = make_latent_layer(&random, heads[i % 3], TQKV_ROPE_PAIRS, N_TIERS);
+        sequences s = make_sequences(&random, &l, lengths, 3, 64, true);
+        limit_shared_memory(limits[i / 3]);
+        check_decode(&random, &l, &s, 1, TQKV_CUDA_F16);
+        limit_shared_memory(0);
+        free_sequences(&s);
+        free_layer(&l);
+    }
+}
+
 /* One sequence: parts, and a merge. */
 static void test_latent_parts(void **state)
 {
@@ -346,7 +366,7 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest host_tests[] = {cmocka_unit_test(test_latent_arguments), cmocka_unit_test(test_inverse)};
     const struct CMUnitTest device_tests[] = {cmocka_unit_test(test_latent_store), cmocka_unit_test(test_latent_decode),
-                                              cmocka_unit_test(test_latent_parts)};
+                                              cmocka_unit_test(test_small_memory), cmocka_unit_test(test_latent_parts)};
 
     is_short = read_arguments(argc, argv, &seed);
     const int failed = cmocka_run_group_tests(host_tests, NULL, NULL);

@@ -186,6 +186,27 @@ static void test_parts(void **state)
     }
 }
 
+/* As on devices with less shared memory: fewer stages, no matrix or low parts of rows there. */
+static void test_small_memory(void **state)
+{
+    static const int32_t contexts[] = {700, 1025, 64};
+    static const uint32_t lengths[] = {17, 130, 64}, dims[] = {64, 128, 256};
+    static const int limits[] = {SHARED_BYTES_80, SHARED_BYTES_86};
+    const chunks c = make_chunks(lengths, 3);
+    test_random random = {seed + 3};
+
+    (void)state;
+    for (uint32_t i = 0; i < (is_short ? 3u : 6u); i++) {
+        layer l = make_layer(&random, dims[i % 3], 6, 1, i % 3);
+        sequences s = make_sequences(&random, &l, contexts, 3, 64, true);
+        limit_shared_memory(limits[is_short || i >= 3]);
+        check_prefill(&random, &l, &s, &c, TQKV_CUDA_F16, true, false);
+        limit_shared_memory(0);
+        free_sequences(&s);
+        free_layer(&l);
+    }
+}
+
 /* A mean of K that dwarfs the rest, as models with a bias have it, and queries of very different sizes. */
 static void test_sizes(void **state)
 {
@@ -289,7 +310,7 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest host_tests[] = {cmocka_unit_test(test_arguments)};
     const struct CMUnitTest device_tests[] = {cmocka_unit_test(test_chunks), cmocka_unit_test(test_parts),
-                                              cmocka_unit_test(test_sizes)};
+                                              cmocka_unit_test(test_sizes), cmocka_unit_test(test_small_memory)};
 
     is_short = read_arguments(argc, argv, &seed);
     const int failed = cmocka_run_group_tests(host_tests, NULL, NULL);
