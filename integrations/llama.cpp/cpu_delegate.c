@@ -2,20 +2,39 @@
 #include "cpu_delegate.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "ggml_host.h"
 
-enum { NODES = 64 };
+enum { NODES = 2 };
 
 typedef void set_threads_fn(ggml_backend *backend, int n_threads);
+typedef void set_abort_fn(ggml_backend *backend, bool (*callback)(void *data), void *data);
+typedef struct ggml_threadpool *pool_new_fn(ggml_threadpool_params *params);
+typedef void pool_free_fn(struct ggml_threadpool *pool);
+typedef void set_pool_fn(ggml_backend *backend, struct ggml_threadpool *pool);
 
 struct tqkvp_cpu {
     ggml_backend *backend;
-    set_threads_fn *set_threads; /* or NULL */
+    set_threads_fn *set_threads; /* or NULL, as the others */
+    set_abort_fn *set_abort;
+    pool_new_fn *pool_new;
+    pool_free_fn *pool_free;
+    set_pool_fn *set_pool;
+    struct ggml_threadpool *pool; /* or NULL */
+    int n_pool;                   /* its threads */
     struct ggml_context *ctx;
-    struct ggml_cgraph *graph;
-    int n_nodes;
+    struct ggml_cgraph *graph; /* for a single node */
 };
+
+/* A function that the host's CPU backend has by name. */
+static void find(void *slot, const char *name)
+{
+    const tqkvp_host *host = tqkvp_host_get();
+    void *word = host->reg_get_proc_address(host->dev_backend_reg(host->cpu), name);
+
+    memcpy(slot, &word, sizeof(word));
+}
 
 tqkvp_cpu *tqkvp_cpu_create(void)
 {
@@ -33,13 +52,25 @@ tqkvp_cpu *tqkvp_cpu_create(void)
         return NULL;
     }
     cpu->graph = host->new_graph_custom(cpu->ctx, NODES, false);
-    union {
-        void *word;
-        set_threads_fn *function;
-    } found = {.word = host->reg_get_proc_address(host->dev_backend_reg(host->cpu),
-                                                  "ggml_backend_set_n_threads")};
-    cpu->set_threads = found.function;
+    find(&cpu->set_threads, "ggml_backend_set_n_threads");
+    find(&cpu->set_abort, "ggml_backend_set_abort_callback");
+    if (host->has_threadpools) {
+        find(&cpu->pool_new, "ggml_threadpool_new");
+        find(&cpu->pool_free, "ggml_threadpool_free");
+        find(&cpu->set_pool, "ggml_backend_cpu_set_threadpool");
+    }
+    tqkvp_cpu_set_threads(cpu, 1, false);
     return cpu;
+}
+
+static void free_pool(tqkvp_cpu *cpu)
+{
+    if (!cpu->pool)
+        return;
+    cpu->set_pool(cpu->backend, NULL);
+    cpu->pool_free(cpu->pool);
+    cpu->pool = NULL;
+    cpu->n_pool = 0;
 }
 
 void tqkvp_cpu_destroy(tqkvp_cpu *cpu)
@@ -50,35 +81,50 @@ void tqkvp_cpu_destroy(tqkvp_cpu *cpu)
         return;
     if (cpu->ctx)
         host->free(cpu->ctx);
+    free_pool(cpu);
     if (cpu->backend)
         host->backend_free(cpu->backend);
     free(cpu);
 }
 
-int32_t tqkvp_cpu_flush(tqkvp_cpu *cpu, int n_threads)
+void tqkvp_cpu_set_threads(tqkvp_cpu *cpu, int n_threads, bool are_alone)
+{
+    if (cpu->set_threads)
+        cpu->set_threads(cpu->backend, n_threads);
+    if (n_threads < 2 || n_threads <= cpu->n_pool)
+        return;
+    free_pool(cpu); /* too small */
+    if (n_threads > GGML_THREADS_MAX || !cpu->pool_new || !cpu->pool_free || !cpu->set_pool)
+        return;
+    ggml_threadpool_params params;
+    tqkvp_host_get()->threadpool_params_init(&params, n_threads);
+    if (!are_alone)
+        params.poll = 0;
+    cpu->pool = cpu->pool_new(&params);
+    if (!cpu->pool)
+        return;
+    cpu->n_pool = n_threads;
+    cpu->set_pool(cpu->backend, cpu->pool);
+}
+
+void tqkvp_cpu_set_abort(tqkvp_cpu *cpu, bool (*callback)(void *data), void *data)
+{
+    if (cpu->set_abort)
+        cpu->set_abort(cpu->backend, callback, data);
+}
+
+int32_t tqkvp_cpu_graph(tqkvp_cpu *cpu, struct ggml_cgraph *graph)
+{
+    return tqkvp_host_get()->graph_compute(cpu->backend, graph);
+}
+
+int32_t tqkvp_cpu_node(tqkvp_cpu *cpu, ggml_tensor *node)
 {
     const tqkvp_host *host = tqkvp_host_get();
 
-    if (!cpu || cpu->n_nodes == 0)
-        return GGML_OK;
-    if (cpu->set_threads)
-        cpu->set_threads(cpu->backend, n_threads);
-    const int32_t status = host->graph_compute(cpu->backend, cpu->graph);
     host->graph_clear(cpu->graph);
-    cpu->n_nodes = 0;
-    return status;
-}
-
-int32_t tqkvp_cpu_add(tqkvp_cpu *cpu, ggml_tensor *node, int n_threads)
-{
-    if (cpu->n_nodes == NODES) {
-        const int32_t status = tqkvp_cpu_flush(cpu, n_threads);
-        if (status != GGML_OK)
-            return status;
-    }
-    tqkvp_host_get()->graph_add_node(cpu->graph, node);
-    cpu->n_nodes++;
-    return GGML_OK;
+    host->graph_add_node(cpu->graph, node);
+    return host->graph_compute(cpu->backend, cpu->graph);
 }
 
 static bool convert(tqkvp_cpu *cpu, int32_t from_type, void *from, int32_t to_type, void *to,
@@ -98,8 +144,7 @@ static bool convert(tqkvp_cpu *cpu, int32_t from_type, void *from, int32_t to_ty
     copy->data = to;
     if (host->sets_compute_flag)
         copy->flags |= GGML_FLAG_COMPUTE;
-    const bool ok = tqkvp_cpu_flush(cpu, 1) == GGML_OK && tqkvp_cpu_add(cpu, copy, 1) == GGML_OK &&
-                    tqkvp_cpu_flush(cpu, 1) == GGML_OK;
+    const bool ok = tqkvp_cpu_node(cpu, copy) == GGML_OK;
     host->free(ctx);
     return ok;
 }

@@ -65,6 +65,25 @@ typedef struct ggml_init_params {
     bool no_alloc;
 } ggml_init_params;
 
+/* Parameters of a custom operation. Every thread of the graph calls it. */
+typedef void ggml_custom_fn(ggml_tensor *node, int ith, int nth, void *user);
+typedef struct ggml_custom_params {
+    ggml_custom_fn *compute;
+    int n_tasks;
+    void *user;
+} ggml_custom_params;
+
+enum { GGML_THREADS_MAX = 512 };
+
+typedef struct ggml_threadpool_params {
+    bool cpumask[GGML_THREADS_MAX]; /* none set: anywhere */
+    int n_threads;
+    int32_t priority;
+    uint32_t poll; /* 0: threads sleep at once, 50: they spin for a while */
+    bool strict_cpu;
+    bool paused;
+} ggml_threadpool_params;
+
 /* Device properties; mmap_support lies in what was padding in older hosts. */
 typedef struct ggml_device_props {
     const char *name;

@@ -10,6 +10,7 @@
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -55,6 +56,7 @@ static bool find_functions(void *handle)
         {"ggml_new_tensor_4d", &host.new_tensor_4d, false},
         {"ggml_view_2d", &host.view_2d, false},
         {"ggml_cpy", &host.cpy, false},
+        {"ggml_custom_4d", &host.custom_4d, false},
         {"ggml_tensor_overhead", &host.tensor_overhead, false},
         {"ggml_graph_overhead_custom", &host.graph_overhead_custom, false},
         {"ggml_new_graph_custom", &host.new_graph_custom, false},
@@ -64,6 +66,8 @@ static bool find_functions(void *handle)
         {"ggml_graph_add_node", &host.graph_add_node, false},
         {"ggml_graph_clear", &host.graph_clear, false},
         {"ggml_backend_dev_by_type", &host.dev_by_type, false},
+        {"ggml_backend_dev_count", &host.dev_count, false},
+        {"ggml_backend_dev_get", &host.dev_get, false},
         {"ggml_backend_dev_backend_reg", &host.dev_backend_reg, false},
         {"ggml_backend_dev_init", &host.dev_init, false},
         {"ggml_backend_free", &host.backend_free, false},
@@ -74,6 +78,7 @@ static bool find_functions(void *handle)
         {"ggml_backend_buft_is_host", &host.buft_is_host, false},
         {"ggml_backend_buffer_free", &host.buffer_free, false},
         {"ggml_backend_buffer_init", &host.buffer_init, false},
+        {"ggml_threadpool_params_init", &host.threadpool_params_init, true},
     };
 
     for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++) {
@@ -150,6 +155,57 @@ done:
     return ok || refuse("struct ggml_tensor");
 }
 
+static void custom_probe(ggml_tensor *node, int ith, int nth, void *user)
+{
+    (void)node;
+    (void)ith;
+    (void)nth;
+    (void)user;
+}
+
+/* What we write into nodes to make them custom ones, on a custom node. */
+static bool check_custom(void)
+{
+    const ggml_init_params params = {.mem_size = 2 * host.tensor_overhead(), .no_alloc = true};
+    struct ggml_context *ctx = host.init(params);
+    ggml_custom_params seen;
+
+    if (!ctx)
+        return refuse("the memory context");
+    const ggml_tensor *node =
+        host.custom_4d(ctx, 0, 4, 1, 1, 1, NULL, 0, custom_probe, 3, &host);
+    memcpy(&seen, node->op_params, sizeof(seen));
+    host.custom_op = node->op;
+    const bool ok = strcmp(host.op_name(node->op), "CUSTOM") == 0 &&
+                    seen.compute == custom_probe && seen.n_tasks == 3 && seen.user == &host;
+    host.free(ctx);
+    return ok || refuse("a custom operation");
+}
+
+/* The host fills in a structure of ours, and nothing beyond it. */
+static bool threadpools_fit(void)
+{
+    enum { UNTOUCHED = 0xa5, N_THREADS = 7 };
+    struct {
+        ggml_threadpool_params params;
+        uint8_t beyond[1024];
+    } seen;
+    bool fits = true;
+
+    if (!host.threadpool_params_init)
+        return false;
+    memset(&seen, UNTOUCHED, sizeof(seen));
+    host.threadpool_params_init(&seen.params, N_THREADS);
+    const uint8_t *bytes = (const uint8_t *)&seen;
+    for (size_t i = 0; i < GGML_THREADS_MAX; i++)
+        fits = fits && bytes[i] == 0;
+    for (size_t i = 0; i < sizeof(seen.beyond); i++)
+        fits = fits && seen.beyond[i] == UNTOUCHED;
+    return fits && seen.params.n_threads == N_THREADS && seen.params.priority == 0 &&
+           seen.params.poll <= 100 && bytes[offsetof(ggml_threadpool_params, strict_cpu)] == 0 &&
+           bytes[offsetof(ggml_threadpool_params, paused)] == 0;
+}
+
 static bool check_buffer(void)
 {
     enum { SEEN = 14 };
@@ -217,23 +273,6 @@ static bool imports_assert(void)
     return found;
 }
 
-/*
- * OpenMP's threads spin between two uses. Threads of ours beside them would fight for the cores, so we
- * work on theirs. Only the runtime that the CPU backend itself was linked to counts: another one in
- * the process is somebody else's. (Entry point of GNU's runtime; LLVM's has it too.)
- */
-static void find_omp(void)
-{
-    Dl_info info;
-    const ggml_registry *reg = host.dev_backend_reg(host.cpu);
-    void *handle = NULL, *symbol;
-
-    if (dladdr(tqkvp_word(reg->functions[0]), &info) && info.dli_fname)
-        handle = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-    symbol = handle ? dlsym(handle, "GOMP_parallel") : NULL;
-    memcpy(&host.omp_parallel, &symbol, sizeof(symbol));
-}
-
 const tqkvp_host *tqkvp_host_find(const void *caller)
 {
     if (host_found)
@@ -254,15 +293,15 @@ const tqkvp_host *tqkvp_host_find(const void *caller)
         return NULL;
     }
     host.cpu_buffer_type = host.dev_buffer_type(host.cpu);
-    if (!check_tensors() || !check_buffer() || !check_backend() || !check_buffer_type(handle))
+    if (!check_tensors() || !check_custom() || !check_buffer() || !check_backend() || !check_buffer_type(handle))
         return NULL;
     host.checks_alloc_size = imports_assert();
-    find_omp();
+    host.has_threadpools = threadpools_fit();
     host_found = true;
-    tqkvp_detail("host: plugin interface %d, tables %zu %zu %zu, compute flag %d, asserts %d, OpenMP %d",
+    tqkvp_detail("host: plugin interface %d, tables %zu %zu %zu, compute flag %d, asserts %d, thread pools %d",
                  host.api_version, host.n_buft_functions, host.n_buffer_functions,
                  host.n_backend_functions, host.sets_compute_flag, host.checks_alloc_size,
-                 host.omp_parallel != NULL);
+                 host.has_threadpools);
     return &host;
 }
 

@@ -34,6 +34,8 @@ typedef struct tqkvp_host {
     int api_version;
     size_t n_buft_functions, n_buffer_functions, n_backend_functions;
     bool sets_compute_flag; /* nodes without GGML_FLAG_COMPUTE are not to be computed */
+    int32_t custom_op;      /* number of the custom operation */
+    bool has_threadpools;   /* whose parameters are as we declare them */
     bool checks_alloc_size; /* aborts when a tensor is allocated smaller than its layout */
     ggml_device *cpu;
     ggml_buffer_type *cpu_buffer_type;
@@ -50,6 +52,9 @@ typedef struct tqkvp_host {
     ggml_tensor *(*view_2d)(struct ggml_context *ctx, ggml_tensor *a, int64_t ne0, int64_t ne1,
                             size_t nb1, size_t offset);
     ggml_tensor *(*cpy)(struct ggml_context *ctx, ggml_tensor *a, ggml_tensor *b);
+    ggml_tensor *(*custom_4d)(struct ggml_context *ctx, int32_t type, int64_t ne0, int64_t ne1,
+                              int64_t ne2, int64_t ne3, ggml_tensor **args, int n_args,
+                              ggml_custom_fn *compute, int n_tasks, void *user);
     size_t (*tensor_overhead)(void);
     size_t (*graph_overhead_custom)(size_t size, bool grads);
     struct ggml_cgraph *(*new_graph_custom)(struct ggml_context *ctx, size_t size, bool grads);
@@ -60,6 +65,8 @@ typedef struct tqkvp_host {
     void (*graph_clear)(struct ggml_cgraph *graph);
 
     ggml_device *(*dev_by_type)(int32_t type);
+    size_t (*dev_count)(void);
+    ggml_device *(*dev_get)(size_t index);
     ggml_registry *(*dev_backend_reg)(ggml_device *device);
     ggml_backend *(*dev_init)(ggml_device *device, const char *params);
     void (*backend_free)(ggml_backend *backend);
@@ -70,9 +77,7 @@ typedef struct tqkvp_host {
     bool (*buft_is_host)(ggml_buffer_type *type);
     void (*buffer_free)(struct ggml_buffer *buffer);
     ggml_function *buffer_init;
-
-    /* Of the OpenMP runtime that the CPU backend computes with; NULL where it has threads of its own. */
-    void (*omp_parallel)(void (*fn)(void *data), void *data, unsigned n_threads, unsigned flags);
+    void (*threadpool_params_init)(void *params, int n_threads); /* or NULL */
 } tqkvp_host;
 
 /*

@@ -91,7 +91,7 @@ static bool device_supports_op(ggml_device *dev, const ggml_tensor *node)
 static bool device_supports_buffer_type(ggml_device *dev, ggml_buffer_type *type)
 {
     (void)dev;
-    return type == tqkvp_buffer_type() || tqkvp_host_get()->buft_is_host(type);
+    return tqkvp_supports_buffer_type(type);
 }
 
 /* --- registry --- */
@@ -139,6 +139,7 @@ static void *registry_proc_address(ggml_registry *reg, const char *name)
         ggml_function *function;
     } functions[] = {
         {"ggml_backend_set_n_threads", (ggml_function *)tqkvp_backend_set_threads},
+        {"ggml_backend_set_abort_callback", (ggml_function *)tqkvp_backend_set_abort},
         {TQKV_PLUGIN_CONFIGURE, (ggml_function *)configure},
         {TQKV_PLUGIN_SET_OBSERVER, (ggml_function *)tqkvp_set_observer},
         {TQKV_PLUGIN_KV_BYTES, (ggml_function *)tqkvp_kv_bytes},

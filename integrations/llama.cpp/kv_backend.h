@@ -8,14 +8,25 @@
 
 #include "cpu_delegate.h"
 #include "kv_layer.h"
-#include "worker_pool.h"
+#include "node_team.h"
+
+/* A node of the host's graph that we compute: it stands there as a custom one meanwhile. */
+typedef struct tqkvp_slot {
+    struct tqkvp_backend *backend;
+    ggml_tensor *node;
+    ggml_tensor original; /* the node as the host made it */
+} tqkvp_slot;
 
 typedef struct tqkvp_backend {
     ggml_backend handle; /* first: the host's pointer is ours */
     uint64_t context;
     bool checked; /* that the context has a cache of ours */
-    tqkvp_pool *pool;
-    tqkvp_cpu *cpu; /* made when needed */
+    tqkvp_cpu *cpu;   /* computes the host's graphs */
+    tqkvp_cpu *aside; /* single nodes in the middle of one; made when needed */
+    tqkvp_team team;
+    tqkvp_slot *slots; /* of the graph that runs */
+    size_t n_slots, slots_max;
+    int32_t status; /* of what we computed in it */
 
     /*
      * The batch that was stored last and is not encoded yet. It never outlives a call of

@@ -2,7 +2,7 @@
 /*
  * The buffer type. The host allocates three kinds of tensors with it: KV caches, which become
  * layers; other state of a model (recurrent state, indexers), which stays as it is; and results of
- * our own operations.
+ * operations, in one buffer a context, which are plain memory to everyone.
  */
 #ifndef TQKV_KV_BUFFER_H
 #define TQKV_KV_BUFFER_H
@@ -33,6 +33,9 @@ ggml_buffer_type *tqkvp_buffer_type(void);
 
 /* Whether the memory of t is, or will be, in a buffer of ours. */
 bool tqkvp_is_ours(const ggml_tensor *t);
+
+/* Whether a buffer of the host's is ours and holds layers. */
+bool tqkvp_buffer_has_layers(const struct ggml_buffer *buffer);
 
 /* A context of the host is being made: buffers allocated from now on belong to it. */
 uint64_t tqkvp_context_begin(void);

@@ -200,7 +200,7 @@ tqkvp_done tqkvp_commit(tqkvp_backend *backend)
     backend->open = NULL;
     backend->n_cells = 0;
     const tqkv_status status =
-        tqkv_batch_commit(backend->batch, tqkvp_pool_parallel(backend->pool));
+        tqkv_batch_commit(backend->batch, tqkvp_team_parallel(&backend->team));
     return status == TQKV_OK ? TQKVP_DONE : failed(layer, "encoding", status);
 }
 
@@ -361,7 +361,7 @@ tqkvp_done tqkvp_do_attention(tqkvp_backend *backend, const ggml_tensor *node)
     args.slopes = find_slopes(backend, layer->shape.n_heads, param_f32(node, 1));
     args.sinks = node->src[4] ? node->src[4]->data : NULL;
 
-    const tqkv_parallel *parallel = tqkvp_pool_parallel(backend->pool);
+    const tqkv_parallel *parallel = tqkvp_team_parallel(&backend->team);
     if (!reserve(&backend->scratch, &backend->scratch_bytes,
                  tqkv_store_scratch_bytes(layer->store, args.n_q, parallel->n_workers)))
         return failed(layer, "attention", TQKV_ERR_NO_MEMORY);

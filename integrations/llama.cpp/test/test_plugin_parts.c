@@ -8,20 +8,21 @@
 
 #include <dlfcn.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "float_bits.h"
-#include "worker_pool.c"
+#include "node_team.c"
 
-/* --- the pool --- */
+/* --- the team --- */
 
-enum { TASKS = 300 };
+enum { TASKS = 300, NODES = 40, THREADS_MAX = 5 };
 
 typedef struct job {
     atomic_int runs[TASKS];
-    atomic_int busy[64]; /* tasks that run as this worker now */
+    atomic_int busy[THREADS_MAX]; /* tasks that run as this worker now */
     atomic_int n_workers_seen;
 } job;
 
@@ -29,41 +30,96 @@ static void count(void *task, size_t i, size_t worker)
 {
     job *j = task;
 
-    assert_true(worker < 64);
-    if (atomic_fetch_add(&j->busy[worker], 1) != 0)
+    if (worker >= THREADS_MAX || atomic_fetch_add(&j->busy[worker], 1) != 0)
         abort(); /* two tasks with the scratch of one worker */
-    if ((int)worker + 1 > atomic_load(&j->n_workers_seen))
-        atomic_store(&j->n_workers_seen, (int)worker + 1);
+    int seen = atomic_load(&j->n_workers_seen);
+    while ((int)worker + 1 > seen &&
+           !atomic_compare_exchange_weak(&j->n_workers_seen, &seen, (int)worker + 1))
+        ;
     atomic_fetch_add(&j->runs[i], 1);
     for (volatile int k = 0; k < 200; k = k + 1)
         ;
     atomic_fetch_sub(&j->busy[worker], 1);
 }
 
-static void test_pool_runs_every_task_once(void **state)
+/* A host: threads that enter every node of a graph, and none the next before all have left. */
+typedef struct host {
+    tqkvp_team team;
+    pthread_barrier_t barrier;
+    int n_threads;
+    job job;
+} host;
+
+typedef struct host_thread {
+    host *host;
+    int ith;
+} host_thread;
+
+/* Node n hands out tasks n % 4 times: to nobody, to one, to all. */
+static void lead(host *h, int n)
 {
-    tqkvp_pool *pool = tqkvp_pool_create(NULL);
-    static job j;
+    tqkvp_team_begin(&h->team, h->n_threads);
+    const tqkv_parallel *parallel = tqkvp_team_parallel(&h->team);
+    if (parallel->n_workers != (size_t)h->n_threads)
+        abort();
+    for (int call = 0; call < n % 4; call++) {
+        const size_t n_tasks = (size_t)((n * 13 + call * 7) % TASKS);
+        parallel->run(parallel->user, n_tasks, count, &h->job);
+        for (size_t i = 0; i < TASKS; i++)
+            if (atomic_exchange(&h->job.runs[i], 0) != (i < n_tasks))
+                abort();
+    }
+    tqkvp_team_end(&h->team, (unsigned)n);
+}
+
+static void *host_thread_main(void *argument)
+{
+    const host_thread *thread = argument;
+    host *h = thread->host;
+
+    for (int n = 0; n < NODES; n++) {
+        if (n % 7 == 5)
+            continue; /* left out by the host */
+        /* some come late, even after the leader is through */
+        for (volatile int k = 0; k < (n + thread->ith * 3) % 5 * 2000; k = k + 1)
+            ;
+        if (thread->ith == 0)
+            lead(h, n);
+        else
+            tqkvp_team_help(&h->team, (unsigned)n, (size_t)thread->ith);
+        pthread_barrier_wait(&h->barrier);
+    }
+    return NULL;
+}
+
+static void test_team_runs_every_task_once(void **state)
+{
+    static host h;
 
     (void)state;
-    assert_non_null(pool);
-    assert_int_equal(tqkvp_pool_threads(pool), 1);
-    for (int round = 0; round < 400; round++) {
-        const int n_threads = 1 + round / 7 % 5;
-        const size_t n = (size_t)(round * 13 % TASKS);
-        tqkvp_pool_set_threads(pool, n_threads);
-        const tqkv_parallel *parallel = tqkvp_pool_parallel(pool);
-        assert_int_equal(parallel->n_workers, n_threads);
-        atomic_store(&j.n_workers_seen, 0);
-        parallel->run(parallel->user, n, count, &j);
-        assert_true(atomic_load(&j.n_workers_seen) <= n_threads);
+    tqkvp_team_init(&h.team);
+    for (int graph = 0; graph < 10; graph++) {
+        pthread_t threads[THREADS_MAX];
+        host_thread starts[THREADS_MAX];
+        h.n_threads = 1 + graph % THREADS_MAX;
+        atomic_store(&h.job.n_workers_seen, 0);
+        tqkvp_team_reset(&h.team);
+        assert_int_equal(pthread_barrier_init(&h.barrier, NULL, (unsigned)h.n_threads), 0);
+        for (int i = 0; i < h.n_threads; i++) {
+            starts[i] = (host_thread){.host = &h, .ith = i};
+            assert_int_equal(pthread_create(&threads[i], NULL, host_thread_main, &starts[i]), 0);
+        }
+        for (int i = 0; i < h.n_threads; i++)
+            assert_int_equal(pthread_join(threads[i], NULL), 0);
+        assert_true(atomic_load(&h.job.n_workers_seen) <= h.n_threads);
+        pthread_barrier_destroy(&h.barrier);
+        /* between graphs the leader is alone */
+        const tqkv_parallel *parallel = tqkvp_team_parallel(&h.team);
+        assert_int_equal(parallel->n_workers, 1);
+        parallel->run(parallel->user, TASKS, count, &h.job);
         for (size_t i = 0; i < TASKS; i++)
-            assert_int_equal(atomic_exchange(&j.runs[i], 0), i < n);
+            assert_int_equal(atomic_exchange(&h.job.runs[i], 0), 1);
     }
-    tqkvp_pool_set_threads(pool, 0);
-    assert_int_equal(tqkvp_pool_threads(pool), 1);
-    tqkvp_pool_destroy(pool);
-    tqkvp_pool_destroy(NULL);
 }
 
 /* --- 16-bit floats --- */
@@ -141,7 +197,7 @@ static void test_no_host(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_pool_runs_every_task_once),
+        cmocka_unit_test(test_team_runs_every_task_once),
         cmocka_unit_test(test_f16),
         cmocka_unit_test(test_bf16),
         cmocka_unit_test(test_no_host),

@@ -58,19 +58,28 @@ def model(models):
 
 
 @pytest.fixture(scope="session")
-def program(host, plugin, tmp_path_factory):
-    """host_state.c, compiled against the host."""
+def compiled(host, plugin, tmp_path_factory):
+    """Compiles host_*.c against the host."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     library = plugin.parent / "libturboquant.a"
     if not compiler or not library.exists():
         pytest.skip("no C compiler, or no libturboquant.a beside the plugin")
-    program = tmp_path_factory.mktemp("program") / "host_state"
-    subprocess.run(
-        [compiler, "-std=c11", "-O1", "-D_GNU_SOURCE", f"-I{ROOT}/include", f"-I{HERE.parent}/include",
-         f"-I{host.source}/include", f"-I{host.source}/ggml/include", str(HERE / "host_state.c"),
-         "-o", str(program), str(library), f"-L{host.bin}", "-lllama", "-lggml", "-lggml-base",
-         f"-Wl,-rpath,{host.bin}", "-lm", "-lpthread"], check=True)
-    return program
+
+    def compile_program(name):
+        program = tmp_path_factory.mktemp("program") / name
+        subprocess.run(
+            [compiler, "-std=c11", "-O1", "-D_GNU_SOURCE", f"-I{ROOT}/include", f"-I{HERE.parent}/include",
+             f"-I{host.source}/include", f"-I{host.source}/ggml/include", str(HERE / f"{name}.c"),
+             "-o", str(program), str(library), f"-L{host.bin}", "-lllama", "-lggml", "-lggml-base",
+             f"-Wl,-rpath,{host.bin}", "-lm", "-lpthread"], check=True)
+        return program
+
+    return compile_program
+
+
+@pytest.fixture(scope="session")
+def program(compiled):
+    return compiled("host_state")
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +110,19 @@ def complete(host, model, *args, env, n=16, prompt=PROMPT, threads=1):
     return done.stdout, done.returncode, done.stderr.decode(errors="replace")
 
 
+def tiny_models():
+    spec = importlib.util.spec_from_file_location("tiny_models", HERE / "tiny_models.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def is_one_graph(stderr):
+    """Whether llama.cpp (-lv 4) made one graph of the whole model, for prompts and for tokens."""
+    found = re.findall(r"sched_reserve: graph.*splits = (.*?), input", stderr)
+    return bool(found) and all(set(n.split(" / ")) == {"1"} for n in found)
+
+
 def ours(stderr):
     return "\n".join(line for line in stderr.splitlines() if line.startswith("turboquant: "))
 
@@ -109,6 +131,17 @@ def test_states_copies_and_shifts(state_program):
     done, _ = state_program
     assert done.returncode == 0, done.stdout
     assert " 0 failed" in done.stdout
+
+
+@pytest.mark.parametrize("mode", ["f16", "q8"])
+def test_graphs(compiled, plugin, tmp_path, mode):
+    """In pieces, with many threads, stopped in the middle."""
+    tiny_models().llama(tmp_path / "llama.gguf")
+    done = subprocess.run([str(compiled("host_graph")), str(tmp_path / "llama.gguf")], text=True, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=environment(TQKV_TEST_PLUGIN=str(plugin), TQKV_MODE=mode))
+    assert done.returncode == 0, done.stdout
+    assert "turboquant: active" in done.stdout
 
 
 # What the plugin says about an architecture; nothing but this line tells it apart from stock.
@@ -131,11 +164,8 @@ WITH_TIERS = ("llama", "deepseek2", "deepseek2_lite")
 @pytest.mark.parametrize("name", LINES)
 def test_architectures(program, plugin, tmp_path, name):
     """Random weights: shifts, streams, states and plain storage, against stock."""
-    spec = importlib.util.spec_from_file_location("tiny_models", HERE / "tiny_models.py")
-    tiny_models = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny_models)
-    assert set(LINES) == set(tiny_models.ALL)
-    tiny_models.ALL[name](tmp_path / f"{name}.gguf")
+    assert set(LINES) == set(tiny_models().ALL)
+    tiny_models().ALL[name](tmp_path / f"{name}.gguf")
     done = subprocess.run([str(program), "--tiers" if name in WITH_TIERS else "--compare",
                            str(tmp_path / f"{name}.gguf")], text=True, timeout=300, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, env=environment(TQKV_TEST_PLUGIN=str(plugin)))
@@ -194,6 +224,7 @@ def test_plan_by_name(host, plugin, model, plan):
     assert found and float(found[1]) > 4.0, ours(log)
     size = re.search(r"TURBOQUANT KV buffer size = +([0-9.]+) MiB", log)
     assert size and float(size[1]) < 180 / 4, "llama.cpp reports what the cache takes"
+    assert is_one_graph(log)
     assert text.strip()
 
 
@@ -243,8 +274,9 @@ def test_settings_without_meaning(host, plugin, model, variables):
 
 def test_no_flash_attention(host, plugin, model):
     want, _, _ = complete(host, model(SMOL), "-c", 256, "-fa", "off", env=environment())
-    text, status, log = complete(host, model(SMOL), "-c", 256, "-fa", "off", env=environment(plugin))
+    text, status, log = complete(host, model(SMOL), "-c", 256, "-fa", "off", "-lv", 4, env=environment(plugin))
     assert status == 0, log
+    assert is_one_graph(log)
     assert "not active: flash attention is off" in log
     assert text == want
 
@@ -264,10 +296,11 @@ def test_cache_kept_by_the_host(host, plugin, model, args):
 
 
 def test_some_layers(host, plugin, model, plan):
-    _, status, log = complete(host, model(SMOL), "-c", 256, "-ngl", 10, n=4,
+    _, status, log = complete(host, model(SMOL), "-c", 256, "-ngl", 10, "-lv", 4, n=4,
                               env=environment(plugin, TQKV_PLAN=str(plan)))
     assert status == 0, log
     assert "plan smollm2.tqkv, 9 layers" in log
+    assert not is_one_graph(log)  # the other layers belong to the host's CPU backend
 
 
 def test_scaled_rope(host, plugin, model, plan):
