@@ -77,8 +77,8 @@ static bool is_probe(const ggml_tensor *t)
 
 /*
  * Of the context that was made last. Others that compute would get nothing to do any more if we
- * took all. And a host that keeps the cache of some layers to itself wants their attention to be
- * computed by the device that it gave these layers to.
+ * took all, and users may not want it (TQKV_GRAPH). And a host that keeps the cache of some layers
+ * to itself wants their attention to be computed by the device that it gave these layers to.
  */
 static atomic_bool takes_all;
 
@@ -86,7 +86,8 @@ static void find_others(const ggml_device *ours)
 {
     typedef int32_t type_fn(ggml_device *device);
     const tqkvp_host *host = tqkvp_host_get();
-    bool alone = true;
+    tqkvp_config config;
+    bool alone = tqkvp_config_read(&config) && !config.splits_graph;
 
     for (size_t i = 0; i < host->dev_count(); i++) {
         ggml_device *device = host->dev_get(i);

@@ -104,6 +104,7 @@ bool tqkvp_config_read(tqkvp_config *config)
     const char *mode = variable("TQKV_MODE");
     const char *plan = variable("TQKV_PLAN");
     const char *state = variable("TQKV_STATE");
+    const char *graph = variable("TQKV_GRAPH");
 
     memset(config, 0, sizeof(*config));
     if (override.has_mode) {
@@ -120,6 +121,12 @@ bool tqkvp_config_read(tqkvp_config *config)
         config->portable_state = true;
     } else if (state && strcmp(state, "exact") != 0) {
         tqkvp_say("not active: TQKV_STATE=%s has no meaning; use exact or portable", state);
+        return false;
+    }
+    if (graph && strcmp(graph, "split") == 0) {
+        config->splits_graph = true;
+    } else if (graph && strcmp(graph, "whole") != 0) {
+        tqkvp_say("not active: TQKV_GRAPH=%s has no meaning; use whole or split", graph);
         return false;
     }
     return true;

@@ -26,6 +26,7 @@ enum { TQKVP_PATH_BYTES = 4096 };
 typedef struct tqkvp_config {
     tqkvp_mode mode;
     bool portable_state;         /* states hold decoded values instead of records */
+    bool splits_graph;           /* the host computes all but the nodes on caches */
     char plan[TQKVP_PATH_BYTES]; /* empty: look beside the model */
 } tqkvp_config;
 

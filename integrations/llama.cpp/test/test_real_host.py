@@ -295,6 +295,17 @@ def test_cache_kept_by_the_host(host, plugin, model, args):
     assert "turboquant: not active: llama.cpp keeps the cache" in log
 
 
+def test_a_split_graph(host, plugin, model, plan):
+    settings = {"TQKV_PLAN": str(plan)}
+    want, _, _ = complete(host, model(SMOL), "-c", 256, env=environment(plugin, **settings))
+    text, status, log = complete(host, model(SMOL), "-c", 256, "-lv", 4, env=environment(plugin, **settings, TQKV_GRAPH="split"))
+    assert status == 0, log
+    assert not is_one_graph(log)
+    assert text == want
+    _, status, log = complete(host, model(SMOL), "-c", 256, n=2, env=environment(plugin, **settings, TQKV_GRAPH="half"))
+    assert status != 0 and "TQKV_GRAPH=half has no meaning; use whole or split" in log
+
+
 def test_some_layers(host, plugin, model, plan):
     _, status, log = complete(host, model(SMOL), "-c", 256, "-ngl", 10, "-lv", 4, n=4,
                               env=environment(plugin, TQKV_PLAN=str(plan)))
