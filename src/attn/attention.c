@@ -100,21 +100,33 @@ size_t tqkvi_attention_scratch_bytes(const tqkv_plan_layer *shape, uint32_t n_q,
     return bytes;
 }
 
-/* Walks the blocks [first, end) of the spans as if they lay one after another. */
+typedef struct block_range {
+    uint32_t first, end;
+} block_range;
+
+/* The blocks of a span of n that are in the part [first, end), which counts from the span's first block. */
+static block_range blocks_in_part(uint32_t n, int64_t first, int64_t end)
+{
+    return (block_range){(uint32_t)(first < 0 ? 0 : first < n ? first : n),
+                         (uint32_t)(end < 0 ? 0 : end < n ? end : n)};
+}
+
+/* Walks the blocks [first, end) of the spans as if they lay one after another, when the first ones of each are on their way. */
 static void walk_part(tqkvi_attn_work *work, const tqkvi_attention *attention, uint32_t first,
                       uint32_t end)
 {
-    uint32_t start = 0;
-
-    tqkvi_attn_ask_first(work);
-    for (size_t i = 0; i < attention->n_spans && start < end; i++) {
-        const tqkvi_span *span = &attention->spans[i];
-        const uint32_t n = tqkvi_span_blocks(span, attention->args);
-        const uint32_t from = first > start ? first - start : 0;
-        const uint32_t to = end - start < n ? end - start : n;
-        if (from < to)
-            tqkvi_attn_walk(work, span, from, to);
-        start += n;
+    for (int walks = 0; walks < 2; walks++) {
+        int64_t start = 0;
+        for (size_t i = 0; i < attention->n_spans && start < end; i++) {
+            const tqkvi_span *span = &attention->spans[i];
+            const uint32_t n = tqkvi_span_blocks(span, attention->args);
+            const block_range range = blocks_in_part(n, first - start, end - start);
+            if (range.first < range.end && walks)
+                tqkvi_attn_walk(work, span, range.first, range.end);
+            else if (range.first < range.end)
+                tqkvi_attn_ask_first(work, span, range.first, range.end);
+            start += n;
+        }
     }
 }
 

@@ -373,20 +373,14 @@ static inline __attribute__((always_inline)) void load_ahead(const tqkvi_attn_wo
         ask_for(work, span, block);
 }
 
-void tqkvi_attn_ask_first(const tqkvi_attn_work *work)
+void tqkvi_attn_ask_first(const tqkvi_attn_work *work, const tqkvi_span *span, uint32_t first, uint32_t end)
 {
-    const tqkvi_attention *attention = work->attention;
-
-    for (size_t i = 0; i < attention->n_spans; i++) {
-        const tqkvi_span *span = &attention->spans[i];
-        const uint32_t n = tqkvi_span_blocks(span, attention->args);
-        if (!span->layout || !span->cells)
-            continue;
-        for (uint32_t block = 0; block < n && block < TQKVI_TILE_BLOCKS; block++) {
-            __builtin_prefetch(span->cells + (size_t)block * TQKVI_BLOCK_TOKENS);
-            __builtin_prefetch(span->slot_bases + (size_t)block * TQKVI_BLOCK_TOKENS);
-            ask_for(work, span, block);
-        }
+    if (!span->layout || !span->cells)
+        return;
+    for (uint32_t block = first; block < end && block < first + TQKVI_TILE_BLOCKS; block++) {
+        __builtin_prefetch(span->cells + (size_t)block * TQKVI_BLOCK_TOKENS);
+        __builtin_prefetch(span->slot_bases + (size_t)block * TQKVI_BLOCK_TOKENS);
+        ask_for(work, span, block);
     }
 }
 

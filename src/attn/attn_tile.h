@@ -104,8 +104,8 @@ tqkvi_attn_work *tqkvi_attn_work_init(void *memory, const tqkvi_attention *atten
 /* Reads the query rows. */
 void tqkvi_attn_load_q(tqkvi_attn_work *work);
 
-/* Starts to load the first tile of every span that lies in one piece. */
-void tqkvi_attn_ask_first(const tqkvi_attn_work *work);
+/* Starts to load the first tile of blocks [first, end) of a span, if that lies in one piece. */
+void tqkvi_attn_ask_first(const tqkvi_attn_work *work, const tqkvi_span *span, uint32_t first, uint32_t end);
 
 /* Takes blocks [first, end) of a span into the sums. */
 void tqkvi_attn_walk(tqkvi_attn_work *work, const tqkvi_span *span, uint32_t first, uint32_t end);
