@@ -32,15 +32,6 @@ bool tqkvp_is_ours(const ggml_tensor *t)
     return root->buffer && tqkvp_buffer_type_of(root->buffer) == &buffer_type;
 }
 
-bool tqkvp_buffer_has_layers(const struct ggml_buffer *handle)
-{
-    const tqkvp_buffer *buffer = NULL;
-
-    if (handle && tqkvp_buffer_type_of(handle) == &buffer_type)
-        buffer = tqkvp_buffer_context(handle);
-    return buffer && buffer->n_layers > 0;
-}
-
 uint64_t tqkvp_context_begin(void)
 {
     return atomic_fetch_add(&last_context, 1) + 1;

@@ -34,9 +34,6 @@ ggml_buffer_type *tqkvp_buffer_type(void);
 /* Whether the memory of t is, or will be, in a buffer of ours. */
 bool tqkvp_is_ours(const ggml_tensor *t);
 
-/* Whether a buffer of the host's is ours and holds layers. */
-bool tqkvp_buffer_has_layers(const struct ggml_buffer *buffer);
-
 /* A context of the host is being made: buffers allocated from now on belong to it. */
 uint64_t tqkvp_context_begin(void);
 uint64_t tqkvp_context_last(void);

@@ -16,7 +16,6 @@
 
 #include <limits.h>
 #include <stdatomic.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -254,61 +253,15 @@ static tqkvp_slot *add_slot(tqkvp_backend *backend)
     return &backend->slots[backend->n_slots++];
 }
 
-/* Whether a buffer holds layers, remembered for the few buffers of a graph. */
-typedef struct buffer_memory {
-    const struct ggml_buffer *buffers[4];
-    bool has_layers[4];
-    unsigned next;
-} buffer_memory;
-
-static bool has_layers(buffer_memory *memory, const struct ggml_buffer *buffer)
-{
-    for (unsigned i = 0; i < 4; i++)
-        if (memory->buffers[i] == buffer)
-            return buffer && memory->has_layers[i];
-    const unsigned i = memory->next++ % 4;
-    memory->buffers[i] = buffer;
-    memory->has_layers[i] = tqkvp_buffer_has_layers(buffer);
-    return memory->has_layers[i];
-}
-
-/* A view names the buffer as well, once it is allocated: one line of memory less to read. */
-static const struct ggml_buffer *buffer_of(const ggml_tensor *t)
-{
-    return t->buffer ? t->buffer : tqkvp_root(t)->buffer;
-}
-
-static bool may_touch_layer(buffer_memory *memory, const ggml_tensor *node)
-{
-    bool may = has_layers(memory, buffer_of(node));
-
-    for (int i = 0; i < GGML_SOURCES && !may; i++)
-        may = node->src[i] && has_layers(memory, buffer_of(node->src[i]));
-    return may;
-}
-
-/* By now the weights have passed through the caches, and the graph is in memory again. */
-static void ask_for(const ggml_tensor *node)
-{
-    for (size_t line = 0; line < offsetof(ggml_tensor, data); line += 64)
-        __builtin_prefetch((const char *)node + line);
-}
-
 /* Finds the nodes on caches, and hears what they tell before any layer is opened. */
 static int32_t find_nodes(tqkvp_backend *backend, struct ggml_cgraph *graph)
 {
-    enum { AHEAD = 16 };
     const tqkvp_host *host = tqkvp_host_get();
     const int n = host->graph_n_nodes(graph);
-    buffer_memory memory = {.next = 0};
 
     backend->n_slots = 0;
     for (int i = 0; i < n; i++) {
         ggml_tensor *node = host->graph_node(graph, i);
-        if (i + AHEAD < n)
-            ask_for(host->graph_node(graph, i + AHEAD));
-        if (!may_touch_layer(&memory, node))
-            continue;
         const tqkvp_op op = tqkvp_op_of(node);
         if (op == TQKVP_OP_NONE || op == TQKVP_OP_VIEW ||
             (host->sets_compute_flag && !(node->flags & GGML_FLAG_COMPUTE)) || !layer_of_node(node))

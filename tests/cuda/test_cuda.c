@@ -375,7 +375,7 @@ static void check_after_store(test_random *random, const layer *l, const sequenc
     free_steps(&all);
 }
 
-/* A cluster, splits that meet in the workspace, and one split; stores of one row a block and of eight. */
+/* A cluster (not if short), splits that meet in the workspace, and one split; stores of one row a block and of eight. */
 static void test_after_store(void **state)
 {
     static const int32_t lengths[] = {700, 3, 1500, 90, 2100, 64, 1023, 1024, 1025, 17, 300, 2000};
