@@ -18,6 +18,7 @@ import sys
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 LEVEL_MAX = 127
 RANGE_8 = 4.0
+LOOKUP = 64  # levels repeat up to as many, so that bits above a code may be anything
 ROUNDS = 3  # thresholds in one bucket of 16 half levels, at most
 
 
@@ -139,6 +140,7 @@ def width_text(bits):
     below = [-v for v in reversed(levels)]
     if bits == 8:
         below = [-LEVEL_MAX] + below[:-1]
+    by_code = below + levels
     return "    [%d] = {\n%s    }," % (
         bits,
         field("step", c_float(step))
@@ -146,7 +148,7 @@ def width_text(bits):
         + field("inv_peak", c_float(f32(1.0 / f32(step * LEVEL_MAX))))
         + field("distortion", "%.8e" % error)
         + field("n_magnitudes", len(levels))
-        + field("levels", array(below + levels))
+        + field("levels", array(by_code * max(1, LOOKUP // len(by_code))))
         + field("thresholds", array(thresholds or [0])))
 
 

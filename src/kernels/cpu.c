@@ -17,11 +17,18 @@ bool tqkvk_cpu_has_avx2(void)
         return false;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & LEAF1_ECX_F16C) != 0;
 }
+
 bool tqkvk_cpu_has_avx512(void)
 {
     return tqkvk_cpu_has_avx2() && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512vl");
+}
+
+bool tqkvk_cpu_has_vbmi(void)
+{
+    return tqkvk_cpu_has_avx512() && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512vbmi");
 }
 #else
 bool tqkvk_cpu_has_avx2(void)
@@ -30,6 +37,11 @@ bool tqkvk_cpu_has_avx2(void)
 }
 
 bool tqkvk_cpu_has_avx512(void)
+{
+    return false;
+}
+
+bool tqkvk_cpu_has_vbmi(void)
 {
     return false;
 }

@@ -7,8 +7,10 @@
 
 /* AVX2, FMA and F16C, with the registers saved by the operating system. */
 bool tqkvk_cpu_has_avx2(void);
-/* AVX-512 F, BW, DQ, VL and VNNI besides. */
+/* AVX-512 F, BW, DQ and VL besides. */
 bool tqkvk_cpu_has_avx512(void);
+/* VNNI and VBMI besides. */
+bool tqkvk_cpu_has_vbmi(void);
 /* The dot products of ARMv8.2. NEON itself is part of every aarch64. */
 bool tqkvk_cpu_has_dotprod(void);
 

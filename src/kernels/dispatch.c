@@ -38,7 +38,8 @@
 static const tqkvk_table table_ref = TABLE("ref", ref, ref, ref);
 #if TQKV_HAVE_X86
 static const tqkvk_table table_avx2 = TABLE("avx2", avx2, avx2, avx2);
-static const tqkvk_table table_avx512 = TABLE("avx512", avx2, avx512, avx512);
+static const tqkvk_table table_avx512 = TABLE("avx512", avx2, avx512, avx2);
+static const tqkvk_table table_vbmi = TABLE("avx512-vbmi", avx2, avx512, vbmi);
 #endif
 #if TQKV_HAVE_ARM
 static const tqkvk_table table_neon = TABLE("neon", neon, neon, neon);
@@ -55,6 +56,8 @@ static size_t list_tables(const tqkvk_table *out[TABLES_MAX])
         out[n++] = &table_avx2;
     if (tqkvk_cpu_has_avx512())
         out[n++] = &table_avx512;
+    if (tqkvk_cpu_has_vbmi())
+        out[n++] = &table_vbmi;
 #endif
 #if TQKV_HAVE_ARM
     out[n++] = &table_neon;

@@ -207,7 +207,7 @@ typedef struct tqkvk_table {
 } tqkvk_table;
 
 /*
- * The best table of this CPU, lowered by TQKV_ISA=ref|avx2|avx512 or ref|neon|neon-dotprod; chosen
+ * The best table of this CPU, lowered by TQKV_ISA=ref|avx2|avx512|avx512-vbmi or ref|neon|neon-dotprod; chosen
  * once. Threads: any.
  */
 const tqkvk_table *tqkvk_get(void);

@@ -23,7 +23,7 @@ typedef struct tqkvk_width {
     float inv_peak;  /* f32 nearest to 1 / (127 * step) */
     double distortion;
     uint32_t n_magnitudes; /* 128 for 8 bits (with 0), otherwise 2 ^ (bits - 1); 0: no such width */
-    int8_t levels[256];    /* by code */
+    int8_t levels[256];    /* by code; again and again up to 64 entries */
     uint8_t thresholds[127]; /* ascending, n_magnitudes - 1 of them, in half levels */
 } tqkvk_width;
 

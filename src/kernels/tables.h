@@ -53,8 +53,8 @@ tqkvk_scale_scores_fn tqkvk_scale_scores_f32_avx512;
 tqkvk_softmax_step_fn tqkvk_softmax_step_f32_avx512;
 tqkvk_scale_weights_fn tqkvk_scale_weights_f32_avx512;
 tqkvk_accumulate_tile_fn tqkvk_accumulate_tile_f32_avx512;
-tqkvk_score_blocks_fn tqkvk_score_blocks_i8_avx512;
-tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx512;
+tqkvk_score_blocks_fn tqkvk_score_blocks_i8_vbmi;
+tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_vbmi;
 #endif
 
 #if TQKV_HAVE_ARM

@@ -6,7 +6,7 @@
  * whose scores are dropped.
  */
 #include "kernels/tables.h"
-#include "kernels/x86/block_codes_avx512.h"
+#include "kernels/x86/block_codes_vbmi.h"
 
 #define RAISED 128
 
@@ -37,10 +37,10 @@ TQKVK_INLINE void score_block(const tqkvk_unit *unit, const query *q, float *s)
 
 TQKVK_INLINE void score_unit(int bits, const score *c)
 {
-    const tqkvk_levels_of of = tqkvk_levels_load(bits, RAISED);
+    const __m512i of = tqkvk_levels_load(bits, RAISED);
     const float step = tqkvk_widths[bits].step;
     const tqkvk_tile_unit tile =
-        tqkvk_levels_tile(TQKV_SIDE_K, bits, c->codes, c->at, &of, RAISED);
+        tqkvk_levels_tile(TQKV_SIDE_K, bits, c->codes, c->at, of, RAISED);
     const tqkvk_query_unit *from = c->q;
     float *s = c->s;
 
@@ -58,7 +58,7 @@ TQKVK_INLINE void score_unit(int bits, const score *c)
     }
 }
 
-void tqkvk_score_blocks_i8_avx512(const tqkvi_layout *layout, const uint8_t *const *codes,
+void tqkvk_score_blocks_i8_vbmi(const tqkvi_layout *layout, const uint8_t *const *codes,
                                   size_t n_blocks, const tqkvk_query_unit *q, size_t n_q, float *s,
                                   size_t s_stride)
 {

@@ -6,7 +6,7 @@
  * with the lower 7. A tile with fewer blocks is filled up with its first one, of weight 0.
  */
 #include "kernels/tables.h"
-#include "kernels/x86/block_codes_avx512.h"
+#include "kernels/x86/block_codes_vbmi.h"
 
 #define QUERIES_MAX 16 /* whose weights are copied together */
 
@@ -40,9 +40,9 @@ TQKVK_INLINE __m512i dot_unit(__m512i sum, const tqkvk_unit *unit, const uint8_t
 
 TQKVK_INLINE void weigh_unit(int bits, const weigh *c)
 {
-    const tqkvk_levels_of of = tqkvk_levels_load(bits, 0);
+    const __m512i of = tqkvk_levels_load(bits, 0);
     const __m512 step = _mm512_set1_ps(tqkvk_widths[bits].step);
-    const tqkvk_tile_unit tile = tqkvk_levels_tile(TQKV_SIDE_V, bits, c->codes, c->at, &of, 0);
+    const tqkvk_tile_unit tile = tqkvk_levels_tile(TQKV_SIDE_V, bits, c->codes, c->at, of, 0);
     float *o = c->o;
 
     for (size_t a = 0; a < c->n_q; a++, o += c->dim) {
@@ -94,7 +94,7 @@ static tqkvk_halves split_weights(const uint16_t *w, __mmask64 present)
     return halves;
 }
 
-void tqkvk_weigh_blocks_i8_avx512(const tqkvi_layout *layout, const uint8_t *const *codes,
+void tqkvk_weigh_blocks_i8_vbmi(const tqkvi_layout *layout, const uint8_t *const *codes,
                                   size_t n_blocks, const uint16_t *w, size_t w_stride, size_t n_q,
                                   const float *f, const float *g, float *o)
 {
