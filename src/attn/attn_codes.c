@@ -18,16 +18,19 @@ static void list_codes(const tqkvi_attn_work *work, tqkv_side side,
         codes[p] = tqkvi_attn_section(work, side, p) + TQKVI_BLOCK_TOKENS;
 }
 
-/* q' of every row to bytes, both parts, once for all tiles of a base. */
-static void round_queries(tqkvi_attn_work *work)
+/* q' of every row to bytes, in one part or two, once for all tiles of a base. */
+static void round_queries(tqkvi_attn_work *work, uint32_t n_parts)
 {
     const size_t dim = work->attention->layer->shape.k_dim, n_units = dim / TQKV_UNIT_CHANNELS;
+    tqkvk_query_unit *low = work->q8 + work->n_rows * n_units;
 
-    for (size_t r = 0; r < work->n_rows && !work->is_rounded; r++)
+    if (work->rounded_parts >= n_parts)
+        return;
+    for (size_t r = 0; r < work->n_rows; r++)
         work->attention->kernels->round_query(work->coded + r * dim, n_units,
                                               work->q8 + r * n_units,
-                                              work->q8 + (work->n_rows + r) * n_units);
-    work->is_rounded = true;
+                                              n_parts == 2 ? low + r * n_units : NULL);
+    work->rounded_parts = n_parts;
 }
 
 void tqkvi_codes_score(tqkvi_attn_work *work)
@@ -38,7 +41,7 @@ void tqkvi_codes_score(tqkvi_attn_work *work)
     const uint8_t *codes[TQKVI_TILE_BLOCKS];
 
     list_codes(work, TQKV_SIDE_K, codes);
-    round_queries(work);
+    round_queries(work, takes_two_parts(layout) ? 2 : 1);
     memset(work->s, 0, n_rows * TQKVI_TILE_TOKENS * sizeof(*work->s));
     kernels->score_blocks(layout, codes, work->tile.n_blocks, work->q8, n_rows, work->s,
                           TQKVI_TILE_TOKENS);

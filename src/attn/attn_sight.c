@@ -70,10 +70,10 @@ static uint32_t present_by_cell(const tqkvi_span *span, uint32_t block, uint32_t
     return seen;
 }
 
-/* Whether all 16 are -inf, as they are of cells that nobody has written yet. */
-static bool is_all_hidden(const uint16_t *mask)
+/* Whether all 16 are `half`: 0, as most are, or -inf, as of cells that nobody has written yet. */
+static bool is_all(const uint16_t *mask, uint16_t half)
 {
-    const uint64_t four = HALF_MINUS_INF * 0x0001000100010001u;
+    const uint64_t four = half * (uint64_t)0x0001000100010001;
     uint64_t words[TQKVI_BLOCK_TOKENS / 4];
 
     memcpy(words, mask, sizeof(words));
@@ -84,7 +84,9 @@ static uint32_t unmasked_in_row(const uint16_t *mask, uint32_t present)
 {
     uint32_t seen = 0;
 
-    if (is_all_hidden(mask))
+    if (is_all(mask, 0))
+        return present;
+    if (is_all(mask, HALF_MINUS_INF))
         return 0;
     for (uint32_t i = 0; i < TQKVI_BLOCK_TOKENS; i++)
         seen |= (uint32_t)(mask[i] != HALF_MINUS_INF) << i;
@@ -165,10 +167,6 @@ bool tqkvi_sight_bias(const tqkvi_sight *sight, const tqkvi_span *span, uint32_t
         visible &= window_limit(sight, span, block, q);
         if (args->causal)
             visible &= causal_limit(span, block, q);
-        if (visible == ALL_TOKENS) {
-            memset(bias, 0, TQKVI_BLOCK_TOKENS * sizeof(*bias));
-            return false;
-        }
     } else if (is_whole_row(span, block, args->n_cells)) {
         memcpy(half, args->mask + q * args->mask_row_stride + first, sizeof(half));
     } else {
@@ -176,6 +174,10 @@ bool tqkvi_sight_bias(const tqkvi_sight *sight, const tqkvi_span *span, uint32_t
         for (uint32_t i = 0; i < TQKVI_BLOCK_TOKENS; i++)
             if (visible >> i & 1)
                 half[i] = mask[span->cells ? span->cells[first + i] - span->first_cell : first + i];
+    }
+    if (visible == ALL_TOKENS && is_all(half, 0)) {
+        memset(bias, 0, TQKVI_BLOCK_TOKENS * sizeof(*bias));
+        return false;
     }
     sight->kernels->half_to_float(half, bias, TQKVI_BLOCK_TOKENS);
     for (uint32_t i = 0; i < TQKVI_BLOCK_TOKENS; i++) {

@@ -177,7 +177,7 @@ static void set_base(tqkvi_attn_work *work, int32_t base)
                                      work->coded, dim);
     work->has_base = true;
     work->base = base;
-    work->is_rounded = false;
+    work->rounded_parts = 0;
 }
 
 static void load_raw(tqkvi_attn_work *work, tqkv_side side, float *out)

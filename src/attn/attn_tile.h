@@ -52,7 +52,7 @@ typedef struct tqkvi_attn_work {
     uint32_t first_row,
         n_rows; /* rows of this KV head; row = query token * group + head of the group */
     float w_factor[TQKVI_CODE_ROWS_MAX]; /* of attn_codes.c */
-    bool is_rounded; /* q8 is that of `coded` */
+    uint32_t rounded_parts; /* of `coded` that q8 has */
     /* Arrays behind this struct. */
     float *q;             /* [rows][k_dim] times the softmax scale */
     float *turned;        /* [rows][k_dim] turned to the base */
