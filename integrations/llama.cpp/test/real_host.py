@@ -46,7 +46,7 @@ def environment(plugin=None, **more):
 
 
 class Server:
-    def __init__(self, host, model, folder, env, n_ctx=512, n_slots=2, n_threads=1):
+    def __init__(self, host, model, folder, env, n_ctx=512, n_slots=2, n_threads=1, args=()):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -54,7 +54,8 @@ class Server:
         self.process = subprocess.Popen(
             [host.tool("llama-server"), "-m", str(model), "-c", str(n_ctx), "-np", str(n_slots),
              "-t", str(n_threads), "--port", str(self.port),
-             "--slot-save-path", str(folder), "--no-warmup"], stdout=self.log, stderr=self.log, env=env)
+             "--slot-save-path", str(folder), "--no-warmup", *map(str, args)],
+            stdout=self.log, stderr=self.log, env=env)
         for _ in range(600):
             try:
                 if self.get("/health")["status"] == "ok":
@@ -73,9 +74,12 @@ class Server:
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
-    def complete(self, slot, prompt, n=12):
+    def answer(self, slot, prompt, n=12):
         return self.get("/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, "id_slot": slot,
-                                        "cache_prompt": True})["content"]
+                                        "cache_prompt": True})
+
+    def complete(self, slot, prompt, n=12):
+        return self.answer(slot, prompt, n)["content"]
 
     def slot(self, number, action, **body):
         return self.get(f"/slots/{number}?action={action}", body)

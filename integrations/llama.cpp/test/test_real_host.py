@@ -363,3 +363,18 @@ def test_server_slots(host, plugin, model, plan, tmp_path, mode):
         server.stop()
     log = (tmp_path / "server.log").read_text()
     assert "turboquant: active" in log
+
+
+def test_draft_model(host, plugin, model, plan, tmp_path):
+    """Two contexts of ours, each with one graph of its own: the model guesses what it will say itself."""
+    path = model(SMOL)
+    server = Server(host, path, tmp_path, environment(plugin, TQKV_PLAN=str(plan)), n_slots=1,
+                    args=("-md", path, "--spec-type", "draft-simple"))
+    try:
+        answer = server.answer(0, CERTAIN, n=48)
+    finally:
+        server.stop()
+    assert answer["content"].startswith(" three four five six seven eight nine ten")
+    assert answer["timings"]["draft_n"] > 10
+    assert answer["timings"]["draft_n_accepted"] > 0.7 * answer["timings"]["draft_n"]
+    assert (tmp_path / "server.log").read_text().count("turboquant: active") == 2
