@@ -56,7 +56,7 @@ static void turn_init(const tqkv_codec *codec, tqkv_side side, int32_t base, tur
 {
     const bool turns = side == TQKV_SIDE_K && base != 0 && codec->rope.style != TQKV_ROPE_NONE;
     if (turns)
-        tqkvi_turn_init(&codec->rope, base, t->cos, t->sin);
+        tqkvi_codec_turn(codec, base, t->cos, t->sin);
     t->cos_or_null = turns ? t->cos : NULL;
     t->sin_or_null = turns ? t->sin : NULL;
 }

@@ -28,7 +28,7 @@ void tqkvi_view_turn(const void *user, int32_t base, float *rows, size_t n_rows)
 
     if (base == 0)
         return;
-    tqkvi_turn_init(&codec->rope, base, cos, sin);
+    tqkvi_codec_turn(codec, base, cos, sin);
     for (size_t r = 0; r < n_rows; r++)
         tqkvi_turn_apply(&codec->rope, cos, sin, true, rows + r * codec->layer->shape.k_dim);
 }

@@ -149,7 +149,7 @@ static void write_task(void *user, size_t i, size_t worker)
     part.rows = part.side == TQKV_SIDE_K ? job->batch->k : job->batch->v;
     if (part.side == TQKV_SIDE_K && run->base != 0 &&
         !paged->codec->heads[part.side][part.g].plain) {
-        tqkvi_turn_init(&paged->codec->rope, run->base, turn_cos, turn_sin);
+        tqkvi_codec_turn(paged->codec, run->base, turn_cos, turn_sin);
         part.turn_cos = turn_cos;
         part.turn_sin = turn_sin;
     }

@@ -31,7 +31,7 @@ static bool turns(const tqkv_store *store, tqkv_side side, uint32_t g, int32_t b
 static void hold_turn(const tqkv_store *store, int32_t base, tqkvi_held_turn *held)
 {
     if (!held->known || held->base != base)
-        tqkvi_turn_init(&store->codec->rope, base, held->cos, held->sin);
+        tqkvi_codec_turn(store->codec, base, held->cos, held->sin);
     held->known = true;
     held->base = base;
 }

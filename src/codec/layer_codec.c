@@ -8,6 +8,7 @@
 
 #define WEIGHT_MIN 0x1p-20f /* below it the scale would be chosen by rounding errors */
 #define VALUE_MAX 1e37f     /* of a decoded channel, far enough from FLT_MAX for a turn */
+#define TURNS_MAX 32 /* frames whose turns are kept: 32768 tokens by default */
 #define Y_DECODED_MAX \
     (4.0f * tqkvk_scale_value(255)) /* no width reaches further than 8 bits, 4 steps */
 
@@ -167,6 +168,41 @@ static tqkv_status init_rope(tqkv_codec *codec, const tqkv_rope *rope)
     return TQKV_OK;
 }
 
+/* Every task of attention asks for the turns of its frames, and one takes longer than a tile. */
+static tqkv_status init_turns(tqkv_codec *codec)
+{
+    const size_t n_rot = codec->rope.style == TQKV_ROPE_NONE ? 0 : codec->rope.n_rot;
+    const uint32_t frame = codec->plan->frame_tokens;
+
+    if (n_rot == 0)
+        return TQKV_OK;
+    codec->turns = tqkvi_alloc(&codec->mem, TURNS_MAX * n_rot * sizeof(float));
+    if (!codec->turns)
+        return TQKV_ERR_NO_MEMORY;
+    for (; codec->n_turns < TURNS_MAX; codec->n_turns++) {
+        const uint64_t base = (codec->n_turns + 1) * (uint64_t)frame;
+        float *turn = codec->turns + codec->n_turns * n_rot;
+        if (base > INT32_MAX)
+            break;
+        tqkvi_turn_init(&codec->rope, (int32_t)base, turn, turn + n_rot / 2);
+    }
+    return TQKV_OK;
+}
+
+void tqkvi_codec_turn(const tqkv_codec *codec, int32_t base, float *cos_out, float *sin_out)
+{
+    const size_t n_rot = codec->rope.n_rot;
+    const uint32_t frame = codec->plan->frame_tokens;
+
+    if (base <= 0 || (uint32_t)base % frame != 0 || (uint32_t)base / frame > codec->n_turns) {
+        tqkvi_turn_init(&codec->rope, base, cos_out, sin_out);
+        return;
+    }
+    const float *turn = codec->turns + ((uint32_t)base / frame - 1) * n_rot;
+    memcpy(cos_out, turn, n_rot / 2 * sizeof(float));
+    memcpy(sin_out, turn + n_rot / 2, n_rot / 2 * sizeof(float));
+}
+
 tqkv_status tqkvi_codec_create(const tqkv_plan *plan, uint32_t layer, const tqkv_rope *rope,
                                const tqkv_allocator *mem, tqkv_codec **out)
 {
@@ -185,6 +221,8 @@ tqkv_status tqkvi_codec_create(const tqkv_plan *plan, uint32_t layer, const tqkv
     codec->n_kv_heads = codec->layer->shape.n_kv_heads;
     codec->n_tiers = plan->n_tiers;
     tqkv_status status = init_rope(codec, rope ? rope : &codec->layer->shape.rope);
+    if (status == TQKV_OK)
+        status = init_turns(codec);
     if (status == TQKV_OK && codec->n_kv_heads != 0)
         status = init_side(codec, TQKV_SIDE_K);
     if (status == TQKV_OK && codec->n_kv_heads != 0)
@@ -212,6 +250,7 @@ void tqkvi_codec_destroy(tqkv_codec *codec)
         tqkvi_free(&codec->mem, codec->heads[side]);
     }
     tqkvi_free(&codec->mem, codec->halves);
+    tqkvi_free(&codec->mem, codec->turns);
     tqkvi_free(&codec->mem, (void *)codec->rope.inv_freq);
     const tqkv_allocator mem = codec->mem;
     tqkvi_free(&mem, codec);

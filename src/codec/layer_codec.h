@@ -37,6 +37,8 @@ struct tqkv_codec {
     const tqkvi_layer_plan *layer;
     const tqkvk_table *kernels;
     tqkv_rope rope; /* inv_freq owned */
+    float *turns;   /* [n_turns][n_rot] cos and sin of the bases of the first frames after 0 */
+    uint32_t n_turns;
     uint32_t n_kv_heads, n_tiers;
     tqkvi_head_codec *heads[2]; /* [n_kv_heads] by tqkv_side */
     uint8_t *halves;            /* of all heads, see half_matrix.h */
@@ -66,6 +68,8 @@ int32_t tqkvi_frame_base(int32_t position, uint32_t frame_tokens);
 
 /* cos and sin of base * inv_freq: [n_rot / 2] each, deterministic on every CPU. */
 void tqkvi_turn_init(const tqkv_rope *rope, int32_t base, float *cos_out, float *sin_out);
+/* The same of a codec, which has those of many bases at hand. */
+void tqkvi_codec_turn(const tqkv_codec *codec, int32_t base, float *cos_out, float *sin_out);
 /* Turns a row by +base (or, with inverse, by -base), in place. Multiplies and adds apart. */
 void tqkvi_turn_apply(const tqkv_rope *rope, const float *cos_in, const float *sin_in, bool inverse,
                       float *row);

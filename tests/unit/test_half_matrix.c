@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Matrices in half the bytes: what they keep exactly, how far they round, when there are none. */
+/* What a codec keeps at hand: matrices in half the bytes (exact or rounded, or none), and turns. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -112,12 +112,38 @@ static void test_codec_has_them(void **state)
     tqkv_plan_destroy(plan);
 }
 
+/* Kept or not, a turn is the same bits. */
+static void test_turns(void **state)
+{
+    enum { FRAME = 64 };
+    static const int32_t bases[] = {0,           FRAME, 2 * FRAME, FRAME + 1,        32 * FRAME,
+                                    33 * FRAME, -FRAME, INT32_MAX, INT32_MAX / FRAME * FRAME, INT32_MIN};
+    static const uint32_t tier_tokens[] = {32};
+    const tqkv_plan_layer shape = test_shape(4, 2, DIM, DIM);
+    tqkv_plan *plan;
+    tqkv_codec *codec;
+
+    (void)state;
+    assert_int_equal(test_tiered_plan(3, &shape, 2, tier_tokens, 4, FRAME, &plan), TQKV_OK);
+    assert_int_equal(tqkvi_codec_create(plan, 0, NULL, NULL, &codec), TQKV_OK);
+    assert_true(codec->rope.n_rot > 0 && codec->n_turns > 0);
+    for (size_t i = 0; i < sizeof(bases) / sizeof(bases[0]); i++) {
+        float kept[2][DIM / 2] = {{0}}, made[2][DIM / 2] = {{0}};
+        tqkvi_codec_turn(codec, bases[i], kept[0], kept[1]);
+        tqkvi_turn_init(&codec->rope, bases[i], made[0], made[1]);
+        assert_memory_equal(kept, made, sizeof(kept));
+    }
+    tqkvi_codec_destroy(codec);
+    tqkv_plan_destroy(plan);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rounded),
         cmocka_unit_test(test_none),
         cmocka_unit_test(test_codec_has_them),
+        cmocka_unit_test(test_turns),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
