@@ -63,19 +63,25 @@ static uint32_t parts_for(uint32_t n_tasks, uint32_t n_kv_heads, uint32_t n_row_
 }
 
 /* Blocks of a part, of n_blocks; at most parts_for(TASKS_MAX, ...) parts come of it. */
-static uint32_t blocks_of_part(const tqkv_plan_layer *shape, uint32_t n_row_blocks,
-                               uint32_t n_blocks)
+static uint32_t blocks_of_part(const tqkv_plan_layer *shape, uint32_t frame_blocks,
+                               uint32_t n_row_blocks, uint32_t n_blocks)
 {
     const uint32_t blocks_min = part_blocks_min(shape);
-    uint32_t n_parts = parts_for(TASKS_MAX, shape->n_kv_heads, n_row_blocks);
+    const uint32_t parts_max = parts_for(TASKS_MAX, shape->n_kv_heads, n_row_blocks);
+    uint32_t n_parts = parts_max;
 
     if (n_blocks / n_parts < PART_BLOCKS_WANTED)
         n_parts = parts_for(TASKS_MIN, shape->n_kv_heads, n_row_blocks);
     if (n_parts > n_blocks / blocks_min)
         n_parts = n_blocks / blocks_min;
-    return n_parts <= 1
-               ? n_blocks
-               : tqkvi_div_up(tqkvi_div_up(n_blocks, n_parts), blocks_min) * blocks_min;
+    if (n_parts <= 1)
+        return n_blocks;
+    const uint32_t n = tqkvi_div_up(n_blocks, n_parts);
+    if (frame_blocks == 0 || n < frame_blocks)
+        return tqkvi_div_up(n, blocks_min) * blocks_min;
+    /* Whole frames, as a part makes q' of each anew that it has a piece of. */
+    const uint32_t fewer = n / frame_blocks * frame_blocks;
+    return tqkvi_div_up(n_blocks, fewer) <= parts_max ? fewer : fewer + frame_blocks;
 }
 
 size_t tqkvi_attention_scratch_bytes(const tqkv_plan_layer *shape, uint32_t n_q, size_t n_workers)
@@ -239,7 +245,8 @@ void tqkvi_attend(const tqkvi_attention *attention, const tqkv_parallel *paralle
         call.n_blocks += tqkvi_span_blocks(&attention->spans[i], attention->args);
     call.n_row_blocks = tqkvi_div_up(call.n_rows, call.rows_per_block);
 
-    call.part_blocks = blocks_of_part(shape, call.n_row_blocks, call.n_blocks);
+    call.part_blocks = blocks_of_part(shape, attention->turn ? attention->frame_blocks : 0,
+                                      call.n_row_blocks, call.n_blocks);
     call.n_parts = call.n_blocks == 0 ? 1 : tqkvi_div_up(call.n_blocks, call.part_blocks);
     call.parts = call.work + n_workers * call.work_bytes;
     call.part_bytes =

@@ -69,6 +69,7 @@ typedef struct tqkvi_attention {
     const tqkvi_attn_head *heads[2];
     tqkvi_turn_rows_fn *turn; /* NULL: K has no RoPE */
     const void *turn_user;
+    uint32_t frame_blocks; /* that share a base, where tokens lie in order; 0: no matter */
     const tqkvi_span *spans;
     size_t n_spans;
     const tqkv_attend_args *args;
