@@ -129,7 +129,8 @@ static void attend_spans(const attend *a, const tqkvi_span *spans, size_t n_span
                                        .heads = {a->heads, a->heads + codec->n_kv_heads},
                                        .turn = a->paged->has_bases ? tqkvi_view_turn : NULL,
                                        .turn_user = codec,
-                                       .frame_blocks = codec->plan->frame_tokens / TQKVI_BLOCK_TOKENS,
+                                       .frame_blocks =
+                                           codec->plan->frame_tokens / TQKVI_BLOCK_TOKENS,
                                        .spans = spans,
                                        .n_spans = n_spans,
                                        .args = args,

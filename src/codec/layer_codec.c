@@ -8,7 +8,7 @@
 
 #define WEIGHT_MIN 0x1p-20f /* below it the scale would be chosen by rounding errors */
 #define VALUE_MAX 1e37f     /* of a decoded channel, far enough from FLT_MAX for a turn */
-#define TURNS_MAX 32 /* frames whose turns are kept: 32768 tokens by default */
+#define TURNS_MAX 32        /* frames whose turns are kept: 32768 tokens by default */
 #define Y_DECODED_MAX \
     (4.0f * tqkvk_scale_value(255)) /* no width reaches further than 8 bits, 4 steps */
 
@@ -171,7 +171,7 @@ static tqkv_status init_rope(tqkv_codec *codec, const tqkv_rope *rope)
 /* Every task of attention asks for the turns of its frames, and one takes longer than a tile. */
 static tqkv_status init_turns(tqkv_codec *codec)
 {
-    const size_t n_rot = codec->rope.style == TQKV_ROPE_NONE ? 0 : codec->rope.n_rot;
+    const size_t n_rot = codec->rope.n_rot;
     const uint32_t frame = codec->plan->frame_tokens;
 
     if (n_rot == 0)
@@ -193,12 +193,13 @@ void tqkvi_codec_turn(const tqkv_codec *codec, int32_t base, float *cos_out, flo
 {
     const size_t n_rot = codec->rope.n_rot;
     const uint32_t frame = codec->plan->frame_tokens;
+    const uint32_t n = base > 0 ? (uint32_t)base / frame : 0; /* of the frame */
 
-    if (base <= 0 || (uint32_t)base % frame != 0 || (uint32_t)base / frame > codec->n_turns) {
+    if (n == 0 || n > codec->n_turns || n * frame != (uint32_t)base) {
         tqkvi_turn_init(&codec->rope, base, cos_out, sin_out);
         return;
     }
-    const float *turn = codec->turns + ((uint32_t)base / frame - 1) * n_rot;
+    const float *turn = codec->turns + (n - 1) * n_rot;
     memcpy(cos_out, turn, n_rot / 2 * sizeof(float));
     memcpy(sin_out, turn + n_rot / 2, n_rot / 2 * sizeof(float));
 }

@@ -116,8 +116,9 @@ static void test_codec_has_them(void **state)
 static void test_turns(void **state)
 {
     enum { FRAME = 64 };
-    static const int32_t bases[] = {0,           FRAME, 2 * FRAME, FRAME + 1,        32 * FRAME,
-                                    33 * FRAME, -FRAME, INT32_MAX, INT32_MAX / FRAME * FRAME, INT32_MIN};
+    static const int32_t bases[] = {
+        0,          FRAME,  2 * FRAME, FRAME + 1,                 32 * FRAME,
+        33 * FRAME, -FRAME, INT32_MAX, INT32_MAX / FRAME * FRAME, INT32_MIN};
     static const uint32_t tier_tokens[] = {32};
     const tqkv_plan_layer shape = test_shape(4, 2, DIM, DIM);
     tqkv_plan *plan;

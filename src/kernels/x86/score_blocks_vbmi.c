@@ -59,8 +59,8 @@ TQKVK_INLINE void score_unit(int bits, const score *c)
 }
 
 void tqkvk_score_blocks_i8_vbmi(const tqkvi_layout *layout, const uint8_t *const *codes,
-                                  size_t n_blocks, const tqkvk_query_unit *q, size_t n_q, float *s,
-                                  size_t s_stride)
+                                size_t n_blocks, const tqkvk_query_unit *q, size_t n_q, float *s,
+                                size_t s_stride)
 {
     score c = {.n_blocks = n_blocks,
                .q = q,

@@ -95,8 +95,8 @@ static tqkvk_halves split_weights(const uint16_t *w, __mmask64 present)
 }
 
 void tqkvk_weigh_blocks_i8_vbmi(const tqkvi_layout *layout, const uint8_t *const *codes,
-                                  size_t n_blocks, const uint16_t *w, size_t w_stride, size_t n_q,
-                                  const float *f, const float *g, float *o)
+                                size_t n_blocks, const uint16_t *w, size_t w_stride, size_t n_q,
+                                const float *f, const float *g, float *o)
 {
     const __mmask64 present = ~(__mmask64)0 >> (TQKVK_TILE_TOKENS - 16 * n_blocks);
     tqkvk_halves weights[QUERIES_MAX];
