@@ -63,6 +63,15 @@ tqkvp_done tqkvp_do_attention(tqkvp_backend *backend, const ggml_tensor *node);
 tqkvp_done tqkvp_do_shift(tqkvp_backend *backend, const ggml_tensor *node);
 tqkvp_done tqkvp_do_copy(tqkvp_backend *backend, const ggml_tensor *node);
 
+/*
+ * Positions of the rows of a SET_ROWS node on K, or NULL where the graph hides them. Once for each
+ * such node of a graph, in their order.
+ */
+const int32_t *tqkvp_row_positions(tqkvp_backend *backend, const ggml_tensor *node);
+
+/* A program watches Q, K and V. */
+bool tqkvp_is_observed(void);
+
 /* Encodes the open batch. */
 tqkvp_done tqkvp_commit(tqkvp_backend *backend);
 

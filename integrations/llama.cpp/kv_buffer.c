@@ -179,7 +179,8 @@ static bool copy_stream(tqkvp_tensor *from, int64_t from_stream, tqkvp_tensor *t
     const uint32_t s = (uint32_t)from_stream, d = (uint32_t)to_stream;
 
     if (from->side != to->side || from_stream < 0 || to_stream < 0 ||
-        (src->written && (tqkvp_layer_open(src) != GGML_OK || tqkvp_layer_open(dst) != GGML_OK)))
+        ((src->written || dst->is_short) &&
+         (tqkvp_layer_open(src) != GGML_OK || tqkvp_layer_open(dst) != GGML_OK)))
         return false;
     tqkvp_rows_settle(from);
     tqkvp_rows_settle(to);

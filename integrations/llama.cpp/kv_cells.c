@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "kv_cells.h"
 
+#include <string.h>
+
 size_t tqkvp_row_parts(const tqkvp_tensor *tensor, tqkvp_part parts[2])
 {
     const tqkvp_layer *layer = tensor->layer;
@@ -14,6 +16,27 @@ size_t tqkvp_row_parts(const tqkvp_tensor *tensor, tqkvp_part parts[2])
     parts[1] = (tqkvp_part){.side = TQKV_SIDE_V, .n = shape->v_dim};
     parts[layer->turned_first].first = parts[!layer->turned_first].n;
     return 2;
+}
+
+bool tqkvp_cell_at(const ggml_tensor *node, const tqkvp_tensor *tensor, int64_t i, int64_t *cell)
+{
+    const ggml_tensor *indices = node->src[1];
+    const char *index = (const char *)indices->data + (size_t)i * indices->nb[0];
+    int32_t narrow;
+
+    switch (tqkvp_type_of(indices)) {
+    case TQKVP_TYPE_I64:
+        memcpy(cell, index, sizeof(*cell));
+        break;
+    case TQKVP_TYPE_I32:
+        memcpy(&narrow, index, sizeof(narrow));
+        *cell = narrow;
+        break;
+    default:
+        return false;
+    }
+    *cell += (int64_t)((node->view_src ? node->view_offs : 0) / tensor->row_bytes);
+    return *cell >= 0 && *cell < tensor->n_rows;
 }
 
 tqkv_status tqkvp_cell_read(const tqkvp_tensor *tensor, int64_t cell, float *row)

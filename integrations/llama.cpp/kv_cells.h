@@ -18,6 +18,12 @@ typedef struct tqkvp_part {
 /* K before V, as the store wants them written. Returns how many there are. */
 size_t tqkvp_row_parts(const tqkvp_tensor *tensor, tqkvp_part parts[2]);
 
+/*
+ * The cell that row i of a SET_ROWS node goes to; false where it is none of the tensor, or the
+ * indices have a type that no host uses.
+ */
+bool tqkvp_cell_at(const ggml_tensor *node, const tqkvp_tensor *tensor, int64_t i, int64_t *cell);
+
 /* row: [row_values] f32. The layer has a store. */
 tqkv_status tqkvp_cell_read(const tqkvp_tensor *tensor, int64_t cell, float *row);
 tqkv_status tqkvp_cell_write(const tqkvp_tensor *tensor, int64_t cell, const float *row);

@@ -22,6 +22,7 @@
 
 #include "kv_backend.h"
 #include "kv_report.h"
+#include "kv_short.h"
 
 /* --- which nodes --- */
 
@@ -275,7 +276,16 @@ static int32_t find_nodes(tqkvp_backend *backend, struct ggml_cgraph *graph)
     return GGML_OK;
 }
 
-/* Opens the layers of a node. *in_codes: it touches one that is not plain. */
+/* *in_codes: the layer has its cells in a store while this graph runs. */
+static int32_t open_layer(tqkvp_layer *layer, bool *in_codes)
+{
+    const int32_t status = layer->is_short && !layer->outgrown ? GGML_OK : tqkvp_layer_open(layer);
+
+    *in_codes = status == GGML_OK && !layer->plain && !tqkvp_short_goes_on(layer);
+    return status;
+}
+
+/* Opens the layers of a node. *in_codes: it touches one that is not in plain storage. */
 static int32_t open_layers(const ggml_tensor *node, bool *in_codes)
 {
     *in_codes = false;
@@ -284,13 +294,27 @@ static int32_t open_layers(const ggml_tensor *node, bool *in_codes)
         if (!layer)
             continue;
         tqkvp_announce(layer->buffer);
-        const int32_t status = tqkvp_layer_open(layer);
+        bool has_codes;
+        const int32_t status = open_layer(layer, &has_codes);
         if (status != GGML_OK)
             return status;
-        *in_codes = *in_codes || !layer->plain;
-        layer->written = layer->written || (i < 0 && layer->plain);
+        *in_codes = *in_codes || has_codes;
+        layer->written = layer->written || (i < 0 && !has_codes);
     }
     return GGML_OK;
+}
+
+/* A short layer keeps the positions of the rows that the host is about to store. */
+static int32_t note_rows(tqkvp_backend *backend, const ggml_tensor *node)
+{
+    const tqkvp_tensor *tensor = tqkvp_tensor_of(node);
+
+    if (!tensor || !tensor->layer->is_short || tensor->side != TQKV_SIDE_K)
+        return GGML_OK;
+    const int32_t *positions = tqkvp_row_positions(backend, node);
+    if (positions)
+        tqkvp_short_note(tensor->layer, node, positions);
+    return positions ? GGML_OK : GGML_ALLOC_FAILED;
 }
 
 /* Leaves the nodes on plain storage to the CPU and makes the others call us. */
@@ -298,9 +322,13 @@ static int32_t take_nodes(tqkvp_backend *backend)
 {
     size_t n = 0;
 
+    for (size_t i = 0; i < backend->n_slots; i++)
+        tqkvp_short_look(backend->slots[i].node);
     for (size_t i = 0; i < backend->n_slots; i++) {
         bool in_codes;
-        const int32_t status = open_layers(backend->slots[i].node, &in_codes);
+        int32_t status = open_layers(backend->slots[i].node, &in_codes);
+        if (status == GGML_OK)
+            status = note_rows(backend, backend->slots[i].node);
         if (status != GGML_OK)
             return status;
         if (in_codes)

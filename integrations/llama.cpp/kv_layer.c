@@ -8,6 +8,7 @@
 
 #include "kv_cells.h"
 #include "kv_rows.h"
+#include "kv_short.h"
 
 #ifndef MAP_NORESERVE
 #define MAP_NORESERVE 0
@@ -53,6 +54,17 @@ static void tensor_destroy(tqkvp_tensor *tensor)
         munmap(tensor->plain, tensor->plain_bytes);
     free(tensor->partial);
     free(tensor);
+}
+
+bool tqkvp_tensor_back(tqkvp_tensor *tensor)
+{
+    return mprotect(tensor->plain, tensor->plain_bytes, PROT_READ | PROT_WRITE) == 0;
+}
+
+void tqkvp_tensor_unback(tqkvp_tensor *tensor)
+{
+    madvise(tensor->plain, tensor->plain_bytes, MADV_DONTNEED);
+    mprotect(tensor->plain, tensor->plain_bytes, PROT_NONE);
 }
 
 tqkvp_layer *tqkvp_layer_get(tqkvp_buffer *buffer, uint32_t index)
@@ -118,6 +130,7 @@ void tqkvp_layer_destroy(tqkvp_layer *layer)
     tqkv_plan_destroy(layer->own_plan);
     tensor_destroy(layer->sides[0]);
     tensor_destroy(layer->sides[1]);
+    free(layer->positions);
     free(layer);
 }
 
@@ -317,6 +330,10 @@ int32_t tqkvp_layer_open(tqkvp_layer *layer)
         return GGML_FAILED;
     if (layer->must_be_plain && !layer->plain)
         return tqkvp_layer_make_plain(layer, layer->why);
+    if (layer->is_short) {
+        const tqkv_status status = tqkvp_short_end(layer);
+        return status == TQKV_OK ? GGML_OK : fail(layer, "encoding", status);
+    }
     if (layer->plain || layer->store)
         return GGML_OK;
     /* rotated before it was cut into heads: nothing that a store could undo */
@@ -336,9 +353,9 @@ int32_t tqkvp_layer_make_plain(tqkvp_layer *layer, const char *why)
         tqkvp_tensor *tensor = layer->sides[side];
         if (!tensor)
             continue;
-        if (mprotect(tensor->plain, tensor->plain_bytes, PROT_READ | PROT_WRITE) != 0)
+        if (!tqkvp_tensor_back(tensor))
             return fail(layer, "memory for plain storage", TQKV_ERR_NO_MEMORY);
-        if (!layer->store || !layer->written)
+        if (!layer->store || !layer->written || layer->is_short)
             continue;
         tqkvp_rows_settle(tensor);
         if (!tqkvp_rows_decode(tensor, 0, tensor->n_rows, tensor->plain))
@@ -353,6 +370,7 @@ int32_t tqkvp_layer_make_plain(tqkvp_layer *layer, const char *why)
         snprintf(layer->why, sizeof(layer->why), "%s", why);
     tqkv_store_destroy(layer->store);
     layer->store = NULL;
+    layer->is_short = false;
     layer->plain = true;
     return GGML_OK;
 }
@@ -364,9 +382,12 @@ void tqkvp_layer_clear(tqkvp_layer *layer)
         if (!tensor)
             continue;
         tensor->partial_row = -1;
-        if (layer->plain)
+        if (layer->plain || layer->is_short)
             madvise(tensor->plain, tensor->plain_bytes, MADV_DONTNEED); /* reads as zero */
     }
+    if (layer->is_short)
+        tqkvp_short_clear(layer);
+    layer->outgrown = false;
     if (layer->store)
         tqkv_store_clear(layer->store);
     layer->written = false;

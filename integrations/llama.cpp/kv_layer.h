@@ -6,6 +6,7 @@
  * touches the memory; that layout only names rows. Each tensor still owns address space for it, not
  * backed by memory, so that a layer can become *plain*: decoded into the declared layout, and from
  * then on computed by the host's own CPU code. That is the way out for everything we do not do.
+ * A layer with few tokens uses the same space for a while (kv_short.h).
  *
  * A layer learns its shape and its RoPE from the graph, before anything is computed; its store is
  * made when it is first needed.
@@ -28,7 +29,7 @@ typedef struct tqkvp_tensor {
     int64_t row_values; /* of one token, all heads */
     size_t row_bytes;   /* in the declared type */
     int64_t n_rows;     /* cells of all streams */
-    uint8_t *plain;     /* the declared layout; readable and writable once the layer is plain */
+    uint8_t *plain;     /* the declared layout; readable and writable while it is backed */
     size_t plain_bytes;
     /* a row of which the host has set only bytes [from, to) so far */
     int64_t partial_row; /* -1: none */
@@ -58,6 +59,8 @@ typedef struct tqkvp_layer {
     tqkv_store *store;
     bool must_be_plain;
     bool plain;
+    bool is_short, outgrown; /* see kv_short.h */
+    int32_t *positions;      /* of the cells that it may use while it is short */
     bool failed; /* nothing may be computed: the message is out */
     bool written;
     char why[96]; /* reason to be plain */
@@ -81,6 +84,10 @@ tqkvp_layer *tqkvp_layer_get(tqkvp_buffer *buffer, uint32_t index);
 bool tqkvp_layer_add_side(tqkvp_layer *layer, tqkv_side side, ggml_tensor *t);
 void tqkvp_layer_destroy(tqkvp_layer *layer);
 
+/* Puts memory behind the declared layout, which reads as zero at first, and takes it away. */
+bool tqkvp_tensor_back(tqkvp_tensor *tensor);
+void tqkvp_tensor_unback(tqkvp_tensor *tensor);
+
 /* What nodes of a graph tell. */
 void tqkvp_layer_learn_attention(tqkvp_layer *layer, const ggml_tensor *node);
 void tqkvp_layer_learn_rows(tqkvp_layer *layer, const ggml_tensor *node);
@@ -88,8 +95,8 @@ void tqkvp_layer_learn_rows(tqkvp_layer *layer, const ggml_tensor *node);
 void tqkvp_layer_wish_plain(tqkvp_layer *layer, const char *why);
 
 /*
- * Makes the layer ready to use: with a store, or plain. Returns a status of ggml; after a failure
- * the message is out.
+ * Makes the layer ready to use: with all it holds in a store, or plain. Returns a status of ggml;
+ * after a failure the message is out.
  */
 int32_t tqkvp_layer_open(tqkvp_layer *layer);
 /* Decodes the layer into the declared layout and gives up the store. */

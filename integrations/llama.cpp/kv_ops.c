@@ -21,6 +21,11 @@ void tqkvp_set_observer(tqkv_plugin_observer_fn *observe, void *user)
     observer_user = user;
 }
 
+bool tqkvp_is_observed(void)
+{
+    return observer != NULL;
+}
+
 static tqkvp_done failed(const tqkvp_layer *layer, const char *what, tqkv_status status)
 {
     tqkvp_say("stopped: layer %u: %s: %s", layer->index, what, tqkv_status_text(status));
@@ -40,39 +45,13 @@ static bool reserve(void **place, size_t *have, size_t want)
 
 /* --- SET_ROWS --- */
 
-/* The indices of a SET_ROWS node as cells of the store; false for a type that no host uses. */
-static bool index_at(const ggml_tensor *indices, int64_t i, int64_t *cell)
-{
-    const char *data = indices->data;
-
-    switch (tqkvp_type_of(indices)) {
-    case TQKVP_TYPE_I64:
-        memcpy(cell, data + (size_t)i * indices->nb[0], sizeof(*cell));
-        return true;
-    case TQKVP_TYPE_I32: {
-        int32_t narrow;
-        memcpy(&narrow, data + (size_t)i * indices->nb[0], sizeof(narrow));
-        *cell = narrow;
-        return true;
-    }
-    default:
-        return false;
-    }
-}
-
 /* Reads the cells of a node into `cells`; false where they are not all inside the tensor. */
 static bool read_cells(const ggml_tensor *node, const tqkvp_tensor *tensor, int64_t n,
                        int64_t *cells)
 {
-    const int64_t first = (int64_t)((node->view_src ? node->view_offs : 0) / tensor->row_bytes);
-
-    for (int64_t i = 0; i < n; i++) {
-        if (!index_at(node->src[1], i, &cells[i]))
+    for (int64_t i = 0; i < n; i++)
+        if (!tqkvp_cell_at(node, tensor, i, &cells[i]))
             return false;
-        cells[i] += first;
-        if (cells[i] < 0 || cells[i] >= tensor->n_rows)
-            return false;
-    }
     return true;
 }
 
@@ -90,12 +69,13 @@ static void begin_pass(tqkvp_backend *backend, tqkvp_layer *layer)
     layer->last_pass = backend->pass;
 }
 
-/* Positions of n K rows, or NULL where the graph hides them. */
-static const int32_t *find_positions(tqkvp_backend *backend, const ggml_tensor *node, int64_t n)
+const int32_t *tqkvp_row_positions(tqkvp_backend *backend, const ggml_tensor *node)
 {
-    const bool in_part = !tqkvp_tensor_of(node)->layer->sides[TQKV_SIDE_V];
-    const ggml_tensor *rope = tqkvp_rope_behind(node->src[0], in_part);
+    tqkvp_layer *layer = tqkvp_tensor_of(node)->layer;
+    const ggml_tensor *rope = tqkvp_rope_behind(node->src[0], !layer->sides[TQKV_SIDE_V]);
+    const int64_t n = node->src[0]->ne[1];
 
+    begin_pass(backend, layer);
     if (!rope)
         return NULL;
     const ggml_tensor *source = rope->src[1];
@@ -125,10 +105,8 @@ static tqkvp_done begin_batch(tqkvp_backend *backend, tqkvp_layer *layer, const 
 
     if (tqkvp_commit(backend) != TQKVP_DONE)
         return TQKVP_FAILED;
-    if (tensor->side == TQKV_SIDE_K) {
-        begin_pass(backend, layer);
-        positions = find_positions(backend, node, n);
-    }
+    if (tensor->side == TQKV_SIDE_K)
+        positions = tqkvp_row_positions(backend, node);
     size_t have = (size_t)backend->cells_max * sizeof(*cells);
     void *place = backend->cells;
     const bool ok = reserve(&place, &have, (size_t)n * sizeof(*cells));

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "kv_layer.h"
+#include "kv_short.h"
 
 /* --- the line --- */
 
@@ -159,6 +160,11 @@ static tqkv_plugin_bytes layer_bytes(const tqkvp_layer *layer)
             n_tokens += stats.n_tokens[i];
         bytes.held = tqkv_store_bytes(layer->store);
         bytes.reserved = tqkv_store_bytes_at(layer->store, layer->n_cells);
+        bytes.f16_held = 2 * values * n_tokens;
+    }
+    if (layer->is_short) {
+        n_tokens = tqkvp_short_tokens(layer);
+        bytes.held += n_tokens * (layout / n_rows + sizeof(*layer->positions));
         bytes.f16_held = 2 * values * n_tokens;
     }
     return bytes;

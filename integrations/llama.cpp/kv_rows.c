@@ -63,6 +63,11 @@ static bool decode_row(tqkvp_tensor *tensor, const uint8_t *from, float *row)
     }
 }
 
+bool tqkvp_row_values(tqkvp_tensor *tensor, int64_t row, float *values)
+{
+    return decode_row(tensor, tensor->plain + (size_t)row * tensor->row_bytes, values);
+}
+
 static float *new_row(const tqkvp_tensor *tensor)
 {
     return calloc((size_t)tensor->row_values, sizeof(float));
@@ -141,6 +146,8 @@ void tqkvp_rows_get(tqkvp_tensor *tensor, size_t offset, void *to, size_t n)
     tqkvp_layer *layer = tensor->layer;
     uint8_t *out = to, *row_bytes = NULL, *record = NULL;
 
+    if (layer->is_short)
+        (void)tqkvp_layer_open(layer);
     tqkvp_rows_settle(tensor);
     if (layer->plain) {
         memcpy(to, tensor->plain + offset, n);
@@ -331,7 +338,8 @@ int tqkvp_kv_rows(uint32_t layer, uint32_t side, uint64_t first, size_t n, float
     layer_search search = {.index = layer};
 
     tqkvp_buffers_each(tqkvp_context_last(), find_layer, &search);
-    if (!search.found || !search.found->store || side > TQKV_SIDE_V)
+    if (!search.found || !search.found->store || side > TQKV_SIDE_V ||
+        (search.found->is_short && tqkvp_layer_open(search.found) != GGML_OK))
         return -1;
     const tqkvp_tensor *tensor = search.found->sides[side];
     if (!tensor)

@@ -22,6 +22,9 @@ void tqkvp_rows_fill(tqkvp_tensor *tensor, size_t offset, uint8_t value, size_t 
 /* Values of rows from `first` on, always decoded, in the declared type. False: no conversion. */
 bool tqkvp_rows_decode(tqkvp_tensor *tensor, int64_t first, int64_t n, uint8_t *to);
 
+/* One row of plain storage as values; false: no conversion. */
+bool tqkvp_row_values(tqkvp_tensor *tensor, int64_t row, float *values);
+
 /* Takes what the host has set of an unfinished row. */
 void tqkvp_rows_settle(tqkvp_tensor *tensor);
 

@@ -60,6 +60,8 @@ const tqkv_logger *tqkvp_logger(void)
 
 /* --- settings --- */
 
+enum { SHORT_DEFAULT = 128, SHORT_MAX = 65536 };
+
 static struct {
     bool has_mode, has_plan;
     tqkvp_mode mode;
@@ -89,6 +91,19 @@ static const char *variable(const char *name)
     return value && *value ? value : NULL;
 }
 
+/* NULL: as many tokens as f16 decodes no slower than codes (docs/SPEED.md). */
+static bool parse_short(const char *text, uint32_t *n)
+{
+    char *end;
+
+    *n = SHORT_DEFAULT;
+    if (!text)
+        return true;
+    const long value = strtol(text, &end, 10);
+    *n = (uint32_t)value;
+    return *end == '\0' && value >= 0 && value <= SHORT_MAX;
+}
+
 static bool copy_path(char *to, const char *path)
 {
     if (strlen(path) >= TQKVP_PATH_BYTES) {
@@ -105,6 +120,7 @@ bool tqkvp_config_read(tqkvp_config *config)
     const char *plan = variable("TQKV_PLAN");
     const char *state = variable("TQKV_STATE");
     const char *graph = variable("TQKV_GRAPH");
+    const char *short_tokens = variable("TQKV_SHORT");
 
     memset(config, 0, sizeof(*config));
     if (override.has_mode) {
@@ -127,6 +143,11 @@ bool tqkvp_config_read(tqkvp_config *config)
         config->splits_graph = true;
     } else if (graph && strcmp(graph, "whole") != 0) {
         tqkvp_say("not active: TQKV_GRAPH=%s has no meaning; use whole or split", graph);
+        return false;
+    }
+    if (!parse_short(short_tokens, &config->short_tokens)) {
+        tqkvp_say("not active: TQKV_SHORT=%s has no meaning; use a number of tokens up to %d",
+                  short_tokens, SHORT_MAX);
         return false;
     }
     return true;

@@ -27,6 +27,7 @@ typedef struct tqkvp_config {
     tqkvp_mode mode;
     bool portable_state;         /* states hold decoded values instead of records */
     bool splits_graph;           /* the host computes all but the nodes on caches */
+    uint32_t short_tokens;       /* contexts of so many stay in plain storage */
     char plan[TQKVP_PATH_BYTES]; /* empty: look beside the model */
 } tqkvp_config;
 

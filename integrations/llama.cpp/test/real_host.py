@@ -36,8 +36,10 @@ class Host:
 
 
 def environment(plugin=None, **more):
+    """With codes from the first token on, unless a test says otherwise."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TQKV_", "LLAMA_", "GGML_"))}
     env["OMP_WAIT_POLICY"] = "passive"  # threads that spin cost minutes on a busy machine
+    env["TQKV_SHORT"] = "0"
     if plugin:
         env["GGML_BACKEND_PATH"] = str(plugin)
         env["LLAMA_ARG_DEVICE"] = "TURBOQUANT0"

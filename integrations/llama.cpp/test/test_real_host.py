@@ -133,15 +133,33 @@ def test_states_copies_and_shifts(state_program):
     assert " 0 failed" in done.stdout
 
 
+def test_states_copies_and_shifts_of_short_contexts(program, plugin, model, tmp_path):
+    """The same where most of it begins in plain storage and outgrows it."""
+    done = subprocess.run([str(program), str(model(SMOL)), str(tmp_path / "plan.tqkv")], text=True, timeout=500,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=environment(TQKV_TEST_PLUGIN=str(plugin), TQKV_SHORT="108"))
+    assert done.returncode == 0, done.stdout
+    assert " 0 failed" in done.stdout
+
+
+@pytest.mark.parametrize("short", ["0", "42"])
 @pytest.mark.parametrize("mode", ["f16", "q8"])
-def test_graphs(compiled, plugin, tmp_path, mode):
-    """In pieces, with many threads, stopped in the middle."""
+def test_graphs(compiled, plugin, tmp_path, mode, short):
+    """In pieces, with many threads, stopped in the middle, outgrowing a short context."""
     tiny_models().llama(tmp_path / "llama.gguf")
     done = subprocess.run([str(compiled("host_graph")), str(tmp_path / "llama.gguf")], text=True, timeout=300,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=environment(TQKV_TEST_PLUGIN=str(plugin), TQKV_MODE=mode))
+                          env=environment(TQKV_TEST_PLUGIN=str(plugin), TQKV_MODE=mode, TQKV_SHORT=short))
     assert done.returncode == 0, done.stdout
     assert "turboquant: active" in done.stdout
+
+
+def test_short_contexts_with_a_plan(compiled, plugin, model, plan):
+    done = subprocess.run([str(compiled("host_graph")), str(model(SMOL)), "short"], text=True, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=environment(TQKV_TEST_PLUGIN=str(plugin), TQKV_PLAN=str(plan)))
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
 
 
 # What the plugin says about an architecture; nothing but this line tells it apart from stock.
@@ -161,14 +179,16 @@ LINES = {
 WITH_TIERS = ("llama", "deepseek2", "deepseek2_lite")
 
 
+@pytest.mark.parametrize("short", ["0", "108"])
 @pytest.mark.parametrize("name", LINES)
-def test_architectures(program, plugin, tmp_path, name):
-    """Random weights: shifts, streams, states and plain storage, against stock."""
+def test_architectures(program, plugin, tmp_path, name, short):
+    """Random weights: shifts, streams, states, plain storage and short contexts, against stock."""
     assert set(LINES) == set(tiny_models().ALL)
     tiny_models().ALL[name](tmp_path / f"{name}.gguf")
     done = subprocess.run([str(program), "--tiers" if name in WITH_TIERS else "--compare",
                            str(tmp_path / f"{name}.gguf")], text=True, timeout=300, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env=environment(TQKV_TEST_PLUGIN=str(plugin)))
+                          stderr=subprocess.STDOUT,
+                          env=environment(TQKV_TEST_PLUGIN=str(plugin), TQKV_SHORT=short))
     assert done.returncode == 0, done.stdout
     assert f"turboquant: {LINES[name]}" in done.stdout
 
@@ -264,7 +284,8 @@ def test_damaged_plan(host, plugin, model, plan, tmp_path, damage):
 
 
 @pytest.mark.parametrize("variables", [{"TQKV_PLAN": "/nonexistent/x.tqkv"}, {"TQKV_MODE": "fast"},
-                                       {"TQKV_STATE": "quick"}], ids=lambda v: next(iter(v)))
+                                       {"TQKV_STATE": "quick"}, {"TQKV_SHORT": "-1"},
+                                       {"TQKV_SHORT": "12x"}], ids=lambda v: next(iter(v)))
 def test_settings_without_meaning(host, plugin, model, variables):
     _, status, log = complete(host, model(SMOL), "-c", 256, n=2, env=environment(plugin, **variables))
     assert status > 0

@@ -63,7 +63,8 @@ typedef void tqkv_plugin_set_observer_fn(tqkv_plugin_observer_fn *observe, void 
 typedef struct tqkv_plugin_bytes {
     uint32_t layer;    /* number of the layer in the model; of a total: layers counted */
     uint32_t plain;    /* 1: stored as llama.cpp would; of a total: layers that are */
-    uint64_t held;     /* bytes of memory that hold tokens now, everything counted */
+    uint64_t held;     /* bytes of memory that hold tokens now, everything counted; of a context that
+                        * is still short in f16 (TQKV_SHORT) */
     uint64_t reserved; /* the same if every cell were written */
     uint64_t f16_held; /* what the tokens held now would take in f16 */
     uint64_t f16_reserved;
