@@ -141,18 +141,18 @@ def time_encoding(programs, results):
 
 
 def model_rows(name, speeds, about):
-    """Two rows for each speed. The ratio of the least to f16's most, and the reverse, are its spread."""
+    """Two rows for each speed. The ratio of a quartile to f16's other one is its spread."""
     f16 = {row["n_threads"]: row for row in speeds if row["cache"] == "f16"}
     for row in speeds:
         base = f16[row["n_threads"]]
         for phase in ("decode", "prefill"):
             if not row[f"{phase}_rounds"]:
                 continue
-            middle, least, most = (row[phase + ending] for ending in ("", "_least", "_most"))
+            middle, low, high = (row[phase + ending] for ending in ("", "_low", "_high"))
             yield {"model": name, "threads": row["n_threads"], "depth": row["depth"], "phase": phase,
-                   "cache": row["cache"], "tokens_per_s": middle, "tokens_per_s_low": least, "tokens_per_s_high": most,
-                   "ratio_f16": round(middle / base[phase], 4), "ratio_low": round(least / base[f"{phase}_most"], 4),
-                   "ratio_high": round(most / base[f"{phase}_least"], 4), "rounds": row[f"{phase}_rounds"], **about}
+                   "cache": row["cache"], "tokens_per_s": middle, "tokens_per_s_low": low, "tokens_per_s_high": high,
+                   "ratio_f16": round(middle / base[phase], 4), "ratio_low": round(low / base[f"{phase}_high"], 4),
+                   "ratio_high": round(high / base[f"{phase}_low"], 4), "rounds": row[f"{phase}_rounds"], **about}
 
 
 def time_model(programs, results, args, name):

@@ -357,7 +357,7 @@ def test_speed_of_a_real_model(tqkv, real_model, tmp_path):
     assert [(row["depth"], row["n_threads"], row["cache"]) for row in rows] == [
         (depth, threads, cache) for depth in (0, 24) for threads in (1, 2) for cache in ("f16", "ours-q8")]
     for row in rows:
-        assert 0 < row["decode_least"] <= row["decode"] <= row["decode_most"]
+        assert 0 < row["decode_low"] <= row["decode"] <= row["decode_high"]
         assert row["prefill"] is None and row["prefill_rounds"] == 0
 
 

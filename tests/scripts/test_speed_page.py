@@ -24,7 +24,7 @@ def row(cache, rate, **more):
 def speed(cache, decode, prefill_rounds):
     made = {"cache": cache, "depth": 512, "n_threads": 2}
     for phase, rounds in (("decode", 4), ("prefill", prefill_rounds)):
-        made |= {phase: decode, f"{phase}_least": decode - 2, f"{phase}_most": decode + 2, f"{phase}_rounds": rounds}
+        made |= {phase: decode, f"{phase}_low": decode - 2, f"{phase}_high": decode + 2, f"{phase}_rounds": rounds}
     return made
 
 

@@ -32,7 +32,7 @@ static void print_rate(FILE *out, const eval_rate *rate)
 {
     char text[64] = "-";
     if (rate->n_rounds)
-        snprintf(text, sizeof(text), "%.2f (%.2f..%.2f)", rate->median, rate->least, rate->most);
+        snprintf(text, sizeof(text), "%.2f (%.2f..%.2f)", rate->median, rate->low, rate->high);
     fprintf(out, "  %26s", text);
 }
 
@@ -43,7 +43,7 @@ void eval_print_speeds(FILE *out, const eval_speed *speeds, size_t n)
         if (!i || s->depth != s[-1].depth || s->n_threads != s[-1].n_threads)
             fprintf(out,
                     "\nTokens/s with %u threads after %u tokens, median of interleaved rounds "
-                    "(least..most)\n%-14s  %26s  %26s\n",
+                    "(quartiles)\n%-14s  %26s  %26s\n",
                     s->n_threads, s->depth, "cache", "decode", "prefill of 512");
         fprintf(out, "%-14s", s->cache);
         print_rate(out, &s->decode);
@@ -115,13 +115,13 @@ json_t *eval_scores_json(const eval_job *job, const eval_setting *setting, const
     return list;
 }
 
-/* Adds NAME, NAME_least, NAME_most and NAME_rounds. */
+/* Adds NAME, NAME_low, NAME_high and NAME_rounds. */
 static void add_rate(json_t *row, const char *name, const eval_rate *rate)
 {
     const struct {
         const char *ending;
         double value;
-    } parts[] = {{"", rate->median}, {"_least", rate->least}, {"_most", rate->most}};
+    } parts[] = {{"", rate->median}, {"_low", rate->low}, {"_high", rate->high}};
     char key[32];
     for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
         snprintf(key, sizeof(key), "%s%s", name, parts[i].ending);

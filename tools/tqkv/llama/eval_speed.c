@@ -15,16 +15,19 @@
 enum {
     UBATCH = 512,
     COPY_TOKENS = 1024, /* that are computed before copying begins */
-    DECODE_ROUNDS = 4,
+    DECODE_ROUNDS_MIN = 4,
+    DECODE_ROUNDS_MAX = 24,
     DECODE_TOKENS = 8, /* of a round, after one that is not timed */
     PREFILL_ROUNDS = 3,
     EXTRA_TOKENS = UBATCH
 };
+/* No further round of decoding begins once those of all caches have taken so long. */
+static const double DECODE_SECONDS = 10;
 /* A cache whose rounds of prefill have taken so long is timed no more. */
 static const double PREFILL_SECONDS = 20;
 
 typedef struct phase_rates {
-    double values[DECODE_ROUNDS];
+    double values[DECODE_ROUNDS_MAX];
     size_t n;
     double seconds; /* of all rounds */
 } phase_rates;
@@ -118,16 +121,23 @@ static int compare_doubles(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+/* The value that `share` of the sorted rounds are below; between two of them, in proportion. */
+static double quantile(const phase_rates *rates, double share)
+{
+    const double at = share * (double)(rates->n - 1);
+    const size_t i = (size_t)at, next = i + 1 < rates->n ? i + 1 : i;
+    return rates->values[i] + (at - (double)i) * (rates->values[next] - rates->values[i]);
+}
+
 static eval_rate summary(phase_rates *rates)
 {
-    const size_t n = rates->n;
-    if (!n)
+    if (!rates->n)
         return (eval_rate){0};
-    qsort(rates->values, n, sizeof(*rates->values), compare_doubles);
-    return (eval_rate){.median = (rates->values[(n - 1) / 2] + rates->values[n / 2]) / 2,
-                       .least = rates->values[0],
-                       .most = rates->values[n - 1],
-                       .n_rounds = n};
+    qsort(rates->values, rates->n, sizeof(*rates->values), compare_doubles);
+    return (eval_rate){.median = quantile(rates, 0.5),
+                       .low = quantile(rates, 0.25),
+                       .high = quantile(rates, 0.75),
+                       .n_rounds = rates->n};
 }
 
 /* All caches in turn, at one depth. speeds: [n_caches]. */
@@ -135,12 +145,19 @@ static int time_depth(timed *x, uint32_t depth, uint32_t n_threads, eval_speed *
 {
     const size_t n_caches = x->job->n_caches;
     phase_rates decode[EVAL_CACHES_MAX] = {0}, prefill[EVAL_CACHES_MAX] = {0};
+    const double started = tool_seconds();
     int rc = TOOL_OK;
-    for (size_t i = 0; i < n_caches; i++)
+    for (size_t i = 0; i < n_caches; i++) {
         host_ctx_set_threads(x->contexts[i], n_threads);
-    for (size_t round = 0; round < DECODE_ROUNDS; round++)
+        if (depth == 0) /* not only without tokens, but as new */
+            host_ctx_clear(x->contexts[i]);
+    }
+    for (size_t round = 0; round < DECODE_ROUNDS_MAX && rc == TOOL_OK; round++) {
+        if (round >= DECODE_ROUNDS_MIN && tool_seconds() - started > DECODE_SECONDS)
+            break;
         for (size_t i = 0; i < n_caches && rc == TOOL_OK; i++)
             rc = time_round(x, i, depth, DECODE_TOKENS, 1, &decode[i]);
+    }
     for (size_t round = 0; x->setting->has_prefill && round < PREFILL_ROUNDS; round++)
         for (size_t i = 0; i < n_caches && rc == TOOL_OK; i++)
             if (prefill[i].seconds < PREFILL_SECONDS)
@@ -225,7 +242,7 @@ uint32_t eval_speed_tokens(const eval_speed_setting *s)
 /* For the bar: of all caches. */
 static double n_tokens_fed(const eval_job *job, const eval_speed_setting *s)
 {
-    const double n_timed = DECODE_ROUNDS * (1.0 + DECODE_TOKENS) +
+    const double n_timed = DECODE_ROUNDS_MAX * (1.0 + DECODE_TOKENS) +
                            (s->has_prefill ? PREFILL_ROUNDS * (double)UBATCH : 0);
     const double n_warm = s->has_prefill ? UBATCH : 0;
     return (double)job->n_caches * (n_warm + s->depths[s->n_depths - 1] +

@@ -58,7 +58,7 @@ typedef struct eval_speed_setting {
 
 /* Tokens/s, over rounds. */
 typedef struct eval_rate {
-    double median, least, most;
+    double median, low, high; /* quartiles */
     size_t n_rounds; /* 0: not measured */
 } eval_rate;
 
