@@ -15,8 +15,8 @@
 enum {
     UBATCH = 512,
     COPY_TOKENS = 1024, /* that are computed before copying begins */
-    DECODE_ROUNDS_MIN = 4,
-    DECODE_ROUNDS_MAX = 24,
+    DECODE_ROUNDS_MIN = 4, /* where they take long, */
+    DECODE_ROUNDS = 24,    /* and otherwise, unless the user says */
     DECODE_TOKENS = 8, /* of a round, after one that is not timed */
     PREFILL_ROUNDS = 3,
     EXTRA_TOKENS = UBATCH
@@ -27,7 +27,7 @@ static const double DECODE_SECONDS = 10;
 static const double PREFILL_SECONDS = 20;
 
 typedef struct phase_rates {
-    double values[DECODE_ROUNDS_MAX];
+    double values[EVAL_ROUNDS_MAX];
     size_t n;
     double seconds; /* of all rounds */
 } phase_rates;
@@ -145,6 +145,7 @@ static int time_depth(timed *x, uint32_t depth, uint32_t n_threads, eval_speed *
 {
     const size_t n_caches = x->job->n_caches;
     phase_rates decode[EVAL_CACHES_MAX] = {0}, prefill[EVAL_CACHES_MAX] = {0};
+    const size_t n_rounds = x->setting->n_rounds ? x->setting->n_rounds : DECODE_ROUNDS;
     const double started = tool_seconds();
     int rc = TOOL_OK;
     for (size_t i = 0; i < n_caches; i++) {
@@ -152,11 +153,14 @@ static int time_depth(timed *x, uint32_t depth, uint32_t n_threads, eval_speed *
         if (depth == 0) /* not only without tokens, but as new */
             host_ctx_clear(x->contexts[i]);
     }
-    for (size_t round = 0; round < DECODE_ROUNDS_MAX && rc == TOOL_OK; round++) {
-        if (round >= DECODE_ROUNDS_MIN && tool_seconds() - started > DECODE_SECONDS)
+    for (size_t round = 0; round < n_rounds && rc == TOOL_OK; round++) {
+        if (!x->setting->n_rounds && round >= DECODE_ROUNDS_MIN &&
+            tool_seconds() - started > DECODE_SECONDS)
             break;
-        for (size_t i = 0; i < n_caches && rc == TOOL_OK; i++)
+        for (size_t turn = 0; turn < n_caches && rc == TOOL_OK; turn++) {
+            const size_t i = (turn + round) % n_caches;
             rc = time_round(x, i, depth, DECODE_TOKENS, 1, &decode[i]);
+        }
     }
     for (size_t round = 0; x->setting->has_prefill && round < PREFILL_ROUNDS; round++)
         for (size_t i = 0; i < n_caches && rc == TOOL_OK; i++)
@@ -202,6 +206,7 @@ static int create_contexts(timed *x, uint32_t n_ctx)
         const host_ctx_config config = {.cache = x->job->caches[i].cache,
                                         .n_ctx = n_ctx,
                                         .n_ubatch = UBATCH,
+                                        .may_be_short = true,
                                         .can_repeat = is_copied(x, i)};
         rc = host_ctx_create(x->job->h, &config, &x->contexts[i]);
     }
@@ -242,7 +247,8 @@ uint32_t eval_speed_tokens(const eval_speed_setting *s)
 /* For the bar: of all caches. */
 static double n_tokens_fed(const eval_job *job, const eval_speed_setting *s)
 {
-    const double n_timed = DECODE_ROUNDS_MAX * (1.0 + DECODE_TOKENS) +
+    const size_t n_rounds = s->n_rounds ? s->n_rounds : DECODE_ROUNDS;
+    const double n_timed = (double)n_rounds * (1.0 + DECODE_TOKENS) +
                            (s->has_prefill ? PREFILL_ROUNDS * (double)UBATCH : 0);
     const double n_warm = s->has_prefill ? UBATCH : 0;
     return (double)job->n_caches * (n_warm + s->depths[s->n_depths - 1] +

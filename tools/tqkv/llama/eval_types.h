@@ -7,7 +7,8 @@
 #include "text_pieces.h"
 #include "workers.h"
 
-enum { EVAL_CACHES_MAX = 16, EVAL_SETTINGS_MAX = 16, EVAL_POSITIONS = 16, EVAL_DEPTHS_MAX = 16 };
+enum { EVAL_CACHES_MAX = 16, EVAL_SETTINGS_MAX = 16, EVAL_POSITIONS = 16, EVAL_DEPTHS_MAX = 16,
+       EVAL_ROUNDS_MAX = 256 };
 
 typedef struct eval_cache {
     char label[64];
@@ -52,6 +53,7 @@ typedef struct eval_score {
 typedef struct eval_speed_setting {
     uint32_t depths[EVAL_DEPTHS_MAX], n_threads[EVAL_DEPTHS_MAX]; /* depths ascend */
     size_t n_depths, n_thread_counts;
+    uint32_t n_rounds;   /* of decoding; 0: as many as do not take long */
     bool has_prefill;    /* time it too */
     bool has_quick_fill; /* llama.cpp's caches are filled by copying what they hold */
 } eval_speed_setting;

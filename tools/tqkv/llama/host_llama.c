@@ -263,6 +263,19 @@ static int create_llama(host_ctx *ctx, const host_ctx_config *config)
     return TOOL_OK;
 }
 
+/* The plugin has this setting from the environment, when a cache is allocated. */
+static int create_with_settings(host_ctx *ctx, const host_ctx_config *config)
+{
+    const char name[] = "TQKV_SHORT";
+    const bool is_mine = !config->may_be_short && !getenv(name);
+    if (is_mine)
+        setenv(name, "0", 1);
+    const int rc = create_llama(ctx, config);
+    if (is_mine)
+        unsetenv(name);
+    return rc;
+}
+
 int host_ctx_create(host *h, const host_ctx_config *config, host_ctx **out)
 {
     *out = NULL;
@@ -275,7 +288,7 @@ int host_ctx_create(host *h, const host_ctx_config *config, host_ctx **out)
     ctx->h = h;
     ctx->batch = llama_batch_init((int32_t)config->n_ubatch, 0, 1);
     ctx->number = config->cache.stock_type ? 0 : ++h->n_created;
-    const int rc = create_llama(ctx, config);
+    const int rc = create_with_settings(ctx, config);
     if (rc != TOOL_OK) {
         host_ctx_destroy(ctx);
         return rc;

@@ -55,6 +55,8 @@ typedef struct host_ctx_config {
     uint32_t n_ctx;    /* tokens */
     uint32_t n_ubatch; /* tokens fed at a time */
     bool can_repeat;   /* for host_ctx_repeat */
+    bool may_be_short; /* the plugin may leave a few tokens as they are, as it does for users; otherwise
+                        * all are in codes, unless TQKV_SHORT says something else */
     bool keeps_all;    /* sliding windows too keep every token, so that cell n holds token n */
 } host_ctx_config;
 
