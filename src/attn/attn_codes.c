@@ -4,11 +4,31 @@
 
 #include <string.h>
 
-#define MEAN_BITS_ONE_PART 5
+/* Mean bits of K and of V up to which one byte is enough: attn_codes.h. */
+#define QUERY_BITS_ONE_PART 5
+#define WEIGHT_BITS_ONE_PART 4
+
+static bool has_more_bits(const tqkvi_layout *layout, uint32_t mean_bits)
+{
+    return layout->row_bytes > 2 * mean_bits * layout->n_units;
+}
 
 static bool takes_two_parts(const tqkvi_layout *layout)
 {
-    return layout->row_bytes > 2 * MEAN_BITS_ONE_PART * layout->n_units;
+    return has_more_bits(layout, QUERY_BITS_ONE_PART);
+}
+
+/*
+ * Of the tile's V. Where the tokens of a tile share it by nothing but their places in the sequence
+ * they may have coarse weights.
+ */
+static uint32_t largest_weight(const tqkvi_attn_work *work)
+{
+    const tqkvi_layout *layout = tqkvi_attn_layout(work, TQKV_SIDE_V);
+    const bool by_slot = work->tile.span->cells;
+
+    return by_slot || has_more_bits(layout, WEIGHT_BITS_ONE_PART) ? TQKVK_WEIGHT_MAX
+                                                                  : TQKVK_COARSE_WEIGHT_MAX;
 }
 
 static void list_codes(const tqkvi_attn_work *work, tqkv_side side,
@@ -58,7 +78,7 @@ float tqkvi_codes_round_weights(tqkvi_attn_work *work, uint32_t r)
     float kept;
 
     work->w_factor[r] = work->attention->kernels->round_weights(
-        work->s + at, work->scale[TQKV_SIDE_V], n, work->w + at, &kept);
+        work->s + at, work->scale[TQKV_SIDE_V], n, largest_weight(work), work->w + at, &kept);
     return kept;
 }
 
@@ -69,6 +89,7 @@ void tqkvi_codes_weigh(tqkvi_attn_work *work)
     const uint8_t *codes[TQKVI_TILE_BLOCKS];
 
     list_codes(work, TQKV_SIDE_V, codes);
-    kernels->weigh_blocks(layout, codes, work->tile.n_blocks, work->w, TQKVI_TILE_TOKENS,
-                          work->n_rows, work->f, work->w_factor, work->acc[SPACE_Y]);
+    kernels->weigh_blocks(layout, codes, work->tile.n_blocks, largest_weight(work), work->w,
+                          TQKVI_TILE_TOKENS, work->n_rows, work->f, work->w_factor,
+                          work->acc[SPACE_Y]);
 }

@@ -110,12 +110,13 @@ typedef void tqkvk_accumulate_tile_fn(const float *p, size_t p_stride, size_t n_
 
 /*
  * The next six are attention over the codes of blocks. Queries are rounded to 7 bits and weights
- * to 14, so that sums of products with levels are integers. Where a query needs more, a second part
- * of 1 / TQKVK_LOW_PARTS the size follows in a second call.
+ * to 7 or 14, so that sums of products with levels are integers. Where a query needs more, a second
+ * part of 1 / TQKVK_LOW_PARTS the size follows in a second call.
  */
 #define TQKVK_Q_MAX 63 /* a u8 level times an s8 query, twice, fits in 16 bits */
 #define TQKVK_LOW_PARTS 126
-#define TQKVK_WEIGHT_MAX 16383 /* two halves of 7 bits, signed or not */
+#define TQKVK_WEIGHT_MAX 16383  /* two halves of 7 bits, signed or not */
+#define TQKVK_COARSE_WEIGHT_MAX 127 /* one */
 #define TQKVK_TINY 0x1p-100f   /* what is smaller is rounded to 0 */
 #define TQKVK_TILE_TOKENS 64
 
@@ -165,23 +166,24 @@ typedef float tqkvk_scale_weights_fn(float *p, const float *scale, size_t n);
 
 /*
  * Rounds the weights v[b] = p[b] * scale[b] of up to TQKVK_TILE_TOKENS tokens; p, scale >= 0. n a
- * multiple of 16. Returns g, the largest v / TQKVK_WEIGHT_MAX. w: [n] out, the integer nearest to
- * v / g, ties to even; 0 for a NaN. Where the largest v is below TQKVK_TINY, w is 0. *kept: the sum
+ * multiple of 16. most: TQKVK_WEIGHT_MAX or TQKVK_COARSE_WEIGHT_MAX. Returns g, the largest v /
+ * most. w: [n] out, the integer nearest to v / g, ties to even; 0 for a NaN. Where the largest v is below TQKVK_TINY, w is 0. *kept: the sum
  * of p where scale is not 0. w is exact, given v; g is one quotient; *kept is bounded by
  * n * eps * sum.
  */
-typedef float tqkvk_round_weights_fn(const float *p, const float *scale, size_t n, uint16_t *w,
-                                     float *kept);
+typedef float tqkvk_round_weights_fn(const float *p, const float *scale, size_t n, uint32_t most,
+                                     uint16_t *w, float *kept);
 
 /*
  * o[a * dim + i] = o[a * dim + i] * f[a] + g[a] * step of channel i * (sum over p and t of
  * w[a * w_stride + 16 * p + t] * level of channel i of token t of block p of V). codes as above;
- * w: <= TQKVK_WEIGHT_MAX, any alignment; n_blocks 1..4; n_q any. The sum is exact: at most
+ * w: <= most, which is as above; any alignment; n_blocks 1..4; n_q any. The sum is exact: at most
  * 64 * 16383 * 127 < 2^27. Bounded: |error| <= 4 eps |terms|.
  */
 typedef void tqkvk_weigh_blocks_fn(const tqkvi_layout *layout, const uint8_t *const *codes,
-                                   size_t n_blocks, const uint16_t *w, size_t w_stride, size_t n_q,
-                                   const float *f, const float *g, float *o);
+                                   size_t n_blocks, uint32_t most, const uint16_t *w,
+                                   size_t w_stride, size_t n_q, const float *f, const float *g,
+                                   float *o);
 
 typedef struct tqkvk_table {
     const char *name; /* "ref", "avx2", ... */

@@ -183,6 +183,7 @@ static void test_unpack_block(void **state)
 
 enum { BLOCKS_MAX = 4, QUERIES_MAX = 37 };
 
+static const uint32_t largest_weights[] = {TQKVK_WEIGHT_MAX, TQKVK_COARSE_WEIGHT_MAX};
 static const size_t query_counts[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, QUERIES_MAX};
 
 static tqkvk_query_unit *random_queries(test_random *random, size_t n, bool extreme)
@@ -343,6 +344,7 @@ static void test_score_blocks(void **state)
 
 static void check_weigh(test_random *random, size_t i)
 {
+    const uint32_t most = largest_weights[i / 5 % 2];
     size_t n;
     const tqkvk_table *const *all = tqkvk_all(&n);
     const bool extreme = i % 5 == 0;
@@ -362,13 +364,12 @@ static void check_weigh(test_random *random, size_t i)
     for (size_t p = 0; p < n_blocks; p++)
         all[0]->unpack_block(&layout, TQKV_SIDE_V, data[p], rows + p * TQKVI_BLOCK_TOKENS * dim);
     for (size_t b = 0; b < n_q * stride; b++)
-        w[b] = (uint16_t)(extreme ? TQKVK_WEIGHT_MAX
-                                  : test_random_u32(random) % (TQKVK_WEIGHT_MAX + 1));
+        w[b] = (uint16_t)(extreme ? most : test_random_u32(random) % (most + 1));
     for (size_t t = 0; t < n; t++) {
         test_guarded out;
         test_guarded_init(&out, n_q * dim * sizeof(float), 0);
         memcpy(out.data, o, n_q * dim * sizeof(float));
-        all[t]->weigh_blocks(&layout, data, n_blocks, w, stride, n_q, f, g,
+        all[t]->weigh_blocks(&layout, data, n_blocks, most, w, stride, n_q, f, g,
                              test_guarded_floats(&out));
         for (size_t k = 0; k < n_q * dim; k++) {
             const size_t a = k / dim;
@@ -506,7 +507,8 @@ static void random_weights(test_random *random, size_t i, float *p, float *scale
     }
 }
 
-static void check_rounding(const tqkvk_table *table, const float *p, const float *scale, size_t n)
+static void check_rounding(const tqkvk_table *table, const float *p, const float *scale, size_t n,
+                           uint32_t most)
 {
     const tqkvk_table *ref = tqkvk_all(&(size_t){0})[0];
     uint16_t want[64];
@@ -516,16 +518,16 @@ static void check_rounding(const tqkvk_table *table, const float *p, const float
 
     test_guarded_init(&out, n * sizeof(*want), 2 * (n % 5));
     uint16_t *w = (uint16_t *)(void *)out.data;
-    const float g = table->round_weights(p, scale, n, w, &kept);
-    assert_true(ref->round_weights(p, scale, n, want, &want_kept) == g);
+    const float g = table->round_weights(p, scale, n, most, w, &kept);
+    assert_true(ref->round_weights(p, scale, n, most, want, &want_kept) == g);
     assert_memory_equal(w, want, n * sizeof(*want));
     assert_true(fabsf(kept - want_kept) <= 64 * 0x1p-24f * want_kept);
     for (size_t b = 0; b < n; b++)
         top = fmax(top, (double)(p[b] * scale[b]));
-    assert_true(fabs((double)g * TQKVK_WEIGHT_MAX - top) <= 0x1p-22 * top + 1e-40);
+    assert_true(fabs((double)g * most - top) <= 0x1p-22 * top + 1e-40);
     for (size_t b = 0; b < n && top >= (double)TQKVK_TINY; b++) {
         const double v = (double)p[b] * (double)scale[b];
-        assert_true(w[b] <= TQKVK_WEIGHT_MAX);
+        assert_true(w[b] <= most);
         assert_true(fabs((double)g * w[b] - v) <= .5 * (double)g + 0x1p-22 * top);
     }
     test_guarded_deinit(&out);
@@ -542,7 +544,7 @@ static void test_round_weights(void **state)
         const size_t count = 16 * (1 + i % 4);
         random_weights(&random, i / 4, p, scale, count);
         for (size_t t = 0; t < n; t++)
-            check_rounding(all[t], p, scale, count);
+            check_rounding(all[t], p, scale, count, largest_weights[i / 16 % 2]);
     }
     free(p);
     free(scale);
@@ -558,6 +560,7 @@ typedef struct bench {
     tqkv_side side;
     size_t n_q;
     uint8_t *codes;
+    uint32_t most; /* of the weights */
     uint16_t *w;
     const uint8_t *blocks[TILE];
     tqkvk_query_unit *q;
@@ -579,7 +582,8 @@ static void bench_score(void *arg)
 static void bench_weigh(void *arg)
 {
     const bench *b = arg;
-    b->table->weigh_blocks(&b->layout, b->blocks, TILE, b->w, 64, b->n_q, b->f, b->f, b->out);
+    b->table->weigh_blocks(&b->layout, b->blocks, TILE, b->most, b->w, 64, b->n_q, b->f, b->f,
+                           b->out);
 }
 
 static void bench_scale(void *arg)
@@ -592,12 +596,12 @@ static void bench_round(void *arg)
 {
     const bench *b = arg;
     float kept;
-    (void)b->table->round_weights(b->scale, b->scale, 64, b->w, &kept);
+    (void)b->table->round_weights(b->scale, b->scale, 64, b->most, b->w, &kept);
 }
 
 static void bench_widths(bench *b)
 {
-    char label[64], name[32];
+    char label[96], name[32];
 
     for (size_t w = 1; w <= COUNT(widths); w++) {
         uint8_t bits[UNITS];
@@ -617,9 +621,12 @@ static void bench_widths(bench *b)
             snprintf(label, sizeof(label), "%s d=128 score %zu x 64, %s", b->table->name, b->n_q,
                      name);
             test_time(label, bench_score, b, 1.0);
-            snprintf(label, sizeof(label), "%s d=128 weigh %zu x 64, %s", b->table->name, b->n_q,
-                     name);
-            test_time(label, bench_weigh, b, 1.0);
+            for (size_t i = 0; i < COUNT(largest_weights); i++) {
+                b->most = largest_weights[i];
+                snprintf(label, sizeof(label), "%s d=128 weigh %zu x 64, %s, weights to %u",
+                         b->table->name, b->n_q, name, b->most);
+                test_time(label, bench_weigh, b, 1.0);
+            }
         }
     }
 }
@@ -637,7 +644,8 @@ static void bench_table(const tqkvk_table *table)
     b.f = test_random_floats(&random, 16, .5f);
     b.scale = test_random_floats(&random, 64, .5f);
     b.out = test_random_floats(&random, 16 * DIM, .5f);
-    memset(b.w, 3, 16 * 64 * sizeof(*b.w));
+    for (size_t i = 0; i < 16 * 64; i++)
+        b.w[i] = i % 128;
     for (size_t i = 0; i < 64; i++)
         b.scale[i] = fabsf(b.scale[i]);
     for (size_t i = 0; i < CODES; i++)

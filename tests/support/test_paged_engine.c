@@ -425,8 +425,9 @@ static void check_row(const test_engine *e, uint32_t b, uint32_t token, uint32_t
             largest = fabs((double)values[p][d]) > largest ? fabs((double)values[p][d]) : largest;
         }
         const double got = (double)e->out[((size_t)token * c->n_heads + h) * c->v_dim + d];
-        /* Weights are rounded too: each by at most 1/32766 of the largest. */
-        const double weights = is_rounded ? position * largest / TQKVK_WEIGHT_MAX : 0;
+        /* Weights are rounded too, each by at most 1/254 of the largest: six standard deviations. */
+        const double weights =
+            is_rounded ? 6 * largest * sqrt(position / 12.0) / TQKVK_COARSE_WEIGHT_MAX : 0;
         const double bound =
             2 * (error + CONDITION * 8 * (double)FLT_EPSILON) * (largest + 1) + weights +
             half * largest;

@@ -282,6 +282,14 @@ static void score_slack(const attn_setup *s, const tqkv_attend_args *args, const
     }
 }
 
+/* A cell's V has more than 4 bits in the mean, or lies in a slot of a young tier. */
+static bool has_fine_weights(const attn_setup *s, const oracle_code *code, uint32_t g)
+{
+    const tqkvi_layout *layout =
+        &s->store->codec->layer->heads[TQKV_SIDE_V][g].layout[code->tier];
+    return code->tier + 1 < s->store->plan->n_tiers || layout->row_bytes > 8 * layout->n_units;
+}
+
 /* Six standard deviations of what rounding weights does to channel d of an output; p: [n_cells]. */
 static double weight_slack(const attn_setup *s, const oracle_rows *r, uint32_t q, uint32_t h,
                            uint32_t d, const double *p)
@@ -290,18 +298,20 @@ static double weight_slack(const attn_setup *s, const oracle_rows *r, uint32_t q
     const uint32_t g = h / (c->n_heads / c->n_kv_heads);
     const float mean =
         s->store->codec->heads[1][g].plan->mean ? s->store->codec->heads[1][g].plan->mean[d] : 0;
-    double top = 0, squares = 0;
+    double top[2] = {0}, squares[2] = {0}; /* of coarse and of fine weights */
 
     for (uint32_t cell = 0; cell < c->n_cells - 1 && has_few_rows(s, q, h); cell++) {
         const oracle_code *code = &r->codes[(size_t)cell * c->n_kv_heads + g];
         if (r->kind[cell] != 1 || !code->coded || code->scale[1] == 0)
             continue;
+        const bool fine = has_fine_weights(s, code, g);
         const double v = (double)r->rows[1][((size_t)cell * c->n_kv_heads + g) * c->v_dim + d];
         const double scale = (double)tqkvk_scale_value(code->scale[1]);
-        top = fmax(top, p[cell] * scale);
-        squares += pow((v - (double)mean) / scale, 2);
+        top[fine] = fmax(top[fine], p[cell] * scale);
+        squares[fine] += pow((v - (double)mean) / scale, 2);
     }
-    return 6 * top / TQKVK_WEIGHT_MAX * sqrt(squares / 12);
+    return 6 * top[0] / TQKVK_COARSE_WEIGHT_MAX * sqrt(squares[0] / 12) +
+           6 * top[1] / TQKVK_WEIGHT_MAX * sqrt(squares[1] / 12);
 }
 
 /* The most that f16 in place of the inverse of V does to each channel: [v_dim] out; p: [n_cells]. */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What goes into the integer products of a tile: queries to bytes, weights to 14 bits. */
+/* What goes into the integer products of a tile: queries to bytes, weights to 7 or 14 bits. */
 #include <arm_neon.h>
 #include <math.h>
 
@@ -85,13 +85,13 @@ static inline uint16x4_t round_four(const float *p, const float *scale, float in
     return vmovn_u32(vcvtnq_u32_f32(vmulq_n_f32(v, inverse)));
 }
 
-float tqkvk_round_weights_i16_neon(const float *p, const float *scale, size_t n, uint16_t *w,
-                                   float *kept)
+float tqkvk_round_weights_i16_neon(const float *p, const float *scale, size_t n, uint32_t most,
+                                   uint16_t *w, float *kept)
 {
     const float top = measure(p, scale, n, kept);
-    const float inverse = top >= TQKVK_TINY ? TQKVK_WEIGHT_MAX / top : 0.0f;
+    const float inverse = top >= TQKVK_TINY ? (float)most / top : 0.0f;
 
     for (size_t b = 0; b < n; b += 4)
         vst1_u16(w + b, round_four(p + b, scale + b, inverse));
-    return top / TQKVK_WEIGHT_MAX;
+    return top / (float)most;
 }

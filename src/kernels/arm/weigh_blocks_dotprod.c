@@ -5,6 +5,8 @@
  * a query, where base NEON takes 64. The halves of 16 weights lie where the weights were:
  *
  *     | low 7 bits of tokens 0..15 | high 7 bits of tokens 0..15 |
+ *
+ * Coarse weights have no high bits, and take half of the instructions.
  */
 #include "kernels/arm/unit_dot_dotprod.h"
 #include "kernels/arm/weigh_blocks_neon.h"
@@ -35,6 +37,20 @@ TQKVK_INLINE void weigh_block(const tqkvk_unit *unit, const uint16_t *w, size_t 
     }
 }
 
+TQKVK_INLINE void weigh_block_coarse(const tqkvk_unit *unit, const uint16_t *w, size_t w_stride,
+                                     size_t n_q, int32x4_t *sums)
+{
+    const tqkvk_quad q0 = unit->q0, q1 = unit->q1, q2 = unit->q2, q3 = unit->q3;
+
+    for (size_t a = 0; a < n_q; a++, w += w_stride, sums += 4) {
+        const int8x16_t low = vreinterpretq_s8_u16(vld1q_u16(w));
+        sums[0] = tqkvk_dot(sums[0], q0.v0, q1.v0, q2.v0, q3.v0, low);
+        sums[1] = tqkvk_dot(sums[1], q0.v1, q1.v1, q2.v1, q3.v1, low);
+        sums[2] = tqkvk_dot(sums[2], q0.v2, q1.v2, q2.v2, q3.v2, low);
+        sums[3] = tqkvk_dot(sums[3], q0.v3, q1.v3, q2.v3, q3.v3, low);
+    }
+}
+
 static void split_weights(const uint16_t *w, size_t n, uint16_t *out)
 {
     for (size_t b = 0; b < n; b += TQKVI_BLOCK_TOKENS) {
@@ -47,8 +63,9 @@ static void split_weights(const uint16_t *w, size_t n, uint16_t *out)
 }
 
 void tqkvk_weigh_blocks_i8_dotprod(const tqkvi_layout *layout, const uint8_t *const *codes,
-                                   size_t n_blocks, const uint16_t *w, size_t w_stride, size_t n_q,
-                                   const float *f, const float *g, float *o)
+                                   size_t n_blocks, uint32_t most, const uint16_t *w,
+                                   size_t w_stride, size_t n_q, const float *f, const float *g,
+                                   float *o)
 {
     _Alignas(TQKV_ALIGN) uint16_t weights[TQKVK_WEIGH_QUERIES][TQKVK_TILE_TOKENS];
     tqkvk_weigh c = {.codes = codes,
@@ -64,6 +81,9 @@ void tqkvk_weigh_blocks_i8_dotprod(const tqkvi_layout *layout, const uint8_t *co
         c.f = f + a;
         c.g = g + a;
         c.o = o + a * c.dim;
-        tqkvk_weigh_units(weigh_block, layout, c);
+        if (most <= TQKVK_COARSE_WEIGHT_MAX)
+            tqkvk_weigh_units(weigh_block_coarse, layout, c);
+        else
+            tqkvk_weigh_units(weigh_block, layout, c);
     }
 }

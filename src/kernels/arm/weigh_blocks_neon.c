@@ -68,9 +68,10 @@ TQKVK_INLINE void weigh_block(const tqkvk_unit *unit, const uint16_t *w, size_t 
 }
 
 void tqkvk_weigh_blocks_i8_neon(const tqkvi_layout *layout, const uint8_t *const *codes,
-                                size_t n_blocks, const uint16_t *w, size_t w_stride, size_t n_q,
-                                const float *f, const float *g, float *o)
+                                size_t n_blocks, uint32_t most, const uint16_t *w, size_t w_stride,
+                                size_t n_q, const float *f, const float *g, float *o)
 {
+    (void)most; /* words, whatever they hold */
     tqkvk_weigh c = {.codes = codes,
                      .n_blocks = n_blocks,
                      .w_stride = w_stride,

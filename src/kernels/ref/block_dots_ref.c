@@ -86,8 +86,8 @@ void tqkvk_score_blocks_i8_ref(const tqkvi_layout *layout, const uint8_t *const 
     }
 }
 
-float tqkvk_round_weights_i16_ref(const float *p, const float *scale, size_t n, uint16_t *w,
-                                  float *kept)
+float tqkvk_round_weights_i16_ref(const float *p, const float *scale, size_t n, uint32_t most,
+                                  uint16_t *w, float *kept)
 {
     float top = 0.0f, sum = 0.0f;
 
@@ -97,18 +97,19 @@ float tqkvk_round_weights_i16_ref(const float *p, const float *scale, size_t n, 
         sum += scale[b] == 0.0f ? 0.0f : p[b];
     }
     *kept = sum;
-    const float inverse = top >= TQKVK_TINY ? TQKVK_WEIGHT_MAX / top : 0.0f;
+    const float inverse = top >= TQKVK_TINY ? (float)most / top : 0.0f;
     for (size_t b = 0; b < n; b++) {
         const float x = rintf(p[b] * scale[b] * inverse);
         w[b] = x > 0.0f ? (uint16_t)x : 0; /* a NaN is 0 */
     }
-    return top / TQKVK_WEIGHT_MAX;
+    return top / (float)most;
 }
 
 void tqkvk_weigh_blocks_i8_ref(const tqkvi_layout *layout, const uint8_t *const *codes,
-                               size_t n_blocks, const uint16_t *w, size_t w_stride, size_t n_q,
-                               const float *f, const float *g, float *o)
+                               size_t n_blocks, uint32_t most, const uint16_t *w, size_t w_stride,
+                               size_t n_q, const float *f, const float *g, float *o)
 {
+    (void)most;
     const size_t n = n_blocks * TQKVI_BLOCK_TOKENS;
     const size_t dim = (size_t)layout->n_units * TQKV_UNIT_CHANNELS;
     int32_t levels[DIM_MAX], sums[DIM_MAX];

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What goes into the integer products of a tile: queries to bytes, weights to 14 bits. */
+/* What goes into the integer products of a tile: queries to bytes, weights to 7 or 14 bits. */
 #include <immintrin.h>
 #include <math.h>
 
@@ -88,11 +88,11 @@ static inline __m256i round_eight(const float *p, const float *scale, __m256 inv
     return _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse));
 }
 
-float tqkvk_round_weights_i16_avx2(const float *p, const float *scale, size_t n, uint16_t *w,
-                                   float *kept)
+float tqkvk_round_weights_i16_avx2(const float *p, const float *scale, size_t n, uint32_t most,
+                                   uint16_t *w, float *kept)
 {
     const float top = measure(p, scale, n, kept);
-    const __m256 inverse = _mm256_set1_ps(top >= TQKVK_TINY ? TQKVK_WEIGHT_MAX / top : 0.0f);
+    const __m256 inverse = _mm256_set1_ps(top >= TQKVK_TINY ? (float)most / top : 0.0f);
 
     for (size_t b = 0; b < n; b += 16) {
         const __m256i first = round_eight(p + b, scale + b, inverse);
@@ -101,5 +101,5 @@ float tqkvk_round_weights_i16_avx2(const float *p, const float *scale, size_t n,
         const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xd8);
         _mm256_storeu_si256((__m256i *)(void *)(w + b), words);
     }
-    return top / TQKVK_WEIGHT_MAX;
+    return top / (float)most;
 }
