@@ -77,7 +77,9 @@ bool tqkvp_short_goes_on(tqkvp_layer *layer)
     if (layer->is_short || layer->outgrown || layer->written)
         return layer->is_short;
     layer->outgrown = true; /* unless all goes well */
-    if (!layer->positions && !(layer->positions = malloc(n * sizeof(*layer->positions))))
+    free(layer->positions);
+    layer->positions = malloc(n * sizeof(*layer->positions));
+    if (!layer->positions)
         return false;
     for (int side = 0; side < 2; side++)
         if (layer->sides[side] && !tqkvp_tensor_back(layer->sides[side]))
@@ -195,6 +197,8 @@ tqkv_status tqkvp_short_end(tqkvp_layer *layer)
 {
     const tqkv_status status = encode(layer);
 
+    free(layer->positions);
+    layer->positions = NULL;
     layer->is_short = false;
     layer->outgrown = true;
     for (int side = 0; side < 2; side++)
