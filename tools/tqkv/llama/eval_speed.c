@@ -15,8 +15,8 @@
 enum {
     UBATCH = 512,
     COPY_TOKENS = 1024, /* that are computed before copying begins */
-    DECODE_ROUNDS_MIN = 4, /* where they take long, */
-    DECODE_ROUNDS = 24,    /* and otherwise, unless the user says */
+    DECODE_ROUNDS = 24,    /* unless the user says, */
+    DECODE_ROUNDS_MIN = 4, /* or they take long */
     DECODE_TOKENS = 8, /* of a round, after one that is not timed */
     PREFILL_ROUNDS = 3,
     EXTRA_TOKENS = UBATCH
