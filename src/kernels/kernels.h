@@ -115,9 +115,9 @@ typedef void tqkvk_accumulate_tile_fn(const float *p, size_t p_stride, size_t n_
  */
 #define TQKVK_Q_MAX 63 /* a u8 level times an s8 query, twice, fits in 16 bits */
 #define TQKVK_LOW_PARTS 126
-#define TQKVK_WEIGHT_MAX 16383  /* two halves of 7 bits, signed or not */
+#define TQKVK_WEIGHT_MAX 16383      /* two halves of 7 bits, signed or not */
 #define TQKVK_COARSE_WEIGHT_MAX 127 /* one */
-#define TQKVK_TINY 0x1p-100f   /* what is smaller is rounded to 0 */
+#define TQKVK_TINY 0x1p-100f        /* what is smaller is rounded to 0 */
 #define TQKVK_TILE_TOKENS 64
 
 /* Sixteen channels of a query. Each unit has a factor of its own: units differ in size. */
@@ -167,9 +167,9 @@ typedef float tqkvk_scale_weights_fn(float *p, const float *scale, size_t n);
 /*
  * Rounds the weights v[b] = p[b] * scale[b] of up to TQKVK_TILE_TOKENS tokens; p, scale >= 0. n a
  * multiple of 16. most: TQKVK_WEIGHT_MAX or TQKVK_COARSE_WEIGHT_MAX. Returns g, the largest v /
- * most. w: [n] out, the integer nearest to v / g, ties to even; 0 for a NaN. Where the largest v is below TQKVK_TINY, w is 0. *kept: the sum
- * of p where scale is not 0. w is exact, given v; g is one quotient; *kept is bounded by
- * n * eps * sum.
+ * most. w: [n] out, the integer nearest to v / g, ties to even; 0 for a NaN. Where the largest v is
+ * below TQKVK_TINY, w is 0. *kept: the sum of p where scale is not 0. w is exact, given v; g is one
+ * quotient; *kept is bounded by n * eps * sum.
  */
 typedef float tqkvk_round_weights_fn(const float *p, const float *scale, size_t n, uint32_t most,
                                      uint16_t *w, float *kept);
