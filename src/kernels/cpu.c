@@ -6,6 +6,7 @@
 #include <cpuid.h>
 
 #define LEAF1_ECX_F16C (1u << 29)
+#define LEAF7_1_EAX_AVX_VNNI (1u << 4)
 
 bool tqkvk_cpu_has_avx2(void)
 {
@@ -25,10 +26,22 @@ bool tqkvk_cpu_has_avx512(void)
            __builtin_cpu_supports("avx512vl");
 }
 
+bool tqkvk_cpu_has_avxvnni(void)
+{
+    unsigned eax, ebx, ecx, edx;
+
+    return tqkvk_cpu_has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) &&
+           (eax & LEAF7_1_EAX_AVX_VNNI) != 0;
+}
+
+bool tqkvk_cpu_has_vnni(void)
+{
+    return tqkvk_cpu_has_avx512() && __builtin_cpu_supports("avx512vnni");
+}
+
 bool tqkvk_cpu_has_vbmi(void)
 {
-    return tqkvk_cpu_has_avx512() && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("avx512vbmi");
+    return tqkvk_cpu_has_vnni() && __builtin_cpu_supports("avx512vbmi");
 }
 #else
 bool tqkvk_cpu_has_avx2(void)
@@ -36,7 +49,17 @@ bool tqkvk_cpu_has_avx2(void)
     return false;
 }
 
+bool tqkvk_cpu_has_avxvnni(void)
+{
+    return false;
+}
+
 bool tqkvk_cpu_has_avx512(void)
+{
+    return false;
+}
+
+bool tqkvk_cpu_has_vnni(void)
 {
     return false;
 }

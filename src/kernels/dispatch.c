@@ -38,7 +38,9 @@
 static const tqkvk_table table_ref = TABLE("ref", ref, ref, ref);
 #if TQKV_HAVE_X86
 static const tqkvk_table table_avx2 = TABLE("avx2", avx2, avx2, avx2);
+static const tqkvk_table table_avxvnni = TABLE("avx2-vnni", avx2, avx2, avxvnni);
 static const tqkvk_table table_avx512 = TABLE("avx512", avx2, avx512, avx2);
+static const tqkvk_table table_vnni = TABLE("avx512-vnni", avx2, avx512, vnni);
 static const tqkvk_table table_vbmi = TABLE("avx512-vbmi", avx2, avx512, vbmi);
 #endif
 #if TQKV_HAVE_ARM
@@ -54,8 +56,12 @@ static size_t list_tables(const tqkvk_table *out[TABLES_MAX])
 #if TQKV_HAVE_X86
     if (tqkvk_cpu_has_avx2())
         out[n++] = &table_avx2;
+    if (tqkvk_cpu_has_avxvnni())
+        out[n++] = &table_avxvnni;
     if (tqkvk_cpu_has_avx512())
         out[n++] = &table_avx512;
+    if (tqkvk_cpu_has_vnni())
+        out[n++] = &table_vnni;
     if (tqkvk_cpu_has_vbmi())
         out[n++] = &table_vbmi;
 #endif

@@ -209,8 +209,8 @@ typedef struct tqkvk_table {
 } tqkvk_table;
 
 /*
- * The best table of this CPU, lowered by TQKV_ISA=ref|avx2|avx512|avx512-vbmi or
- * ref|neon|neon-dotprod; chosen once. Threads: any.
+ * The best table of this CPU, lowered by TQKV_ISA=ref|avx2|avx2-vnni|avx512|avx512-vnni|avx512-vbmi
+ * or ref|neon|neon-dotprod; chosen once. Threads: any.
  */
 const tqkvk_table *tqkvk_get(void);
 /* Every table that runs on this CPU, lowest first; *n out. For tests. */

@@ -45,7 +45,10 @@ tqkvk_scale_scores_fn tqkvk_scale_scores_f32_avx2;
 tqkvk_scale_weights_fn tqkvk_scale_weights_f32_avx2;
 tqkvk_round_weights_fn tqkvk_round_weights_i16_avx2;
 tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avx2;
-/* AVX-512 F, BW, DQ, VL and VNNI. */
+/* AVX-VNNI. */
+tqkvk_score_blocks_fn tqkvk_score_blocks_i8_avxvnni;
+tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_avxvnni;
+/* AVX-512 F, BW, DQ and VL; the next two VNNI besides, the last two VBMI. */
 tqkvk_transform_fn tqkvk_transform_f32_avx512;
 tqkvk_transform_half_fn tqkvk_transform_half_avx512;
 tqkvk_dot_tile_fn tqkvk_dot_tile_f32_avx512;
@@ -53,6 +56,8 @@ tqkvk_scale_scores_fn tqkvk_scale_scores_f32_avx512;
 tqkvk_softmax_step_fn tqkvk_softmax_step_f32_avx512;
 tqkvk_scale_weights_fn tqkvk_scale_weights_f32_avx512;
 tqkvk_accumulate_tile_fn tqkvk_accumulate_tile_f32_avx512;
+tqkvk_score_blocks_fn tqkvk_score_blocks_i8_vnni;
+tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_vnni;
 tqkvk_score_blocks_fn tqkvk_score_blocks_i8_vbmi;
 tqkvk_weigh_blocks_fn tqkvk_weigh_blocks_i8_vbmi;
 #endif

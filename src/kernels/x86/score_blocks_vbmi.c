@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Scores of blocks as in score_blocks_avx2.c, with a quad in one register and one instruction
+ * Scores of blocks as in score_blocks_avx2.h, with a quad in one register and one instruction
  * (VNNI) for its products. 32 registers hold a unit of all four blocks of a tile, so that what is
  * read of a query serves all of them. A tile with fewer blocks is filled up with its first one,
  * whose scores are dropped.

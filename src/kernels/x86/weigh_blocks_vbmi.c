@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Weighted sums of blocks. As in weigh_blocks_avx2.c lanes are channels, but 32 registers hold a
+ * Weighted sums of blocks. As in weigh_blocks_avx2.h lanes are channels, but 32 registers hold a
  * unit of all four blocks of a tile, sixteen quads, so that the sums of a query stay in registers
  * too. One instruction (VNNI) does the products of a quad with the upper 7 bits of its weights,
  * where they have any, one with the lower 7. A tile with fewer blocks is filled up with its first
