@@ -4,6 +4,7 @@
 #define TQKVK_DOT_BYTES_AVX2_H
 
 #include <immintrin.h>
+#include <string.h>
 
 #include "kernels/by_width.h"
 
@@ -12,6 +13,14 @@
  * neighbouring products fit in 16 bits together. A constant wherever it is passed.
  */
 typedef __m256i tqkvk_dot_bytes_fn(__m256i sum, __m256i a, __m256i b);
+
+/* Four bytes, eight times. */
+TQKVK_INLINE __m256i tqkvk_repeat_four(const void *bytes)
+{
+    int four;
+    memcpy(&four, bytes, sizeof(four));
+    return _mm256_set1_epi32(four);
+}
 
 TQKVK_INLINE __m256i tqkvk_dot_bytes_avx2(__m256i sum, __m256i a, __m256i b)
 {

@@ -30,9 +30,7 @@ typedef struct tqkvk_score {
 TQKVK_INLINE tqkvk_quad tqkvk_score_quad(tqkvk_dot_bytes_fn *dot, tqkvk_quad sum,
                                          tqkvk_quad levels, const int8_t *q)
 {
-    int word;
-    memcpy(&word, q, sizeof(word));
-    const __m256i four = _mm256_set1_epi32(word);
+    const __m256i four = tqkvk_repeat_four(q);
     return (tqkvk_quad){dot(sum.lo, levels.lo, four), dot(sum.hi, levels.hi, four)};
 }
 

@@ -20,9 +20,7 @@ TQKVK_INLINE __m256i odd(__m256i bytes)
 
 TQKVK_INLINE __m256i dot(__m256i sum, __m256i levels, const uint16_t *w)
 {
-    int two;
-    memcpy(&two, w, sizeof(two));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(levels, _mm256_set1_epi32(two)));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(levels, tqkvk_repeat_four(w)));
 }
 
 /* Half a unit: eight channels of 16 tokens, the upper ones if is_high. */

@@ -33,9 +33,7 @@ typedef struct tqkvk_weigh {
 TQKVK_INLINE tqkvk_quad tqkvk_weigh_quad(tqkvk_dot_bytes_fn *dot, tqkvk_quad sum,
                                          tqkvk_quad levels, const uint8_t *w)
 {
-    int word;
-    memcpy(&word, w, sizeof(word));
-    const __m256i four = _mm256_set1_epi32(word);
+    const __m256i four = tqkvk_repeat_four(w);
     return (tqkvk_quad){dot(sum.lo, four, levels.lo), dot(sum.hi, four, levels.hi)};
 }
 
