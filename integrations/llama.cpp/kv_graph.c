@@ -276,6 +276,16 @@ static int32_t find_nodes(tqkvp_backend *backend, struct ggml_cgraph *graph)
     return GGML_OK;
 }
 
+/* Whether layers of a node can stay short. */
+static void look_at_layers(const ggml_tensor *node)
+{
+    for (int i = -1; i < GGML_SOURCES; i++) {
+        tqkvp_layer *layer = layer_at(node, i);
+        if (layer)
+            tqkvp_short_look(layer, node);
+    }
+}
+
 /* *in_codes: the layer has its cells in a store while this graph runs. */
 static int32_t open_layer(tqkvp_layer *layer, bool *in_codes)
 {
@@ -323,7 +333,7 @@ static int32_t take_nodes(tqkvp_backend *backend)
     size_t n = 0;
 
     for (size_t i = 0; i < backend->n_slots; i++)
-        tqkvp_short_look(backend->slots[i].node);
+        look_at_layers(backend->slots[i].node);
     for (size_t i = 0; i < backend->n_slots; i++) {
         bool in_codes;
         int32_t status = open_layers(backend->slots[i].node, &in_codes);

@@ -58,14 +58,9 @@ static bool node_fits(const ggml_tensor *node, const tqkvp_layer *layer)
     return k && v && k->layer == layer && v->layer == layer;
 }
 
-void tqkvp_short_look(const ggml_tensor *node)
+void tqkvp_short_look(tqkvp_layer *layer, const ggml_tensor *node)
 {
-    for (int i = -1; i < GGML_SOURCES; i++) {
-        const ggml_tensor *t = i < 0 ? node : node->src[i];
-        const tqkvp_tensor *tensor = t ? tqkvp_tensor_of(t) : NULL;
-        if (tensor && !tensor->layer->outgrown && !node_fits(node, tensor->layer))
-            tensor->layer->outgrown = true;
-    }
+    layer->outgrown = layer->outgrown || !node_fits(node, layer);
 }
 
 /* --- beginning --- */

@@ -13,10 +13,10 @@
 #include "kv_layer.h"
 
 /*
- * Looks at a node of a graph that is about to run, before any layer is opened for it. Layers which
- * it touches in a way that a short context does not know have outgrown theirs.
+ * Looks at a node of a graph that is about to run, before any layer is opened for it, and that
+ * touches the layer. One that does so in a way that a short context does not know has it outgrown.
  */
-void tqkvp_short_look(const ggml_tensor *node);
+void tqkvp_short_look(tqkvp_layer *layer, const ggml_tensor *node);
 
 /*
  * Whether the layer keeps the cells of this graph in plain storage, from now on or still. The layer

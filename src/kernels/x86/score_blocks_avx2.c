@@ -7,13 +7,5 @@ void tqkvk_score_blocks_i8_avx2(const tqkvi_layout *layout, const uint8_t *const
                                 size_t n_blocks, const tqkvk_query_unit *q, size_t n_q, float *s,
                                 size_t s_stride)
 {
-    const tqkvk_score c = {.codes = codes,
-                           .n_blocks = n_blocks,
-                           .q = q,
-                           .n_q = n_q,
-                           .n_units = layout->n_units,
-                           .s = s,
-                           .s_stride = s_stride};
-
-    tqkvk_score_units(tqkvk_dot_bytes_avx2, layout, c);
+    tqkvk_score_tile(tqkvk_dot_bytes_avx2, layout, codes, n_blocks, q, n_q, s, s_stride);
 }

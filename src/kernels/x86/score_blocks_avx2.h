@@ -65,9 +65,19 @@ TQKVK_INLINE void tqkvk_score_unit(int bits, tqkvk_dot_bytes_fn *dot, const tqkv
     }
 }
 
-TQKVK_INLINE void tqkvk_score_units(tqkvk_dot_bytes_fn *dot, const tqkvi_layout *layout,
-                                    tqkvk_score c)
+/* A whole kernel. */
+TQKVK_INLINE void tqkvk_score_tile(tqkvk_dot_bytes_fn *dot, const tqkvi_layout *layout,
+                                   const uint8_t *const *codes, size_t n_blocks,
+                                   const tqkvk_query_unit *q, size_t n_q, float *s, size_t s_stride)
 {
+    tqkvk_score c = {.codes = codes,
+                     .n_blocks = n_blocks,
+                     .q = q,
+                     .n_q = n_q,
+                     .n_units = layout->n_units,
+                     .s = s,
+                     .s_stride = s_stride};
+
     for (uint32_t u = 0; u < layout->n_units; u++, c.q++) {
         const uint32_t bits = layout->bits[u];
         TQKVK_BY_WIDTH(bits, TQKVK_NOTHING, tqkvk_score_unit, dot, &c);

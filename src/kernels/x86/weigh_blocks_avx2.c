@@ -82,26 +82,21 @@ void tqkvk_weigh_blocks_i8_avx2(const tqkvi_layout *layout, const uint8_t *const
                                 size_t n_q, const float *f, const float *g, float *o)
 {
     const size_t n = n_blocks * TQKVI_BLOCK_TOKENS;
-    const bool is_fine = most > TQKVK_COARSE_WEIGHT_MAX;
     _Alignas(TQKV_ALIGN) uint16_t words[TQKVK_WEIGH_QUERIES][TQKVK_TILE_TOKENS];
-    _Alignas(TQKV_ALIGN) uint8_t low[TQKVK_WEIGH_QUERIES][TQKVK_TILE_TOKENS];
     tqkvk_weigh c = {.codes = codes,
                      .n_blocks = n_blocks,
-                     .low = low[0],
                      .words = words[0],
                      .dim = (size_t)layout->n_units * TQKV_UNIT_CHANNELS};
 
+    if (most <= TQKVK_COARSE_WEIGHT_MAX) {
+        tqkvk_weigh_tile(tqkvk_dot_bytes_avx2, layout, codes, n_blocks, TQKVK_COARSE_WEIGHT_MAX, w,
+                         w_stride, n_q, f, g, o);
+        return;
+    }
     for (size_t a = 0; a < n_q; a += c.n_q) {
         tqkvk_weigh_choose(&c, a, n_q, f, g, o);
-        for (size_t i = 0; i < c.n_q; i++) {
-            if (is_fine)
-                order_weights(w + (a + i) * w_stride, n, words[i]);
-            else
-                tqkvk_weigh_bytes(w + (a + i) * w_stride, n, 0, low[i]);
-        }
-        if (is_fine)
-            weigh_words(layout, c);
-        else
-            tqkvk_weigh_units(tqkvk_dot_bytes_avx2, false, layout, c);
+        for (size_t i = 0; i < c.n_q; i++)
+            order_weights(w + (a + i) * w_stride, n, words[i]);
+        weigh_words(layout, c);
     }
 }

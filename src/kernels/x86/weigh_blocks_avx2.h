@@ -131,4 +131,34 @@ TQKVK_INLINE void tqkvk_weigh_choose(tqkvk_weigh *c, size_t first, size_t n_q, c
     c->o = o + first * c->dim;
 }
 
+/* A whole kernel, by bytes alone. */
+TQKVK_INLINE void tqkvk_weigh_tile(tqkvk_dot_bytes_fn *dot, const tqkvi_layout *layout,
+                                   const uint8_t *const *codes, size_t n_blocks, uint32_t most,
+                                   const uint16_t *w, size_t w_stride, size_t n_q, const float *f,
+                                   const float *g, float *o)
+{
+    const size_t n = n_blocks * TQKVI_BLOCK_TOKENS;
+    const bool is_fine = most > TQKVK_COARSE_WEIGHT_MAX;
+    _Alignas(TQKV_ALIGN) uint8_t low[TQKVK_WEIGH_QUERIES][TQKVK_TILE_TOKENS];
+    _Alignas(TQKV_ALIGN) uint8_t high[TQKVK_WEIGH_QUERIES][TQKVK_TILE_TOKENS];
+    tqkvk_weigh c = {.codes = codes,
+                     .n_blocks = n_blocks,
+                     .low = low[0],
+                     .high = high[0],
+                     .dim = (size_t)layout->n_units * TQKV_UNIT_CHANNELS};
+
+    for (size_t a = 0; a < n_q; a += c.n_q) {
+        tqkvk_weigh_choose(&c, a, n_q, f, g, o);
+        for (size_t i = 0; i < c.n_q; i++) {
+            tqkvk_weigh_bytes(w + (a + i) * w_stride, n, 0, low[i]);
+            if (is_fine)
+                tqkvk_weigh_bytes(w + (a + i) * w_stride, n, 7, high[i]);
+        }
+        if (is_fine)
+            tqkvk_weigh_units(dot, true, layout, c);
+        else
+            tqkvk_weigh_units(dot, false, layout, c);
+    }
+}
+
 #endif /* TQKVK_WEIGH_BLOCKS_AVX2_H */
