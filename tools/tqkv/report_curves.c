@@ -6,6 +6,7 @@
 #include "page.h"
 #include "plan_view.h"
 #include "report.h"
+#include "spread.h"
 #include "tool.h"
 
 #define LAYER_TICKS_MAX 40
@@ -129,12 +130,6 @@ static void read_spectrum(const tqkv_plan *plan, uint32_t layer, tqkv_side side,
         out->x[i] = unit_middle(i);
 }
 
-static int compare_reals(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* Unit by unit over the layers that have it. */
 static void find_median(const spectrum *layers, uint32_t n_layers, spectrum *out)
 {
@@ -148,9 +143,8 @@ static void find_median(const spectrum *layers, uint32_t n_layers, spectrum *out
         }
         if (!n)
             break;
-        qsort(values, n, sizeof(*values), compare_reals);
         out->x[i] = unit_middle(i);
-        out->y[i] = (values[(n - 1) / 2] + values[n / 2]) / 2;
+        out->y[i] = spread_of(values, n).median;
         out->n_units = i + 1;
     }
     free(values);

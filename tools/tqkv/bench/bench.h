@@ -7,6 +7,7 @@
 
 #include "in_turn.h"
 #include "random_layer.h"
+#include "spread.h"
 #include "tool.h"
 
 typedef struct bench_options {
@@ -37,8 +38,8 @@ typedef struct bench_row {
     uint32_t depth, n_q, n_threads, n_layers;
     double bits;            /* per value, held; 0: nothing is */
     double error;           /* of the output, relative to llama.cpp's f16; -1: that was not run */
-    in_turn_spread seconds; /* of one layer */
-    in_turn_spread ratio;   /* how many times as fast as llama.cpp's f16; 0: that was not run */
+    spread seconds; /* of one layer */
+    spread ratio;   /* how many times as fast as llama.cpp's f16; 0: that was not run */
     double bytes;           /* of one layer */
     double memory;          /* bytes per second that memory can be read with */
 } bench_row;

@@ -119,16 +119,16 @@ static double scale_reading(contest *c, size_t n_rounds)
     memcpy(sorted, seconds, n_rounds * sizeof(*seconds));
     for (size_t round = 0; round < n_rounds; round++)
         seconds[round] *= layers_bytes / read_loop_bytes();
-    return read_loop_bytes() / in_turn_spread_of(sorted, n_rounds).median;
+    return read_loop_bytes() / spread_of(sorted, n_rounds).median;
 }
 
 /* Before the rounds are sorted. */
-static in_turn_spread ratios(const contest *c, size_t i, size_t f16, size_t n_rounds)
+static spread ratios(const contest *c, size_t i, size_t f16, size_t n_rounds)
 {
     double values[IN_TURN_ROUNDS_MAX];
     for (size_t round = 0; round < n_rounds; round++)
         values[round] = c->subjects[f16].seconds[round] / c->subjects[i].seconds[round];
-    return in_turn_spread_of(values, n_rounds);
+    return spread_of(values, n_rounds);
 }
 
 static void finish_rows(contest *c, const random_layer *layer, const char *mode, size_t n_rounds)
@@ -151,8 +151,8 @@ static void finish_rows(contest *c, const random_layer *layer, const char *mode,
             row->ratio = ratios(c, i, (size_t)(f16 - c->contenders), n_rounds);
     }
     for (size_t i = 0; i < c->n; i++) {
-        in_turn_spread *s = &c->contenders[i].row.seconds;
-        *s = in_turn_spread_of(c->subjects[i].seconds, n_rounds);
+        spread *s = &c->contenders[i].row.seconds;
+        *s = spread_of(c->subjects[i].seconds, n_rounds);
         s->median /= c->size.n_layers;
         s->low /= c->size.n_layers;
         s->high /= c->size.n_layers;

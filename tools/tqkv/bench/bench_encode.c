@@ -145,7 +145,7 @@ static void report(FILE *out, encoders *e, size_t n_rounds, json_t *rows)
             "quartiles");
     for (size_t i = 0; i < e->n; i++) {
         const coder *x = &e->coders[i];
-        const in_turn_spread s = in_turn_spread_of(e->subjects[i].seconds, n_rounds);
+        const spread s = spread_of(e->subjects[i].seconds, n_rounds);
         const double bytes = 2 * x->values;
         fprintf(out, "%-40s %8.3f (%.3f..%.3f)\n", x->label, bytes / s.median / 1e9,
                 bytes / s.high / 1e9, bytes / s.low / 1e9);

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "in_turn.h"
 
-#include <stdlib.h>
 #include <time.h>
 
 #include "tool.h"
@@ -36,18 +35,4 @@ void in_turn_time(in_turn *subjects, size_t n_subjects, size_t n_rounds, double 
     for (size_t round = 0; round < n_rounds; round++)
         for (size_t i = 0; i < n_subjects; i++)
             subjects[i].seconds[round] = time_one(&subjects[i], least_seconds);
-}
-
-static int compare_doubles(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-in_turn_spread in_turn_spread_of(double *values, size_t n)
-{
-    qsort(values, n, sizeof(*values), compare_doubles);
-    return (in_turn_spread){.median = (values[(n - 1) / 2] + values[n / 2]) / 2,
-                            .low = values[(n - 1) / 4],
-                            .high = values[n - 1 - (n - 1) / 4]};
 }

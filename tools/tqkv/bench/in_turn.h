@@ -24,10 +24,4 @@ typedef struct in_turn {
  */
 void in_turn_time(in_turn *subjects, size_t n_subjects, size_t n_rounds, double least_seconds);
 
-/* Median, lower and upper quartile of n numbers; values is sorted. */
-typedef struct in_turn_spread {
-    double median, low, high;
-} in_turn_spread;
-in_turn_spread in_turn_spread_of(double *values, size_t n);
-
 #endif /* TQKV_IN_TURN_H */

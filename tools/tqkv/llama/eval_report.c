@@ -32,7 +32,7 @@ static void print_rate(FILE *out, const eval_rate *rate)
 {
     char text[64] = "-";
     if (rate->n_rounds)
-        snprintf(text, sizeof(text), "%.2f (%.2f..%.2f)", rate->median, rate->low, rate->high);
+        snprintf(text, sizeof(text), "%.2f (%.2f..%.2f)", rate->rounds.median, rate->rounds.low, rate->rounds.high);
     fprintf(out, "  %26s", text);
 }
 
@@ -121,7 +121,7 @@ static void add_rate(json_t *row, const char *name, const eval_rate *rate)
     const struct {
         const char *ending;
         double value;
-    } parts[] = {{"", rate->median}, {"_low", rate->low}, {"_high", rate->high}};
+    } parts[] = {{"", rate->rounds.median}, {"_low", rate->rounds.low}, {"_high", rate->rounds.high}};
     char key[32];
     for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
         snprintf(key, sizeof(key), "%s%s", name, parts[i].ending);

@@ -115,29 +115,12 @@ static int time_round(timed *x, size_t i, uint32_t depth, uint32_t n, uint32_t s
     return rc;
 }
 
-static int compare_doubles(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* The value that `share` of the sorted rounds are below; between two of them, in proportion. */
-static double quantile(const phase_rates *rates, double share)
-{
-    const double at = share * (double)(rates->n - 1);
-    const size_t i = (size_t)at, next = i + 1 < rates->n ? i + 1 : i;
-    return rates->values[i] + (at - (double)i) * (rates->values[next] - rates->values[i]);
-}
-
 static eval_rate summary(phase_rates *rates)
 {
-    if (!rates->n)
-        return (eval_rate){0};
-    qsort(rates->values, rates->n, sizeof(*rates->values), compare_doubles);
-    return (eval_rate){.median = quantile(rates, 0.5),
-                       .low = quantile(rates, 0.25),
-                       .high = quantile(rates, 0.75),
-                       .n_rounds = rates->n};
+    eval_rate out = {.n_rounds = rates->n};
+    if (rates->n)
+        out.rounds = spread_of(rates->values, rates->n);
+    return out;
 }
 
 /* All caches in turn, at one depth. speeds: [n_caches]. */

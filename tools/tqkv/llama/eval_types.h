@@ -4,6 +4,7 @@
 #define TQKV_EVAL_TYPES_H
 
 #include "host_llama.h"
+#include "spread.h"
 #include "text_pieces.h"
 #include "workers.h"
 
@@ -60,7 +61,7 @@ typedef struct eval_speed_setting {
 
 /* Tokens/s, over rounds. */
 typedef struct eval_rate {
-    double median, low, high; /* quartiles */
+    spread rounds;
     size_t n_rounds; /* 0: not measured */
 } eval_rate;
 
