@@ -44,11 +44,9 @@ TQKVK_INLINE void weigh_half(__m256i q0, __m256i q1, __m256i q2, __m256i q3, boo
 TQKVK_INLINE void weigh_unit_words(int bits, const tqkvk_weigh *c)
 {
     const tqkvk_levels_of of = tqkvk_levels_load(bits, 0);
-    const tqkvk_quad none = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     tqkvk_quad sums[TQKVK_WEIGH_QUERIES];
 
-    for (size_t a = 0; a < c->n_q; a++)
-        sums[a] = none;
+    tqkvk_weigh_clear(sums, c->n_q);
     for (size_t p = 0; p < c->n_blocks; p++) {
         const tqkvk_unit u = tqkvk_levels_unit(TQKV_SIDE_V, bits, c->codes[p] + c->at, &of, 0);
         const uint16_t *w = c->words + p * TQKVI_BLOCK_TOKENS;

@@ -37,16 +37,30 @@ TQKVK_INLINE tqkvk_quad tqkvk_weigh_quad(tqkvk_dot_bytes_fn *dot, tqkvk_quad sum
     return (tqkvk_quad){dot(sum.lo, four, levels.lo), dot(sum.hi, four, levels.hi)};
 }
 
+/*
+ * Sums are set and kept half by half: compilers copy a quad as a whole by other sizes than its
+ * halves are read with, and then reading waits for writing.
+ */
+TQKVK_INLINE void tqkvk_weigh_clear(tqkvk_quad *sums, size_t n_q)
+{
+    for (size_t a = 0; a < n_q; a++) {
+        _mm256_store_si256(&sums[a].lo, _mm256_setzero_si256());
+        _mm256_store_si256(&sums[a].hi, _mm256_setzero_si256());
+    }
+}
+
 /* Adds a block to the sums of all queries. w: its weights of the first query. */
 TQKVK_INLINE void tqkvk_weigh_block(tqkvk_dot_bytes_fn *dot, const tqkvk_unit *unit,
                                     const uint8_t *w, size_t n_q, tqkvk_quad *sums)
 {
     for (size_t a = 0; a < n_q; a++, w += TQKVK_TILE_TOKENS) {
-        tqkvk_quad sum = sums[a];
+        tqkvk_quad sum = {sums[a].lo, sums[a].hi};
         sum = tqkvk_weigh_quad(dot, sum, unit->q0, w);
         sum = tqkvk_weigh_quad(dot, sum, unit->q1, w + 4);
         sum = tqkvk_weigh_quad(dot, sum, unit->q2, w + 8);
-        sums[a] = tqkvk_weigh_quad(dot, sum, unit->q3, w + 12);
+        sum = tqkvk_weigh_quad(dot, sum, unit->q3, w + 12);
+        sums[a].lo = sum.lo;
+        sums[a].hi = sum.hi;
     }
 }
 
@@ -77,11 +91,11 @@ TQKVK_INLINE void tqkvk_weigh_unit(int bits, tqkvk_dot_bytes_fn *dot, bool is_fi
                                    const tqkvk_weigh *c)
 {
     const tqkvk_levels_of of = tqkvk_levels_load(bits, 0);
-    const tqkvk_quad none = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     tqkvk_quad low[TQKVK_WEIGH_QUERIES], high[TQKVK_WEIGH_QUERIES];
 
-    for (size_t a = 0; a < c->n_q; a++)
-        low[a] = high[a] = none;
+    tqkvk_weigh_clear(low, c->n_q);
+    if (is_fine)
+        tqkvk_weigh_clear(high, c->n_q);
     for (size_t p = 0; p < c->n_blocks; p++) {
         const size_t first = p * TQKVI_BLOCK_TOKENS;
         const tqkvk_unit u = tqkvk_levels_unit(TQKV_SIDE_V, bits, c->codes[p] + c->at, &of, 0);
