@@ -36,12 +36,12 @@ enum { BENCH_PLANS_MAX = 8, BENCH_CACHES_MAX = 16 };
 typedef struct bench_row {
     const char *mode, *cache;
     uint32_t depth, n_q, n_threads, n_layers;
-    double bits;            /* per value, held; 0: nothing is */
-    double error;           /* of the output, relative to llama.cpp's f16; -1: that was not run */
+    double bits;    /* per value, held; 0: nothing is */
+    double error;   /* of the output, relative to llama.cpp's f16; -1: that was not run */
     spread seconds; /* of one layer */
     spread ratio;   /* how many times as fast as llama.cpp's f16; 0: that was not run */
-    double bytes;           /* of one layer */
-    double memory;          /* bytes per second that memory can be read with */
+    double bytes;   /* of one layer */
+    double memory;  /* bytes per second that memory can be read with */
 } bench_row;
 
 /* Each prints what it measures and adds it to rows. Returns an exit code. */

@@ -31,8 +31,9 @@ void eval_print_scores(FILE *out, const eval_job *job, const eval_setting *setti
 static void print_rate(FILE *out, const eval_rate *rate)
 {
     char text[64] = "-";
+    const spread *s = &rate->rounds;
     if (rate->n_rounds)
-        snprintf(text, sizeof(text), "%.2f (%.2f..%.2f)", rate->rounds.median, rate->rounds.low, rate->rounds.high);
+        snprintf(text, sizeof(text), "%.2f (%.2f..%.2f)", s->median, s->low, s->high);
     fprintf(out, "  %26s", text);
 }
 
@@ -118,10 +119,11 @@ json_t *eval_scores_json(const eval_job *job, const eval_setting *setting, const
 /* Adds NAME, NAME_low, NAME_high and NAME_rounds. */
 static void add_rate(json_t *row, const char *name, const eval_rate *rate)
 {
+    const spread *s = &rate->rounds;
     const struct {
         const char *ending;
         double value;
-    } parts[] = {{"", rate->rounds.median}, {"_low", rate->rounds.low}, {"_high", rate->rounds.high}};
+    } parts[] = {{"", s->median}, {"_low", s->low}, {"_high", s->high}};
     char key[32];
     for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
         snprintf(key, sizeof(key), "%s%s", name, parts[i].ending);
