@@ -9,7 +9,7 @@
 #define TQKVK_SCORE_BLOCKS_NEON_H
 
 #include "kernels/arm/block_codes_neon.h"
-#include "kernels/kernels.h"
+#include "kernels/block_units.h"
 
 /*
  * The scores of four tokens: vg has their channels 4g..4g+3, 4 bytes a token, and q the 16 channels
@@ -17,16 +17,6 @@
  */
 typedef int32x4_t tqkvk_score_four_fn(int8x16_t v0, int8x16_t v1, int8x16_t v2, int8x16_t v3,
                                       int8x16_t q);
-
-typedef struct tqkvk_score {
-    const uint8_t *const *codes;
-    size_t at; /* of the unit in the codes of every block */
-    size_t n_blocks;
-    const tqkvk_query_unit *q; /* of the first query */
-    size_t n_q, n_units;
-    float *s;
-    size_t s_stride;
-} tqkvk_score;
 
 TQKVK_INLINE void tqkvk_add_scores(float *s, int32x4_t sum, float factor)
 {

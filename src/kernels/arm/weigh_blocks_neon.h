@@ -8,7 +8,7 @@
 #define TQKVK_WEIGH_BLOCKS_NEON_H
 
 #include "kernels/arm/block_codes_neon.h"
-#include "kernels/kernels.h"
+#include "kernels/block_units.h"
 
 #define TQKVK_WEIGH_QUERIES 16 /* at most so many go over the blocks together */
 
@@ -56,20 +56,14 @@ TQKVK_INLINE void tqkvk_weigh_unit(int bits, tqkvk_weigh_block_fn *block, const 
     }
 }
 
-static inline void tqkvk_weigh_no_unit(const tqkvk_weigh *c)
-{
-    for (size_t a = 0; a < c->n_q; a++)
-        for (size_t d = 0; d < TQKV_UNIT_CHANNELS; d++)
-            c->o[a * c->dim + d] *= c->f[a];
-}
-
 /* c: of unit 0 and of up to TQKVK_WEIGH_QUERIES queries. */
 TQKVK_INLINE void tqkvk_weigh_units(tqkvk_weigh_block_fn *block, const tqkvi_layout *layout,
                                     tqkvk_weigh c)
 {
     for (uint32_t u = 0; u < layout->n_units; u++, c.o += TQKV_UNIT_CHANNELS) {
         const uint32_t bits = layout->bits[u];
-        TQKVK_BY_WIDTH(bits, tqkvk_weigh_no_unit(&c), tqkvk_weigh_unit, block, &c);
+        TQKVK_BY_WIDTH(bits, tqkvk_weigh_no_unit(c.n_q, c.dim, c.f, c.o), tqkvk_weigh_unit, block,
+                       &c);
         c.at += (size_t)2 * bits * TQKVI_BLOCK_TOKENS;
     }
 }

@@ -11,21 +11,11 @@
 #ifndef TQKVK_SCORE_BLOCKS_AVX2_H
 #define TQKVK_SCORE_BLOCKS_AVX2_H
 
-#include "kernels/kernels.h"
+#include "kernels/block_units.h"
 #include "kernels/x86/block_codes_avx2.h"
 #include "kernels/x86/dot_bytes_avx2.h"
 
 #define TQKVK_SCORE_RAISED 128
-
-typedef struct tqkvk_score {
-    const uint8_t *const *codes;
-    size_t at; /* of the unit in the codes of every block */
-    size_t n_blocks;
-    const tqkvk_query_unit *q; /* of the first query */
-    size_t n_q, n_units;
-    float *s;
-    size_t s_stride;
-} tqkvk_score;
 
 TQKVK_INLINE tqkvk_quad tqkvk_score_quad(tqkvk_dot_bytes_fn *dot, tqkvk_quad sum,
                                          tqkvk_quad levels, const int8_t *q)

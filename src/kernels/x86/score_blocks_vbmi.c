@@ -5,20 +5,11 @@
  * read of a query serves all of them. A tile with fewer blocks is filled up with its first one,
  * whose scores are dropped.
  */
+#include "kernels/block_units.h"
 #include "kernels/tables.h"
 #include "kernels/x86/block_codes_vbmi.h"
 
 #define RAISED 128
-
-typedef struct score {
-    const uint8_t *codes[TQKVK_TILE_BLOCKS];
-    size_t at; /* of the unit in the codes of every block */
-    size_t n_blocks;
-    const tqkvk_query_unit *q; /* of the first query */
-    size_t n_q, n_units;
-    float *s;
-    size_t s_stride;
-} score;
 
 /* Sixteen channels of a query, four to a register. */
 typedef struct query {
@@ -35,7 +26,7 @@ TQKVK_INLINE void score_block(const tqkvk_unit *unit, const query *q, float *s)
     _mm512_store_ps(s, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), q->factor, _mm512_load_ps(s)));
 }
 
-TQKVK_INLINE void score_unit(int bits, const score *c)
+TQKVK_INLINE void score_unit(int bits, const tqkvk_score *c)
 {
     const __m512i of = tqkvk_levels_load(bits, RAISED);
     const float step = tqkvk_widths[bits].step;
@@ -62,14 +53,16 @@ void tqkvk_score_blocks_i8_vbmi(const tqkvi_layout *layout, const uint8_t *const
                                 size_t n_blocks, const tqkvk_query_unit *q, size_t n_q, float *s,
                                 size_t s_stride)
 {
-    score c = {.n_blocks = n_blocks,
-               .q = q,
-               .n_q = n_q,
-               .n_units = layout->n_units,
-               .s = s,
-               .s_stride = s_stride};
+    const uint8_t *filled[TQKVK_TILE_BLOCKS];
+    tqkvk_score c = {.codes = filled,
+                     .n_blocks = n_blocks,
+                     .q = q,
+                     .n_q = n_q,
+                     .n_units = layout->n_units,
+                     .s = s,
+                     .s_stride = s_stride};
 
-    tqkvk_fill_tile(codes, n_blocks, c.codes);
+    tqkvk_fill_tile(codes, n_blocks, filled);
     for (uint32_t u = 0; u < layout->n_units; u++, c.q++) {
         const uint32_t bits = layout->bits[u];
         TQKVK_BY_WIDTH(bits, TQKVK_NOTHING, score_unit, &c);

@@ -60,7 +60,7 @@ static void weigh_words(const tqkvi_layout *layout, tqkvk_weigh c)
 {
     for (uint32_t u = 0; u < layout->n_units; u++, c.o += TQKV_UNIT_CHANNELS) {
         const uint32_t bits = layout->bits[u];
-        TQKVK_BY_WIDTH(bits, tqkvk_weigh_no_unit(&c), weigh_unit_words, &c);
+        TQKVK_BY_WIDTH(bits, tqkvk_weigh_no_unit(c.n_q, c.dim, c.f, c.o), weigh_unit_words, &c);
         c.at += (size_t)2 * bits * TQKVI_BLOCK_TOKENS;
     }
 }

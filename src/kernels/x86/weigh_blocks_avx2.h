@@ -13,7 +13,7 @@
 
 #include <stdbool.h>
 
-#include "kernels/kernels.h"
+#include "kernels/block_units.h"
 #include "kernels/x86/block_codes_avx2.h"
 #include "kernels/x86/dot_bytes_avx2.h"
 
@@ -79,13 +79,6 @@ TQKVK_INLINE void tqkvk_weigh_store(const tqkvk_weigh *c, float step, const tqkv
     }
 }
 
-static inline void tqkvk_weigh_no_unit(const tqkvk_weigh *c)
-{
-    for (size_t a = 0; a < c->n_q; a++)
-        for (size_t d = 0; d < TQKV_UNIT_CHANNELS; d++)
-            c->o[a * c->dim + d] *= c->f[a];
-}
-
 /* is_fine: weights have high bits. A constant wherever it is passed. */
 TQKVK_INLINE void tqkvk_weigh_unit(int bits, tqkvk_dot_bytes_fn *dot, bool is_fine,
                                    const tqkvk_weigh *c)
@@ -116,7 +109,8 @@ TQKVK_INLINE void tqkvk_weigh_units(tqkvk_dot_bytes_fn *dot, bool is_fine,
 {
     for (uint32_t u = 0; u < layout->n_units; u++, c.o += TQKV_UNIT_CHANNELS) {
         const uint32_t bits = layout->bits[u];
-        TQKVK_BY_WIDTH(bits, tqkvk_weigh_no_unit(&c), tqkvk_weigh_unit, dot, is_fine, &c);
+        TQKVK_BY_WIDTH(bits, tqkvk_weigh_no_unit(c.n_q, c.dim, c.f, c.o), tqkvk_weigh_unit, dot,
+                       is_fine, &c);
         c.at += (size_t)2 * bits * TQKVI_BLOCK_TOKENS;
     }
 }

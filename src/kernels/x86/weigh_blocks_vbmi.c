@@ -8,6 +8,7 @@
  */
 #include <stdbool.h>
 
+#include "kernels/block_units.h"
 #include "kernels/tables.h"
 #include "kernels/x86/block_codes_vbmi.h"
 
@@ -81,18 +82,12 @@ TQKVK_INLINE void weigh_unit(int bits, bool is_coarse, const weigh *c)
     }
 }
 
-static void scale_unit(const weigh *c)
-{
-    for (size_t a = 0; a < c->n_q; a++)
-        for (size_t d = 0; d < TQKV_UNIT_CHANNELS; d++)
-            c->o[a * c->dim + d] *= c->f[a];
-}
-
 TQKVK_INLINE void weigh_queries(const tqkvi_layout *layout, bool is_coarse, weigh c)
 {
     for (uint32_t u = 0; u < layout->n_units; u++, c.o += TQKV_UNIT_CHANNELS) {
         const uint32_t bits = layout->bits[u];
-        TQKVK_BY_WIDTH(bits, scale_unit(&c), weigh_unit, is_coarse, &c);
+        TQKVK_BY_WIDTH(bits, tqkvk_weigh_no_unit(c.n_q, c.dim, c.f, c.o), weigh_unit, is_coarse,
+                       &c);
         c.at += (size_t)2 * bits * TQKVI_BLOCK_TOKENS;
     }
 }
